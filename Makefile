@@ -1,0 +1,28 @@
+# Everything a newcomer runs; `make help` lists it
+PYTHON ?= python3
+BIN := .venv/bin
+
+help: ## these lines
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: ## environments, ComfyUI and sample pictures; goes on where it was interrupted
+	@$(PYTHON) nbs/tools/bootstrap.py
+
+demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your own
+	@$(BIN)/wan-avatar demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIDEO),--driving "$(VIDEO)")
+
+test: setup ## everything CI runs
+	@$(BIN)/ruff check wan_avatar tests nbs/tools
+	@$(BIN)/pytest $(ARGS)
+
+lab: setup ## JupyterLab on nbs/
+	@$(BIN)/jupyter lab --notebook-dir nbs
+
+sync: setup ## notebooks -> package and README.md, outputs cleaned
+	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
+
+clean: ## remove what these made
+	rm -rf .venv .comfy *.egg-info build .pytest_cache .ruff_cache runs/samples runs/demo runs/local
+	find wan_avatar tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo test lab sync clean
