@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'AvatarTrack', 'find_person', 'Window', 'AvatarSegment',
-           'AvatarDraft', 'AvatarFrames', 'write_frames']
+           'DrawnFrames', 'is_linked', 'AvatarDraft', 'as_image', 'AvatarFrames', 'write_frames', 'to_uint8']
 
-# %% ../nbs/32_nodes.ipynb #1907a974
+# %% ../nbs/32_nodes.ipynb #7cb4450a
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,30 +91,53 @@ class AvatarSegment:
     def run(self, start: int, length: int, **paths: str) -> tuple:
         return (Window(**{k: _work_path(v) for k, v in paths.items()}, start=start, length=length),)
 
-# %% ../nbs/32_nodes.ipynb #d81a1657
+# %% ../nbs/32_nodes.ipynb #42b94b0e
 @lru_cache(maxsize=1) # one job renders at a time; its paths are its own
 def _cast(reference: Path, reference_track: Path, track: Path) -> tuple[Puppet, Driver]:
     return make_puppet(read_image(reference), load_track(reference_track)), make_driver(load_track(track))
 
+@dataclass(frozen=True)
+class DrawnFrames:
+    "Frames of a window, each drawn when it is taken; what AVATAR_FRAMES links carry"
+    window: Window
+
+    def __len__(self) -> int: return self.window.length
+
+    def __getitem__(self, i: int) -> np.ndarray: # (720, 1280, 3) uint8 RGB
+        if not 0 <= i < len(self): raise IndexError(i)
+        puppet, driver = _cast(self.window.reference, self.window.reference_track, self.window.track)
+        return draw(puppet, driver, min(self.window.start + i, len(driver.present) - 1))
+
+def is_linked(
+    prompt: dict, # the graph that runs
+    node: str, # id
+    output: int
+) -> bool:
+    "Does anything take this output?"
+    return any([node, output] == value for n in prompt.values() for value in n['inputs'].values())
+
 class AvatarDraft:
     "Move the person of the picture like the driver, over the driver's empty scene"
     CATEGORY, FUNCTION = 'avatar', 'run'
-    RETURN_TYPES, RETURN_NAMES = ('IMAGE',), ('images',)
+    RETURN_TYPES, RETURN_NAMES = ('AVATAR_FRAMES', 'IMAGE'), ('frames', 'images')
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict: return {'required': {'segment': ('AVATAR_SEGMENT',)}}
+    def INPUT_TYPES(cls) -> dict: return {'required': {'segment': ('AVATAR_SEGMENT',)}, 'hidden': {'prompt': 'PROMPT', 'node': 'UNIQUE_ID'}}
 
-    def run(self, segment: Window) -> tuple:
-        import torch
-        puppet, driver = _cast(segment.reference, segment.reference_track, segment.track)
-        progress, last = _progress(segment.length), len(driver.present) - 1
-        images = torch.empty((segment.length, SIZE[1], SIZE[0], 3), dtype=torch.float32)
-        for i in range(segment.length):
-            torch.div(torch.from_numpy(draw(puppet, driver, min(segment.start + i, last))), 255, out=images[i])
-            progress(i + 1, segment.length)
-        return (images,)
+    def run(self, segment: Window, prompt: dict, node: str) -> tuple:
+        frames = DrawnFrames(segment)
+        return frames, as_image(frames, _progress(len(frames))) if is_linked(prompt, node, 1) else None
 
-# %% ../nbs/32_nodes.ipynb #05573088
+def as_image(frames: DrawnFrames, progress: Callable[[int, int], None]):
+    "Frames as ComfyUI's IMAGE: (n, h, w, 3) float32 in 0..1"
+    import torch
+    images = torch.empty((len(frames), SIZE[1], SIZE[0], 3), dtype=torch.float32)
+    for i in range(len(frames)):
+        torch.div(torch.from_numpy(frames[i]), 255, out=images[i])
+        progress(i + 1, len(frames))
+    return images
+
+# %% ../nbs/32_nodes.ipynb #394d3ebf
 class AvatarFrames:
     "Write images[skip:skip+count] as raw uint8 RGB (count, height, width, 3)"
     CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True
@@ -122,24 +145,30 @@ class AvatarFrames:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {'required': {'images': ('IMAGE',), 'skip': ('INT', {'min': 0, 'max': 1024}), 'count': ('INT', {'min': 1, 'max': 1024}), 'path': ('STRING', {})}}
+        return {'required': {'images': ('IMAGE,AVATAR_FRAMES',), 'skip': ('INT', {'min': 0, 'max': 1024}), 'count': ('INT', {'min': 1, 'max': 1024}), 'path': ('STRING', {})}}
 
     def run(self, images, skip: int, count: int, path: str) -> dict:
-        kept = images[skip:skip + count]
-        if len(kept) != count: raise JobError('internal', f'{len(images)} frames came, {skip} + {count} were to be written')
-        target = _work_path(path)
-        write_frames(kept, target)
-        return {'ui': {'frames': [{'shape': list(kept.shape)}]}}
+        if len(images) < skip + count: raise JobError('internal', f'{len(images)} frames came, {skip} + {count} were to be written')
+        write_frames((images[i] for i in range(skip, skip + count)), count, _work_path(path), _progress(count))
+        return {'ui': {'frames': [{'count': count}]}}
 
 def write_frames(
-    images, # (n, height, width, 3) float in 0..1, anything that gives frames to numpy
-    target: Path
+    images: Iterable, # frames (h, w, 3): uint8, or float in 0..1 (arrays or tensors)
+    count: int, # how many there are
+    target: Path,
+    progress: Callable[[int, int], None]
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"
     part = target.with_suffix('.part')
     with part.open('wb') as f:
-        for image in images: f.write((np.clip(np.asarray(image), 0, 1) * 255 + 0.5).astype(np.uint8).tobytes())
+        for done, image in enumerate(images, 1):
+            f.write(to_uint8(np.asarray(image)).data)
+            progress(done, count)
     os.replace(part, target)
+
+def to_uint8(frame: np.ndarray) -> np.ndarray:
+    "A frame as bytes: unchanged when it is, else 0..1 scaled and rounded"
+    return np.ascontiguousarray(frame) if frame.dtype == np.uint8 else (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 # %% ../nbs/32_nodes.ipynb #7ae4137d
 NODE_CLASS_MAPPINGS = {c.__name__: c for c in (AvatarTrack, AvatarSegment, AvatarDraft, AvatarFrames)}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRACKER', 'GROUPS', 'MAGIC', 'STILL', 'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points',
            'TrackDamaged', 'dump_track', 'parse_track', 'save_track', 'load_track', 'track_key', 'check_person',
-           'calm_camera', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'track_video', 'track_image', 'one_piece',
-           'refine_matte', 'guided', 'draw_debug']
+           'calm_camera', 'stand_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour', 'track_video',
+           'track_image', 'one_piece', 'refine_matte', 'guided', 'draw_debug']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from .job import JobError
 
-# %% ../nbs/21_track.ipynb #1d76bf4c
+# %% ../nbs/21_track.ipynb #506e7cb8
 TRACKER = 'mediapipe-1' # name and version: part of every cache key, raised when results change
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Track:
     camera: np.ndarray # (n, 2, 3) float32: affine map from the plate to the frame; the identity when the camera stands still
     mask_size: tuple[int, int] # width, height the masks are kept at
     masks: tuple[bytes, ...] # n deflated bit fields
+    skin: np.ndarray # (3,) float32: mean colour of the face, nan without one
     plate: np.ndarray | None = None # (h, w, 3) uint8 RGB: the background without the person; None for a picture
     matte: np.ndarray | None = None # (h, w) uint8: soft cut-out of a picture; None for a video
     tracker: str = TRACKER # who found all this
@@ -104,7 +105,7 @@ def unpack_points(
     points[..., :2] += centre[:, None]
     return points
 
-# %% ../nbs/21_track.ipynb #aa70bfa2
+# %% ../nbs/21_track.ipynb #b039a571
 class TrackDamaged(ValueError):
     "This is not a whole track file; drop it and track again"
 
@@ -119,7 +120,7 @@ def dump_track(
     track: Track
 ) -> bytes: # about 4 kB a frame
     "A track as the bytes of its file"
-    arrays = {'present': track.present, 'camera': track.camera.astype(np.float32)}
+    arrays = {'present': track.present, 'camera': track.camera.astype(np.float32), 'skin': track.skin.astype(np.float32)}
     for name in GROUPS: arrays[f'{name}_at'], arrays[name] = pack_points(getattr(track, name))
     arrays['mask_bytes'] = np.frombuffer(b''.join(track.masks), np.uint8)
     arrays['mask_lengths'] = np.array([len(m) for m in track.masks], np.uint32)
@@ -131,7 +132,7 @@ def dump_track(
     np.savez_compressed(out, allow_pickle=False, **arrays)
     return MAGIC + hashlib.sha256(out.getvalue()).digest() + out.getvalue()
 
-# %% ../nbs/21_track.ipynb #e80f8303
+# %% ../nbs/21_track.ipynb #a47fcbbb
 def parse_track(
     data: bytes # from `dump_track`
 ) -> Track:
@@ -145,7 +146,7 @@ def parse_track(
         ends = np.cumsum(arrays['mask_lengths'], dtype=np.int64)
         blob = arrays['mask_bytes'].tobytes()
         pictures = {k: np.asarray(Image.open(io.BytesIO(arrays[k].tobytes()))) for k in ('plate', 'matte') if k in arrays}
-        return Track(size=tuple(meta['size']), present=arrays['present'], camera=arrays['camera'], mask_size=tuple(meta['mask_size']),
+        return Track(size=tuple(meta['size']), present=arrays['present'], camera=arrays['camera'], skin=arrays['skin'], mask_size=tuple(meta['mask_size']),
                      masks=tuple(blob[e - n:e] for e, n in zip(ends, arrays['mask_lengths'].astype(int), strict=True)), tracker=meta['tracker'],
                      **{g: unpack_points(arrays[f'{g}_at'], arrays[g]) for g in GROUPS}, **pictures)
     except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile, zlib.error, UnidentifiedImageError) as e:
@@ -196,7 +197,7 @@ def check_person(
     elif seen * 2 < n or not seen:
         raise JobError('no_person', f'a person was found in {seen} of {n} frames of the driving video; at least half of them must show one')
 
-# %% ../nbs/21_track.ipynb #e6d23e4c
+# %% ../nbs/21_track.ipynb #a8f3a150
 STILL = np.eye(2, 3)
 
 def calm_camera(
@@ -209,6 +210,16 @@ def calm_camera(
     moved = np.abs(corners @ affine[:, :2].T + affine[:, 2] - corners).max()
     t = np.clip(moved - .5, 0, 1)
     return STILL + (affine - STILL) * t if moved > .5 else STILL.copy()
+
+def stand_still(
+    moves: np.ndarray, # (n, 2, 3) plate -> frame
+    size: tuple[int, int] # width, height
+) -> np.ndarray: # (n, 2, 3)
+    "No camera movement at all when nine frames of ten have less than a pixel of it"
+    w, h = size
+    corners = np.array([[0, 0], [w, 0], [0, h], [w, h]])
+    far = np.abs(corners @ (moves[:, :, :2] - np.eye(2)).transpose(0, 2, 1) + moves[:, None, :, 2]).max((1, 2))
+    return np.tile(STILL.astype(np.float32), (len(moves), 1, 1)) if np.quantile(far, .9) < 1 else moves
 
 # %% ../nbs/21_track.ipynb #6ca6232c
 class Camera:
@@ -318,7 +329,7 @@ def is_present(
     upper = np.nan_to_num(body[[0, 11, 12], 2]).mean()
     return bool(mask.mean() > .004 and (not np.isnan(face).all() or upper > .6))
 
-# %% ../nbs/21_track.ipynb #fdd0d19c
+# %% ../nbs/21_track.ipynb #c8d8aa13
 def _beside(view: np.ndarray, segmenter, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "What runs beside the point detector: mask, the area far from it, the camera"
     import cv2
@@ -326,6 +337,21 @@ def _beside(view: np.ndarray, segmenter, camera: Camera) -> tuple[np.ndarray, np
     away = 255 - cv2.dilate((soft > .15).astype(np.uint8) * 255, np.ones((25, 25), np.uint8))
     return np.ascontiguousarray(soft > .5), away, camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
 
+# %% ../nbs/21_track.ipynb #51795596
+def skin_colour(
+    picture: np.ndarray, # (h, w, 3) uint8 RGB
+    face: np.ndarray # (478, 3)
+) -> np.ndarray: # (3,) float32, nan without a face
+    "Median colour of cheeks, forehead and nose"
+    h, w = picture.shape[:2]
+    at = face[[50, 280, 101, 330, 9, 151, 4, 5, 117, 346, 205, 425], :2]
+    if np.isnan(at).any(): return np.full(3, np.nan, np.float32)
+    x, y = at.T.round().astype(int)
+    inside = (x >= 2) & (x < w - 2) & (y >= 2) & (y < h - 2)
+    if not inside.any(): return np.full(3, np.nan, np.float32)
+    return np.median([picture[b - 2:b + 3, a - 2:a + 3].mean((0, 1)) for a, b in zip(x[inside], y[inside], strict=True)], axis=0).astype(np.float32)
+
+# %% ../nbs/21_track.ipynb #7dc1f502
 def track_video(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
     n: int, # how many
@@ -334,27 +360,37 @@ def track_video(
 ) -> Track:
     "Look at every frame once; frames are not kept"
     import cv2
-    w, h = size
-    small = (640, max(round(640 * h / w), 1))
-    plate, camera, rows = Plate(size), Camera(), []
+    small = (640, max(round(640 * size[1] / size[0]), 1))
+    plate, camera, rows, skins, source = Plate(size), Camera(), [], [], iter(frames)
     with _holistic(static=False) as holistic, _segmenter(landscape=True) as segmenter, ThreadPoolExecutor(1) as pool:
-        for i, frame in enumerate(frames):
+        upcoming, added = pool.submit(next, source, None), pool.submit(bool)
+        while (frame := upcoming.result()) is not None:
             view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
-            beside = pool.submit(_beside, view, segmenter, camera)
+            beside, upcoming = pool.submit(_beside, view, segmenter, camera), pool.submit(next, source, None)
             groups = _groups(holistic.process(view), size)
             mask, away, moved = beside.result()
-            moved = calm_camera(moved * [1, 1, w / small[0]], size)
+            moved = calm_camera(moved * [1, 1, size[0] / small[0]], size)
             here = is_present(groups[0], groups[3], mask)
             if not here: groups, mask, away = [np.full_like(g, np.nan) for g in groups], np.zeros_like(mask), np.full_like(away, 255)
+            if len(rows) % max(n // 100, 1) == 0:
+                added.result() # so that a failure is heard
+                added = pool.submit(plate.add, frame, away, moved)
+                skins.append(skin_colour(frame, groups[3]))
             rows.append((here, moved, pack_mask(mask), *groups))
-            if i % max(n // 100, 1) == 0: plate.add(frame, away, moved)
-            if progress: progress(i + 1, n)
+            if progress: progress(len(rows), n)
+        added.result()
+    return _assemble(size, small, rows, skins, plate.picture())
+
+# %% ../nbs/21_track.ipynb #9eab8c95
+def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: list, plate: np.ndarray) -> Track:
+    "Smooth what was found frame by frame; once through the codec"
     if not rows: raise ValueError('no frames to track')
     present, moves, masks, *groups = zip(*rows, strict=True)
-    moves = smooth(np.array(moves, np.float32))
-    return parse_track(dump_track(Track(size, np.array(present), *(smooth(np.stack(g)) for g in groups), moves, small, masks, plate.picture())))
+    moves, groups = smooth(stand_still(np.array(moves, np.float32), size)), [smooth(np.stack(g)) for g in groups]
+    skin = np.median([v for v in skins if not np.isnan(v).any()] or [[np.nan] * 3], axis=0).astype(np.float32)
+    return parse_track(dump_track(Track(size, np.array(present), *groups, moves, small, masks, skin, plate)))
 
-# %% ../nbs/21_track.ipynb #a088d036
+# %% ../nbs/21_track.ipynb #1dbe6d4a
 def track_image(
     image: np.ndarray # (h, w, 3) uint8 RGB
 ) -> Track: # of one frame, with `matte`
@@ -369,8 +405,10 @@ def track_image(
     mask = soft > .5
     if not here: groups, mask = [np.full_like(g, np.nan) for g in groups], np.zeros_like(mask)
     matte = refine_matte(image, soft) if here else np.zeros((h, w), np.uint8)
-    return parse_track(dump_track(Track((w, h), np.array([here]), *(g[None] for g in groups), STILL[None], (w, h), (pack_mask(mask),), matte=matte)))
+    return parse_track(dump_track(Track((w, h), np.array([here]), *(g[None] for g in groups), STILL[None], (w, h), (pack_mask(mask),),
+                                        skin_colour(image, groups[3]), matte=matte)))
 
+# %% ../nbs/21_track.ipynb #10b88cd1
 def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter) -> None:
     "Overwrite the mask around the head by that of a closer look"
     import cv2
@@ -386,7 +424,7 @@ def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segment
     blend = cv2.blur(blend, (2 * m + 1, 2 * m + 1))[y0:y1, x0:x1]
     soft[y0:y1, x0:x1] = soft[y0:y1, x0:x1] * (1 - blend) + closer * blend
 
-# %% ../nbs/21_track.ipynb #4a6fb8c1
+# %% ../nbs/21_track.ipynb #3fc1657d
 def one_piece(
     mask: np.ndarray # (h, w) bool
 ) -> np.ndarray: # (h, w) bool
@@ -401,6 +439,7 @@ def one_piece(
     small = (x > 0) & (y > 0) & (x + wide < w) & (y + tall < h) & (area < .01 * piece.sum())
     return piece | small[holes] & ~piece
 
+# %% ../nbs/21_track.ipynb #92641eb1
 def refine_matte(
     image: np.ndarray, # (h, w, 3) uint8 RGB
     soft: np.ndarray # (h, w) float32, 0 to 1: the network's opinion, coarse
@@ -412,7 +451,7 @@ def refine_matte(
     size = (max(round(w * less), 1), max(round(h * less), 1))
     small, piece = (cv2.resize(v, size, interpolation=cv2.INTER_AREA) for v in (image, soft))
     piece = one_piece(piece > .7)
-    r = max(size) // 100 + 2
+    r = max(size) // 45 + 2
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
     sure, maybe = cv2.erode(piece.astype(np.uint8), disc, borderValue=1), cv2.dilate(piece.astype(np.uint8), disc)
     if not sure.any(): return (np.clip(soft, 0, 1) * cv2.resize(maybe, (w, h)) * 255).astype(np.uint8)
@@ -424,6 +463,7 @@ def refine_matte(
     found = (cv2.resize(found, (w, h), interpolation=cv2.INTER_LINEAR) > .5).astype(np.float32)
     return (np.clip(guided(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3), 0, 1) * 255 + .5).astype(np.uint8)
 
+# %% ../nbs/21_track.ipynb #63b97b3a
 def guided(
     image: np.ndarray, # (h, w, 3) float32, 0 to 1
     mask: np.ndarray, # (h, w) float32, 0 to 1

@@ -1,0 +1,88 @@
+"""What the end-to-end tests share: a bucket, samples, and one booted ComfyUI (booting takes seconds, so it is kept)"""
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from wan_avatar.config import load_settings
+from wan_avatar.handler import Handler
+from wan_avatar.local import bucket_server
+from wan_avatar.media import Encoder, normalise_video, read_frames
+from wan_avatar.timeline import Timeline
+from wan_avatar.worker import Background, boot
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / 'runs/samples'
+
+@pytest.fixture(scope='session')
+def samples() -> Path:
+    assert (SAMPLES / 'pexels.mp4').exists(), 'run make setup first'
+    return SAMPLES
+
+@pytest.fixture(scope='session')
+def bucket(tmp_path_factory):
+    with bucket_server(tmp_path_factory.mktemp('bucket')) as server: yield server
+
+def make_settings(bucket, work: Path, **more: str):
+    return load_settings({**bucket.environment(), 'COMFY_DIR': str(ROOT / '.comfy'), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models'),
+                          'ALLOW_PRIVATE_URLS': 'false', **more})
+
+class Service:
+    "A booted worker without RunPod around it: real bucket, real ComfyUI, the real handler"
+    def __init__(self, bucket, work: Path, **more: str):
+        self.background, self.reports = Background(), []
+        self.settings = make_settings(bucket, work, **more)
+        self.studio = self.background.submit(boot(self.settings, Timeline())).result(timeout=120)
+        self.handler, self.store, self.comfy = Handler(self.studio, self.note), self.studio.store, self.studio.comfy
+
+    async def note(self, event: dict, update: dict) -> None: self.reports.append((event['id'], update))
+
+    def submit(self, job_id: str, **job):
+        "Start a job; a concurrent Future of its answer"
+        return self.background.submit(self.handler({'id': job_id, 'input': job}))
+
+    def run(self, job_id: str, **job) -> dict:
+        "A job to its end"
+        return self.submit(job_id, **job).result(timeout=180)
+
+    def stages(self, job_id: str) -> list[str]:
+        "What a job reported, in order, without repeats"
+        return list(dict.fromkeys(u['stage'] for i, u in self.reports if i == job_id))
+
+    def wait_report(self, job_id: str, **wanted) -> dict:
+        "Until a job reports these values; fails after a minute"
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            for i, update in list(self.reports):
+                if i == job_id and all(update.get(k) == v for k, v in wanted.items()): return update
+            time.sleep(0.02)
+        raise AssertionError(f'{job_id} never reported {wanted}; it reported {self.stages(job_id)}')
+
+    def on_loop(self, work):
+        "Run a coroutine where the service lives"
+        return self.background.submit(work).result(timeout=60)
+
+    def close(self) -> None:
+        self.on_loop(self.comfy.close())
+        self.background.close()
+
+@pytest.fixture(scope='session')
+def service(bucket, samples, tmp_path_factory):
+    "One service for all tests that do not break its settings; inputs are in its bucket"
+    made = Service(bucket, tmp_path_factory.mktemp('work'))
+    for name in ('astronaut.png', 'pexels.mp4', 'single_face.mp4', 'no_face.mp4'): made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
+    cut(samples / 'pexels.mp4', 120, folder := tmp_path_factory.mktemp('cut'))
+    made.store.upload(folder / 'cut.mp4', 'in/five.mp4', 'video/mp4') # two windows
+    face = next(read_frames(samples / 'single_face.mp4', start=10))
+    Image.fromarray(face).save(folder / 'face.png')
+    made.store.upload(folder / 'face.png', 'in/face.png', 'image/png')
+    yield made
+    made.close()
+
+def cut(source: Path, frames: int, folder: Path) -> Path:
+    "The first frames of a clip as a driving video of its own, 640x360 with sound"
+    clip = normalise_video(source, folder / 'whole.mp4', folder / 'sound.m4a', 60, size=(640, 360))
+    with Encoder(folder / 'cut.mp4', size=(640, 360), audio=clip.audio) as encoder:
+        for frame in read_frames(clip.path, count=frames): encoder.write(frame)
+    return folder / 'cut.mp4'

@@ -1,0 +1,180 @@
+"""Hostile and broken inputs through the real handler: a clear error, nothing kept, no rendering"""
+import io
+import struct
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import av
+import numpy as np
+import pytest
+from conftest import Service, make_settings
+from PIL import Image
+
+from wan_avatar.handler import Handler
+from wan_avatar.store import Store
+
+IMAGE, VIDEO = {'input_image_minio_path': 'in/astronaut.png'}, {'driving_video_path': 'in/single_face.mp4'}
+
+def refused(service, files: dict[str, bytes], code: str, words: str, **job) -> None:
+    "Run a job that must fail with this code and these words"
+    for key, data in files.items(): service.store.write_bytes(key, data, 'application/octet-stream')
+    service.reports.clear()
+    answer = service.run('bad', **job)
+    assert set(answer) == {'error'}, answer
+    assert answer['error'].startswith(f'{code}: ') and words in answer['error'], answer['error']
+    assert 'render' not in service.stages('bad') and service.store.list('avatars/bad') == []
+    assert not list((service.settings.work_dir / 'jobs').iterdir())
+
+REQUESTS = {
+    'no image': ({}, 'exactly one'),
+    'two images': ({'input_image_url': 'https://example.org/a.png', **IMAGE}, 'exactly one'),
+    'base64 in a field': ({'input_image_minio_path': 'data:image/png;base64,iVBORw0KGgo='}, 'base64'),
+    'base64 in an unknown field': ({'image': 'iVBORw0KGgo' * 100, **IMAGE}, 'base64'),
+    'key with ..': ({'input_image_minio_path': 'in/../secret.png'}, '".."'),
+    'absolute key': ({'input_image_minio_path': '/etc/passwd'}, 'leading'),
+    'video key with ..': ({**IMAGE, 'driving_video_path': '../x.mp4'}, 'driving_video_path'),
+    'unknown field': ({**IMAGE, 'stpes': 4}, "'stpes' is not a field"),
+    'wrong type': ({**IMAGE, 'seed': '7'}, 'seed'),
+    'user id with a slash': ({**IMAGE, 'user_id': 'a/b'}, 'user_id'),
+    'unknown profile': ({**IMAGE, **VIDEO, 'profile': '8k'}, 'profiles are'),
+    'no video and no default': (IMAGE, 'DEFAULT_DRIVING_VIDEO_PATH'),
+    'not an object': (None, 'JSON object'),
+}
+
+@pytest.mark.parametrize('name', REQUESTS)
+def test_request(service, name):
+    job, words = REQUESTS[name]
+    answer = service.background.submit(service.handler({'id': 'bad', 'input': job})).result(timeout=30)
+    assert answer['error'].startswith('bad_input: ') and words in answer['error']
+
+def test_request_in_the_store_sense(service):
+    refused(service, {}, 'input_missing', 'input_image_minio_path', input_image_minio_path='in/nobody.png', **VIDEO)
+    refused(service, {}, 'input_missing', 'driving_video_path', driving_video_path='in/nothing.mp4', **IMAGE)
+
+@pytest.mark.parametrize('variable, value, words', [('MINIO_SECRET_KEY', 'wrong', 'credentials'), ('MINIO_BUCKET', 'absent', 'absent')])
+def test_store_that_refuses(service, bucket, tmp_path, variable, value, words):
+    settings = make_settings(bucket, tmp_path, **{variable: value})
+    handler = Handler(type(service.studio)(settings, Store(settings), service.comfy, {}), service.note)
+    answer = service.background.submit(handler({'id': 'bad', 'input': {**IMAGE, **VIDEO}})).result(timeout=60)
+    assert answer['error'].startswith('storage_failed: ') and words in answer['error'] and 'wrong' not in answer['error']
+
+def png_header(width: int, height: int) -> bytes:
+    "A PNG that claims a size and holds next to nothing"
+    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) +
+            chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+def grey(size=(256, 256)) -> Image.Image: return Image.new('RGB', size, (127, 127, 127))
+
+IMAGES = {
+    'text': (b'this is not a picture', 'input_unreadable'),
+    'truncated': (encoded(Image.effect_noise((256, 256), 50), 'PNG')[:9000], 'input_unreadable'),
+    'one pixel': (encoded(grey((1, 1)), 'PNG'), 'input_unreadable'),
+    'decompression bomb': (png_header(30000, 30000), 'input_unreadable'),
+    'nobody in it': (encoded(grey(), 'PNG'), 'no_person'),
+    'empty': (b'', 'input_unreadable'),
+}
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_image(service, name):
+    data, code = IMAGES[name]
+    refused(service, {'bad/picture': data}, code, 'image' if code == 'no_person' else '', input_image_minio_path='bad/picture', **VIDEO)
+
+def odd_pictures(path) -> dict[str, bytes]:
+    "The astronaut in forms that must work: the same person each time"
+    person = Image.open(path).convert('RGB')
+    exif = Image.Exif()
+    exif[0x0112] = 6 # turned by a quarter; a viewer turns it back
+    deep = np.asarray(person.convert('L')).astype(np.uint16) * 257
+    transparent = person.convert('RGBA')
+    transparent.putalpha(Image.new('L', person.size, 255))
+    return {'animated': encoded(person.quantize(), 'GIF', save_all=True, append_images=[grey(person.size).quantize()]),
+            'CMYK': encoded(person.convert('CMYK'), 'JPEG'), '16-bit': encoded(Image.fromarray(deep), 'PNG'),
+            'EXIF-rotated': encoded(person.transpose(Image.Transpose.ROTATE_90), 'JPEG', exif=exif), 'transparent': encoded(transparent, 'PNG')}
+
+@pytest.mark.parametrize('name', ['animated', 'CMYK', '16-bit', 'EXIF-rotated', 'transparent'])
+def test_odd_pictures_work(service, samples, name):
+    key = f'odd pictures/{name} – портрет.bin' # and keys may hold spaces and any script
+    service.store.write_bytes(key, odd_pictures(samples / 'astronaut.png')[name], 'application/octet-stream')
+    answer = service.run(f'odd-{name}', input_image_minio_path=key, **VIDEO)
+    assert answer.get('width') == 1280, answer
+
+def video(frames: int, size=(320, 240), rate=24, audio=False) -> bytes:
+    out = io.BytesIO()
+    with av.open(out, 'w', format='mp4') as container:
+        if size:
+            stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
+            stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+            rng = np.random.default_rng(0)
+            for _ in range(frames):
+                picture = av.VideoFrame.from_ndarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8) if frames < 100 else np.zeros((size[1], size[0], 3), np.uint8))
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+        if audio:
+            track = container.add_stream('aac', rate=48000)
+            for n in range(20):
+                sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format='fltp', layout='mono')
+                sound.sample_rate, sound.pts = 48000, n * 1024
+                container.mux(track.encode(sound))
+            container.mux(track.encode(None))
+    return out.getvalue()
+
+def endless_video() -> bytes: return video(300, size=(64, 64), rate=1) # five minutes
+
+VIDEOS = {
+    'text': (lambda: b'not a video at all', 'input_unreadable', ''),
+    'audio only': (lambda: video(0, size=None, audio=True), 'input_unreadable', ''),
+    'zero frames': (lambda: video(0), 'input_unreadable', ''),
+    'truncated in the middle': (lambda: video(60)[:200_000], 'input_unreadable', ''),
+    'one frame of noise': (lambda: video(1), 'no_person', 'driving'),
+    'five minutes': (endless_video, 'too_long', '60'),
+    'empty': (lambda: b'', 'input_unreadable', ''),
+}
+
+@pytest.mark.parametrize('name', VIDEOS)
+def test_video(service, name):
+    make, code, words = VIDEOS[name]
+    refused(service, {'bad/video': make()}, code, words, driving_video_path='bad/video', **IMAGE)
+
+def test_video_without_a_person(service):
+    refused(service, {}, 'no_person', 'driving', driving_video_path='in/no_face.mp4', **IMAGE)
+
+def test_one_frame_with_a_person_works(service, samples, tmp_path):
+    from conftest import cut
+    service.store.upload(cut(samples / 'pexels.mp4', 1, tmp_path), 'in/one.mp4', 'video/mp4')
+    assert service.run('one', driving_video_path='in/one.mp4', **IMAGE).get('frames') == 1
+
+URLS = {'loopback': 'http://127.0.0.1:1/a.png', 'loopback by name': 'http://localhost/a.png', 'decimal loopback': 'http://2130706433/a.png',
+        'IPv6 loopback': 'http://[::1]/a.png', 'mapped loopback': 'http://[::ffff:127.0.0.1]/a.png', 'private 10': 'http://10.0.0.1/a.png',
+        'private 172': 'http://172.16.0.1/a.png', 'private 192': 'http://192.168.1.1/a.png', 'metadata': 'http://169.254.169.254/latest/meta-data/',
+        'file': 'file:///etc/passwd', 'ftp': 'ftp://example.org/a.png', 'credentials in it': 'http://user:pass@127.0.0.1/a.png'}
+
+@pytest.mark.parametrize('name', URLS)
+def test_url(service, name):
+    refused(service, {}, 'bad_input', 'input_image_url', input_image_url=URLS[name], **VIDEO)
+
+class Torrent(BaseHTTPRequestHandler):
+    "A picture that never ends"
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True: self.wfile.write(bytes(1 << 20))
+        except OSError: pass
+    def log_message(self, *args): pass
+
+def test_endless_url(service, bucket, tmp_path):
+    with ThreadingHTTPServer(('127.0.0.1', 0), Torrent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = make_settings(bucket, tmp_path, ALLOW_PRIVATE_URLS='true')
+        handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
+        job = {'input_image_url': f'http://127.0.0.1:{server.server_port}/a.png', **VIDEO}
+        answer = service.background.submit(handler({'id': 'bad', 'input': job})).result(timeout=40)
+        server.shutdown()
+    assert answer['error'].startswith('bad_input: ') and '20' in answer['error'] and Service

@@ -1,0 +1,78 @@
+"""From /run to the MP4 through the local endpoint: the SDK's own worker loop and the SDK's own client"""
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, cut
+
+from wan_avatar.client import Client, fetch_result
+from wan_avatar.config import load_settings
+from wan_avatar.local import up
+from wan_avatar.media import check_mp4
+from wan_avatar.store import Store
+
+@pytest.fixture(scope='module')
+def local(samples, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('local')
+    env = {'COMFY_DIR': str(ROOT / '.comfy'), 'WORK_DIR': str(folder / 'work'), 'MODELS_DIR': str(folder / 'models'), 'PROFILE': 'draft'}
+    with up(folder, worker_env=env) as started:
+        store = Store(load_settings(started.bucket.environment()))
+        store.upload(samples / 'astronaut.png', 'in/ana portrait.png', 'image/png')
+        store.upload(cut(samples / 'pexels.mp4', 120, folder), 'in/five.mp4', 'video/mp4')
+        yield started, store, Client(f'{started.endpoint.url}/{started.endpoint.endpoint_id}', started.endpoint.api_key)
+
+JOB = {'input_image_minio_path': 'in/ana portrait.png', 'driving_video_path': 'in/five.mp4'}
+
+def worker_processes() -> list[psutil.Process]:
+    "The worker of this test run and everything under it"
+    return [c for c in psutil.Process().children(recursive=True) if any('wan_avatar.worker' in a or 'main.py' in a for a in c.cmdline())]
+
+def test_run_to_mp4_with_the_sdk_client(local, tmp_path):
+    started, store, client = local
+    import runpod
+    runpod.endpoint_url_base = started.endpoint.url
+    request = runpod.Endpoint(started.endpoint.endpoint_id, api_key=started.endpoint.api_key).run({'input': {**JOB, 'user_id': 'u1', 'avatar_id': 'host'}})
+    output = request.output(timeout=240)
+    assert output['minio_key'] == f'avatars/u1/host/{request.job_id}.mp4'
+    video, manifest = fetch_result(output, tmp_path, store)
+    figures = check_mp4(video, output['frames'], has_audio=True)
+    assert (figures.width, figures.height, figures.frames, manifest['sha256']) == (1280, 720, 120, output['sha256'])
+    status = client.status(request.job_id)
+    assert status.state == 'COMPLETED' and status.delay_s > 1 and status.execution_s > 1, 'a cold start is part of delayTime'
+
+def test_handler_process_never_imports_torch(local):
+    client = local[2]
+    assert list(client.follow(client.submit(JOB).id))[-1].state == 'COMPLETED'
+    (worker,) = [p for p in worker_processes() if 'wan_avatar.worker' in ' '.join(p.cmdline()) and psutil.Process().pid == p.ppid()]
+    assert not [m.path for m in worker.memory_maps() if '/torch/' in m.path]
+
+def test_cancel_in_mid_job(local):
+    client = local[2]
+    job = client.submit(JOB)
+    for status in client.follow(job.id):
+        if isinstance(status.output, dict) and status.output.get('stage') == 'render': break
+    assert client.cancel(job.id).state == 'CANCELLED'
+    began = time.monotonic()
+    after = list(client.follow(client.submit(JOB).id))[-1]
+    assert after.state == 'COMPLETED' and time.monotonic() - began < 60 and client.status(job.id).state == 'CANCELLED'
+
+def test_sigterm_finishes_the_job_and_leaves_nothing(local):
+    client = local[2]
+    job = client.submit(JOB)
+    for status in client.follow(job.id):
+        if isinstance(status.output, dict) and status.output.get('stage') == 'render': break
+    processes = worker_processes()
+    (worker,) = [p for p in processes if psutil.Process().pid == p.ppid()]
+    worker.send_signal(signal.SIGTERM)
+    last = list(client.follow(job.id))[-1]
+    assert last.state == 'COMPLETED', last
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+
+def test_worker_that_is_not_configured_says_so():
+    env = {k: v for k, v in os.environ.items() if not k.startswith('MINIO_')}
+    done = subprocess.run([ROOT / '.venv/bin/python', '-m', 'wan_avatar.worker'], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and 'MINIO_BUCKET: not set' in done.stderr and 'Traceback' not in done.stderr

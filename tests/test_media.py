@@ -1,0 +1,479 @@
+"Media from anywhere: what is read, what is refused, and that nothing shifts in time or colour"
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import Colorspace
+from PIL import Image
+
+from wan_avatar import media
+from wan_avatar.job import JobError
+from wan_avatar.media import (
+    Encoder, check_mp4, draw_test_video, extract_audio, filmstrip, nearest, normalise_image, normalise_video, pictures_at, probe, read_frames,
+    read_image, read_test_picture, whole_file,
+)
+
+SMALL = (320, 180)
+LANDSCAPE = slice(160, 1120) # where a 4:3 picture lies in 1280x720
+
+
+def normalised(source, folder, **options):
+    return normalise_video(source, folder / 'out.mp4', folder / 'out.m4a', options.pop('max_seconds', 61), **options)
+
+
+def indices(clip, columns=LANDSCAPE):
+    return [read_test_picture(frame[:, columns]) for frame in read_frames(clip.path)]
+
+
+def expected(times, last):
+    "Index of the nearest source frame for each frame of the result, the slow way"
+    count = max(1, round((times[-1] + last) * 24))
+    return [min(range(len(times)), key=lambda k: (abs(times[k] - Fraction(i, 24)), k)) for i in range(count)]
+
+
+def refused(path, **options):
+    with pytest.raises(JobError) as e: normalised(path, path.parent, **options)
+    assert not (path.parent / 'out.mp4').exists() and not list(path.parent.glob('.*.part'))
+    return e.value
+
+
+# kind of file
+
+@pytest.mark.parametrize('ending, options', [
+    ('mp4', {}), ('mov', {'codec': 'mjpeg', 'pix_fmt': 'yuvj420p'}), ('avi', {'codec': 'mpeg4'}), ('webm', {'codec': 'libvpx'}),
+    ('webm', {'codec': 'libvpx-vp9', 'pix_fmt': 'yuva420p'}), ('mkv', {'codec': 'ffv1', 'pix_fmt': 'gray'}), ('ts', {'audio': 'aac'}),
+    ('flv', {'audio': 'aac'}), ('y4m', {'codec': 'rawvideo'}), ('apng', {'codec': 'apng', 'pix_fmt': 'rgb24'}),
+    ('mkv', {'pix_fmt': 'yuv420p10le'}), ('mp4', {'codec': 'libx265', 'pix_fmt': 'yuv420p10le'}), ('mp4', {'codec': 'libsvtav1'}),
+    ('mov', {'codec': 'prores_ks', 'pix_fmt': 'yuva444p10le'}), ('mov', {'codec': 'qtrle', 'pix_fmt': 'argb'}), ('mp4', {'pix_fmt': 'yuv444p'}),
+], ids=lambda v: v if isinstance(v, str) else '-'.join(str(x) for x in v.values()))
+def test_any_container_and_codec(tmp_path, ending, options):
+    clip = normalised(draw_test_video(tmp_path / f'in.{ending}', **options), tmp_path)
+    assert indices(clip) == list(range(24)) and (clip.audio is not None) == ('audio' in options)
+    with av.open(str(clip.path)) as out:
+        video = out.streams.video[0]
+        assert (video.width, video.height, video.pix_fmt, video.average_rate, video.colorspace) == (1280, 720, 'yuv420p', 24, Colorspace.ITU709)
+
+
+@pytest.mark.parametrize('fps', [Fraction(24000, 1001), 25, Fraction(30000, 1001), 30, 60, 12, 120, 24, 15, 1])
+def test_any_rate(tmp_path, fps):
+    clip = normalised(draw_test_video(tmp_path / 'in.mp4', seconds=2, fps=fps, size=(160, 120)), tmp_path)
+    n = round(2 * fps)
+    assert indices(clip) == expected([k / Fraction(fps) for k in range(n)], 1 / Fraction(fps))
+
+
+def test_gif(tmp_path):
+    clip = normalised(draw_test_video(tmp_path / 'in.gif', seconds=1, fps=10, codec='gif', pix_fmt='rgb8'), tmp_path)
+    assert indices(clip) == expected([Fraction(k, 10) for k in range(10)], Fraction(1, 10))
+
+
+def test_variable_rate(tmp_path):
+    times = [Fraction(t, 1000) for t in (0, 40, 60, 500, 700, 710, 1500)]
+    clip = normalised(draw_test_video(tmp_path / 'in.mkv', times=times), tmp_path)
+    assert indices(clip) == expected(times, Fraction(42, 1000))
+
+
+def test_no_drift_in_a_minute(tmp_path):
+    clip = normalised(draw_test_video(tmp_path / 'in.mp4', seconds=60, fps=Fraction(30000, 1001), size=(96, 64)), tmp_path, size=(192, 128))
+    times = [Fraction(k * 1001, 30000) for k in range(1798)]
+    got = [read_test_picture(f) for f in read_frames(clip.path)]
+    assert len(got) == clip.frames == 1440
+    assert all(abs(times[g] - Fraction(i, 24)) <= Fraction(1001, 60000) for i, g in enumerate(got))
+
+
+@pytest.mark.parametrize('rates', [(7, 1), (240, 1), (24, 1), (23, 1), (50, 3), (90, 1), (1000, 7)])
+def test_nearest_counts_and_picks(rates):
+    for n in (1, 2, 3, 10, 101):
+        times = [k / Fraction(*rates) for k in range(n)]
+        got = [k for k, times_shown in nearest((t, 1 / Fraction(*rates), k) for k, t in enumerate(times)) for _ in range(times_shown)]
+        assert got == expected(times, 1 / Fraction(*rates))
+
+
+# geometry
+
+@pytest.mark.parametrize('rotation, size', [(90, (240, 320)), (180, (320, 240)), (270, (240, 320))])
+def test_rotation_flag(tmp_path, rotation, size):
+    source = draw_test_video(tmp_path / 'in.mp4', seconds=0.2, size=size, rotation=rotation)
+    assert probe(source).rotation == rotation
+    got = next(read_frames(normalised(source, tmp_path).path)).astype(int)
+    stored = pictures_at(draw_test_video(tmp_path / 'plain.mp4', seconds=0.2, size=size), [0], size)[0]
+    upright = np.asarray(Image.fromarray(np.rot90(stored, -rotation // 90)).resize((960, 720), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(got[:, LANDSCAPE] - upright).mean() < 4
+
+
+def test_mirrored_display_matrix(tmp_path):
+    with av.open(str(tmp_path / 'in.mp4'), 'w') as out:
+        video = out.add_stream('libx264', rate=24, width=320, height=180, pix_fmt='yuv420p')
+        video.set_display_rotation(0, hflip=True)
+        picture = np.zeros((180, 320, 3), np.uint8)
+        picture[:, :160] = 255
+        out.mux(video.encode(av.VideoFrame.from_ndarray(picture)) + video.encode())
+    got = next(read_frames(normalised(tmp_path / 'in.mp4', tmp_path).path))
+    assert got[:, :600].max() < 20 and got[:, 680:].min() > 235
+
+
+@pytest.mark.parametrize('size, sar, box', [
+    ((640, 360), 1, (1280, 720)), ((641, 359), 1, (1280, 716)), ((360, 640), 1, (404, 720)), ((320, 240), 1, (960, 720)),
+    ((180, 180), Fraction(16, 9), (1280, 720)), ((1920, 64), 1, (1280, 42)),
+])
+def test_whole_picture_fitted_on_black(tmp_path, size, sar, box):
+    pix_fmt = 'yuv444p' if size[0] % 2 or size[1] % 2 else 'yuv420p'
+    source = flat(tmp_path / 'in.mkv', (200, 200, 200), size, sar=Fraction(sar), pix_fmt=pix_fmt)
+    frame = next(read_frames(normalised(source, tmp_path).path)).max(axis=2) > 24
+    width, height = frame.any(axis=0).sum(), frame[:frame.shape[0]].any(axis=1).sum()
+    assert abs(int(width) - box[0]) <= 4 and abs(int(height) - box[1]) <= 4
+
+
+def test_size_changes_midway(tmp_path):
+    parts = [draw_test_video(tmp_path / f'{w}.ts', seconds=1, size=(w, w * 3 // 4)) for w in (320, 160)]
+    (tmp_path / 'in.ts').write_bytes(parts[0].read_bytes())
+    with av.open(str(tmp_path / 'in.ts'), 'w', format='mpegts') as out:
+        track = None
+        for k, part in enumerate(parts):
+            with av.open(str(part)) as source:
+                track = track or out.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is None: continue
+                    packet.pts, packet.dts, packet.stream = packet.pts + k * 90000, packet.dts + k * 90000, track
+                    out.mux(packet)
+    assert indices(normalised(tmp_path / 'in.ts', tmp_path)) == [*range(24), *range(24)]
+
+
+# colour
+
+def flat(path, colour, size, **options):
+    with av.open(str(path), 'w') as out:
+        video = out.add_stream(options.pop('codec', 'libx264'), rate=24, width=size[0], height=size[1], pix_fmt=options.pop('pix_fmt', 'yuv420p'))
+        context = video.codec_context
+        context.sample_aspect_ratio = options.get('sar', 1)
+        for name in ('colorspace', 'color_range', 'color_primaries', 'color_trc'):
+            if name in options: setattr(context, name, options[name])
+        frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], len(colour)), colour, np.uint8), format='rgb24' if len(colour) == 3 else 'rgba')
+        if 'colorspace' in options:
+            frame = frame.reformat(format=video.pix_fmt, dst_colorspace=options['colorspace'], src_color_range=2, dst_color_range=options['color_range'])
+        for i in range(3): frame.pts, frame.time_base = i, Fraction(1, 24); out.mux(video.encode(frame))
+        out.mux(video.encode())
+    return path
+
+
+COLOURS = [(220, 30, 40), (20, 200, 60), (30, 50, 230), (128, 128, 128), (250, 240, 20)]
+
+
+@pytest.mark.parametrize('colour', COLOURS)
+def test_delivered_colour(tmp_path, colour):
+    with Encoder(tmp_path / 'a.mp4') as encoder:
+        for _ in range(3): encoder.write(np.full((720, 1280, 3), colour, np.uint8))
+    with av.open(str(tmp_path / 'a.mp4')) as out:
+        video, frame = out.streams.video[0], next(out.decode(video=0))
+        assert (video.color_range, video.colorspace, video.color_primaries, video.color_trc) == (1, 1, 1, 1)
+        y, cb, cr = (np.asarray(p).reshape(p.height, p.line_size)[100, 100].astype(int) for p in frame.planes)
+    r, g, b = (c / 255 for c in colour)
+    luma = 0.2126 * r + 0.7152 * g + 0.0722 * b # straight from the standard, no library in between
+    wanted = (16 + 219 * luma, 128 + 224 * (b - luma) / 1.8556, 128 + 224 * (r - luma) / 1.5748)
+    assert max(abs(a - w) for a, w in zip((y, cb, cr), wanted, strict=True)) <= 2
+
+
+@pytest.mark.parametrize('colour', COLOURS)
+@pytest.mark.parametrize('matrix, range_', [(5, 1), (1, 1), (5, 2), (1, 2)], ids=['601', '709', '601-full', '709-full'])
+def test_source_matrix_and_range(tmp_path, colour, matrix, range_):
+    source = flat(tmp_path / 'in.mkv', colour, (320, 180), colorspace=matrix, color_range=range_)
+    got = next(read_frames(normalised(source, tmp_path).path))[360, 640].astype(int)
+    assert np.abs(got - colour).max() <= 6
+
+
+def test_alpha_lies_over_grey(tmp_path):
+    clip = normalised(flat(tmp_path / 'in.mov', (255, 0, 0, 0), (320, 180), codec='png', pix_fmt='rgba'), tmp_path)
+    assert np.abs(next(read_frames(clip.path))[360, 640].astype(int) - 128).max() <= 4
+
+
+@pytest.mark.parametrize('transfer', [16, 18], ids=['pq', 'hlg'])
+def test_hdr_becomes_sdr(tmp_path, transfer):
+    options = dict(codec='libx265', pix_fmt='yuv420p10le', colorspace=9, color_range=1, color_primaries=9, color_trc=transfer)
+    clip = normalised(flat(tmp_path / 'in.mkv', (140, 140, 140), (320, 180), **options), tmp_path)
+    got = next(read_frames(clip.path))[360, 640].astype(int)
+    assert np.ptp(got) <= 4 and 60 < got.mean() < 250
+
+
+# sound
+
+def sound(path):
+    "(sound as mono samples at 48 kHz, second of the first)"
+    with av.open(str(path)) as source:
+        resampler, pieces, start = av.AudioResampler('fltp', 'mono', 48000), [], None
+        for frame in source.decode(audio=0):
+            start = frame.time if start is None else start
+            pieces += [f.to_ndarray()[0] for f in resampler.resample(frame)]
+    return np.concatenate(pieces), start
+
+
+@pytest.mark.parametrize('ending, codec, layout', [
+    ('mp4', 'aac', 'mono'), ('mkv', 'aac', 'stereo'), ('mp4', 'aac', '5.1'), ('webm', 'libopus', 'stereo'), ('mkv', 'libopus', '5.1'),
+    ('mkv', 'libmp3lame', 'stereo'), ('mkv', 'pcm_s16le', 'mono'), ('ts', 'aac', 'stereo'),
+])
+def test_sound_stays_with_the_picture(tmp_path, ending, codec, layout):
+    video = 'libvpx' if ending == 'webm' else 'libx264'
+    source = draw_test_video(tmp_path / f'in.{ending}', seconds=3, codec=video, audio=codec, layout=layout, flash_at=1.5)
+    clip = normalised(source, tmp_path, size=SMALL)
+    with Encoder(tmp_path / 'a.mp4', SMALL, audio=clip.audio) as encoder:
+        for frame in read_frames(clip.path): encoder.write(frame)
+    check_mp4(tmp_path / 'a.mp4', clip.frames, SMALL, has_audio=True, audio_s=clip.audio_s)
+    flash = next(i for i, f in enumerate(read_frames(tmp_path / 'a.mp4')) if f[25, 160].min() > 230) / 24
+    samples, start = sound(tmp_path / 'a.mp4')
+    click = int(np.argmax(np.abs(samples) > 0.2 * np.abs(samples).max())) / 48000 + start
+    assert flash == 1.5 and abs(click - 1.5) < 0.03
+
+
+@pytest.mark.parametrize('codec', ['aac', 'libopus'])
+@pytest.mark.parametrize('span, start, end', [((0.5, 2), 0.5, 2), ((0, 3), 0, 2), ((0, 1), 0, 1), ((1, 5), 1, 2)], ids=str)
+def test_sound_late_short_and_long(tmp_path, codec, span, start, end):
+    clip = normalised(draw_test_video(tmp_path / 'in.mkv', seconds=2, audio=codec, audio_seconds=span), tmp_path, size=SMALL)
+    with Encoder(tmp_path / 'a.mp4', SMALL, audio=clip.audio) as encoder:
+        for frame in read_frames(clip.path): encoder.write(frame)
+    assert abs(clip.audio_s - end) < 0.05 and abs(sound(tmp_path / 'a.mp4')[1] - start) < 0.03
+    assert check_mp4(tmp_path / 'a.mp4', 48, SMALL, audio_s=clip.audio_s).audio_s <= 2.03
+
+
+def test_sound_after_the_picture_is_no_sound(tmp_path):
+    clip = normalised(draw_test_video(tmp_path / 'in.mkv', seconds=1, audio='aac', audio_seconds=(1.5, 2)), tmp_path)
+    assert clip.source.has_audio and clip.audio is None and not (tmp_path / 'out.m4a').exists()
+
+
+def test_aac_is_copied(tmp_path):
+    source = draw_test_video(tmp_path / 'in.mp4', seconds=1, audio='aac')
+    extract_audio(source, tmp_path / 'out.m4a', seconds=1)
+    packets = []
+    for path in (source, tmp_path / 'out.m4a'):
+        with av.open(str(path)) as container: packets.append([bytes(p) for p in container.demux(audio=0) if p.size])
+    assert packets[1] == packets[0][:len(packets[1])] and len(packets[1]) >= 47
+
+
+def test_picture_starting_late(tmp_path):
+    source = draw_test_video(tmp_path / 'in.mkv', times=[Fraction(k, 24) + 1 for k in range(48)], audio='aac', audio_seconds=(0, 3), flash_at=2)
+    clip = normalised(source, tmp_path)
+    samples, start = sound(clip.audio)
+    assert clip.frames == 48 and abs(np.argmax(np.abs(samples) > 0.3) / 48000 + start - 1) < 0.03
+
+
+# what is refused
+
+@pytest.mark.parametrize('ending, codec, part', [(e, c, p) for e, c in (('mp4', 'libx264'), ('mkv', 'libx264'), ('webm', 'libvpx'), ('avi', 'mpeg4'),
+                                                                         ('flv', 'libx264'), ('gif', 'gif')) for p in (0.3, 0.7)])
+def test_truncated(tmp_path, ending, codec, part):
+    source = draw_test_video(tmp_path / f'whole.{ending}', seconds=4, codec=codec, pix_fmt='rgb8' if codec == 'gif' else 'yuv420p')
+    (tmp_path / f'in.{ending}').write_bytes(source.read_bytes()[:int(source.stat().st_size * part)])
+    assert refused(tmp_path / f'in.{ending}').code == 'input_unreadable'
+
+
+def test_truncated_behind_its_index(tmp_path):
+    with Encoder(tmp_path / 'whole.mp4', size=(320, 240)) as encoder:
+        for i in range(72): encoder.write(media.draw_test_picture(i))
+    data = (tmp_path / 'whole.mp4').read_bytes()
+    (tmp_path / 'in.mp4').write_bytes(data[:len(data) * 6 // 10])
+    with pytest.raises(JobError, match=r'cut off after \d+ bytes: its frames from \d\.\d\d s on are missing'): probe(tmp_path / 'in.mp4')
+
+
+def test_damage_is_bridged_and_holes_are_not(tmp_path):
+    data = bytearray(draw_test_video(tmp_path / 'whole.avi', seconds=4, codec='mpeg4').read_bytes())
+    small, large = bytearray(data), bytearray(data)
+    small[len(data) // 2:len(data) // 2 + 200] = bytes(range(200))
+    large[len(data) * 4 // 10:len(data) * 7 // 10] = bytes(len(data) * 7 // 10 - len(data) * 4 // 10)
+    (tmp_path / 'small.avi').write_bytes(small); (tmp_path / 'large.avi').write_bytes(large)
+    assert 'decoding stopped at' in refused(tmp_path / 'large.avi').message
+    assert normalised(tmp_path / 'small.avi', tmp_path).frames == 96
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('a.mp4', b'hello ' * 100, 'is text'), ('a.mp4', b'', 'is empty'), ('a.mp4', b'\x89PNG\r\n\x1a\n' + bytes(100), 'is a picture'),
+    ('a.m3u8', b'#EXTM3U\n#EXTINF:2,\nsecret.mp4\n#EXT-X-ENDLIST\n', 'is text'), ('a.mp4', b'ffconcat version 1.0\nfile secret.mp4\n', 'is text'),
+    ('a.ffconcat', b'ffconcat version 1.0\nfile secret.mp4\n', 'is text'), ('a.sdp', b'v=0\nm=video 9 RTP/AVP 96\nc=IN IP4 127.0.0.1\n', 'is text'),
+    ('a.m3u8', b'#EXTM3U\n#EXTINF:2,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n', 'is text'), ('a.mp4', b'\0' * 999, 'not a video'),
+    ('a.xml', b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"></MPD>', 'is text'),
+])
+def test_not_a_video(tmp_path, name, content, says):
+    draw_test_video(tmp_path / 'secret.mp4', seconds=0.2)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(JobError, match=says): probe(tmp_path / name)
+
+
+def test_playlists_would_be_followed_without_the_guard(tmp_path):
+    "Keeps the tests above honest: libav alone opens the other file"
+    draw_test_video(tmp_path / 'secret.mp4', seconds=0.2)
+    (tmp_path / 'a.ffconcat').write_text('ffconcat version 1.0\nfile secret.mp4\n')
+    with av.open(str(tmp_path / 'a.ffconcat')) as container: assert container.format.name == 'concat' and next(container.decode(video=0))
+
+
+def test_audio_only_and_no_frames(tmp_path):
+    with av.open(str(tmp_path / 'in.mp3'), 'w') as out:
+        track = out.add_stream('libmp3lame', rate=48000, layout='mono')
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), 'fltp', 'mono')
+        frame.sample_rate = 48000
+        out.mux(track.encode(frame) + track.encode())
+    assert 'only audio' in refused(tmp_path / 'in.mp3').message
+    with av.open(str(tmp_path / 'none.mp4'), 'w') as out:
+        out.add_stream('libx264', rate=24, width=320, height=240, pix_fmt='yuv420p')
+        out.start_encoding()
+    assert refused(tmp_path / 'none.mp4').code == 'input_unreadable'
+
+
+def test_one_frame(tmp_path):
+    clip = normalised(draw_test_video(tmp_path / 'in.mp4', times=[0]), tmp_path)
+    assert (clip.frames, indices(clip)) == (1, [0])
+    with Encoder(tmp_path / 'a.mp4') as encoder: encoder.write(next(read_frames(clip.path)))
+    assert check_mp4(tmp_path / 'a.mp4', 1).duration_s == round(1 / 24, 3)
+
+
+@pytest.mark.parametrize('ending, options', [('mp4', {'seconds': 70}), ('mkv', {'times': [0, 0.1, 3600]}), ('apng', {'seconds': 70, 'fps': 1, 'codec': 'apng', 'pix_fmt': 'rgb24'})])
+def test_too_long(tmp_path, ending, options):
+    error = refused(draw_test_video(tmp_path / f'in.{ending}', size=(64, 64), **{'fps': 4, **options}), max_seconds=60)
+    assert error.code == 'too_long' and 'max_seconds' in error.message
+
+
+def test_absurd_size_and_rate(tmp_path):
+    assert '8704x64' in refused(draw_test_video(tmp_path / 'in.mkv', seconds=0.1, size=(8704, 64))).message
+    source = draw_test_video(tmp_path / 'fast.mkv', times=[k / 1000 for k in range(900)], size=(64, 64))
+    assert 'frames a second' in refused(source, max_seconds=1).message
+
+
+def test_cancel_and_progress(tmp_path):
+    seen = []
+    source = draw_test_video(tmp_path / 'in.mp4', seconds=2)
+    assert refused(source, cancelled=lambda: len(seen) >= 10, progress=lambda done, of: seen.append((done, of))).code == 'cancelled'
+    assert len(seen) == 10 and seen[-1] == (10, 48)
+
+
+# reading, writing, proving
+
+@pytest.fixture(scope='module')
+def three_seconds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('three')
+    return normalised(draw_test_video(folder / 'in.mp4', seconds=3), folder)
+
+
+@pytest.mark.parametrize('start, count', [(0, 3), (1, 1), (23, 3), (24, 3), (71, 1), (0, None), (70, None), (5, 0)])
+def test_read_frames_by_index(three_seconds, start, count):
+    got = [read_test_picture(f[:, LANDSCAPE]) for f in read_frames(three_seconds.path, start, count)]
+    assert got == list(range(72))[start:None if count is None else start + count]
+
+
+def test_read_beyond_the_end(three_seconds):
+    with pytest.raises(JobError, match='72 frames'): list(read_frames(three_seconds.path, 70, 5))
+
+
+def test_encoder_leaves_nothing_half(tmp_path):
+    (tmp_path / 'a.mp4').write_text('the one before')
+    with pytest.raises(ZeroDivisionError), Encoder(tmp_path / 'a.mp4', size=(64, 64)) as encoder:
+        for _ in range(50): encoder.write(np.zeros((64, 64, 3), np.uint8))
+        _ = 1 / 0
+    with pytest.raises(JobError, match='no frame'), Encoder(tmp_path / 'a.mp4', size=(64, 64)): pass
+    assert [p.name for p in tmp_path.iterdir()] == ['a.mp4'] and (tmp_path / 'a.mp4').read_text() == 'the one before'
+
+
+def test_check_names_the_figure(tmp_path):
+    source = draw_test_video(tmp_path / 'in.mp4', seconds=1, audio='aac', size=(320, 240))
+    audio = tmp_path / 'a.m4a'
+    extract_audio(source, audio, seconds=1)
+    with Encoder(tmp_path / 'a.mp4', size=(320, 240), audio=audio) as encoder:
+        for i in range(24): encoder.write(media.draw_test_picture(i))
+    good = dict(frames=24, size=(320, 240), has_audio=True, audio_s=1.0)
+    assert check_mp4(tmp_path / 'a.mp4', **good).audio_s == pytest.approx(1, abs=0.05)
+    for change, says in (({'frames': 25}, '25 frames'), ({'size': (320, 180)}, '320x180'), ({'has_audio': False}, 'no sound'), ({'fps': 25}, '25/1'),
+                         ({'audio_s': 0.5}, 'sound until 0.50')):
+        with pytest.raises(JobError, match=says): check_mp4(tmp_path / 'a.mp4', **(good | change))
+    data = bytearray((tmp_path / 'a.mp4').read_bytes())
+    at = data.index(b'mdat') + 1500
+    data[at:at + 3000] = bytes(3000)
+    (tmp_path / 'bad.mp4').write_bytes(data)
+    with pytest.raises(JobError, match='internal'): check_mp4(tmp_path / 'bad.mp4', **good)
+    with pytest.raises(JobError, match='moov'): check_mp4(source, **good)
+
+
+def test_whole_file(tmp_path):
+    with whole_file(tmp_path / 'a') as part: part.write_text('x'); assert not (tmp_path / 'a').exists()
+    assert (tmp_path / 'a').read_text() == 'x' and len(list(tmp_path.iterdir())) == 1
+
+
+# pictures
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return read_image(path)
+
+
+RED = Image.new('RGB', (96, 64), (200, 30, 30))
+
+
+@pytest.mark.parametrize('name, options, off', [('a.jpg', {'quality': 95}, 6), ('a.png', {}, 0), ('a.webp', {'lossless': True}, 0), ('a.bmp', {}, 0),
+                                                ('a.tiff', {}, 0), ('a.gif', {}, 2), ('a.avif', {'quality': 95}, 8)])
+def test_picture_formats(tmp_path, name, options, off):
+    got = saved(tmp_path / name, RED, **options)
+    assert got.shape == (64, 96, 3) and got.dtype == np.uint8 and np.abs(got[30, 30].astype(int) - (200, 30, 30)).max() <= off
+    (tmp_path / name).rename(tmp_path / 'other.txt')
+    assert np.array_equal(read_image(tmp_path / 'other.txt'), got) # the content decides
+
+
+@pytest.mark.parametrize('mode, colour, wanted', [
+    ('L', 77, (77,) * 3), ('1', 1, (255,) * 3), ('RGBA', (255, 0, 0, 0), (128,) * 3), ('RGBA', (255, 0, 0, 255), (255, 0, 0)), ('LA', (0, 0), (128,) * 3),
+    ('I;16', 0x8080, (128,) * 3), ('P', 0, (0, 0, 0)),
+])
+def test_picture_modes(tmp_path, mode, colour, wanted):
+    assert np.abs(saved(tmp_path / 'a.png', Image.new(mode, (64, 64), colour))[5, 5].astype(int) - wanted).max() <= 1
+
+
+def test_cmyk_palette_with_hole_and_animation(tmp_path):
+    assert np.abs(saved(tmp_path / 'a.jpg', Image.new('CMYK', (64, 64), (0, 255, 255, 0)))[5, 5].astype(int) - (255, 0, 0)).max() <= 6
+    assert (saved(tmp_path / 'a.png', Image.new('P', (64, 64), 0), transparency=0)[5, 5] == 128).all()
+    assert (saved(tmp_path / 'a.gif', RED, save_all=True, append_images=[Image.new('RGB', (96, 64))])[5, 5] == (200, 30, 30)).all()
+    assert saved(tmp_path / 'a.tif', Image.fromarray(np.full((64, 64), 0.5, np.float32)))[5, 5].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize('orientation, corner', [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0)), (2, (0, -1)), (5, (0, 0))])
+def test_exif_orientation(tmp_path, orientation, corner):
+    image, exif = Image.new('RGB', (96, 64)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 16, 16))
+    exif[0x112] = orientation
+    got = saved(tmp_path / 'a.jpg', image, exif=exif)
+    assert got.shape[:2] == ((96, 64) if orientation >= 5 else (64, 96)) and got[corner].min() > 200 and (got > 128).sum() < 3 * 400
+
+
+def png_header(width, height):
+    "A PNG that claims a size and holds next to nothing"
+    import struct
+    import zlib
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(99))) + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('content, says', [
+    (b'hello ' * 99, 'is text'), (b'', 'is empty'), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'SVG'), (png_header(30000, 30000), 'megapixels'),
+    (png_header(10000, 6000), '10000x6000'), (png_header(1, 1), '1x1'), (png_header(63, 500), '63x500'), (png_header(500, 500), 'damaged or cut off'),
+    (b'\0\0\0\x18ftypheic' + bytes(99), 'HEIC'), (bytes(500), 'not a picture'), (b'%PDF-1.7\n' + bytes(range(9)), 'not a picture'), (b'%!PS-Adobe', 'is text'),
+])
+def test_pictures_refused(tmp_path, content, says):
+    (tmp_path / 'a.png').write_bytes(content)
+    with pytest.raises(JobError, match=says) as e: read_image(tmp_path / 'a.png')
+    assert e.value.code == 'input_unreadable'
+
+
+@pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.webp', 'a.gif'])
+def test_picture_cut_off(tmp_path, name):
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (200, 200, 3), dtype=np.uint8))
+    noise.save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:len(data) // 2])
+    with pytest.raises(JobError, match='input_unreadable'): read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize('size, wanted', [((3000, 1000), (1536, 512)), ((200, 100), (200, 100)), ((100, 2000), (77, 1536))])
+def test_normalise_image(tmp_path, size, wanted):
+    Image.new('RGB', size).save(tmp_path / 'a.jpg')
+    assert normalise_image(tmp_path / 'a.jpg', tmp_path / 'b.png') == wanted
+    with Image.open(tmp_path / 'b.png') as image: assert (image.format, image.mode, image.size) == ('PNG', 'RGB', wanted)
+
+
+def test_filmstrip(tmp_path):
+    driving = draw_test_video(tmp_path / 'in.mp4', seconds=2, fps=30, size=(640, 360))
+    clip = normalised(driving, tmp_path)
+    with Image.open(filmstrip(driving, clip.path, tmp_path / 's.png', columns=4)) as strip:
+        assert strip.size == (4 * 328 + 8, 30 + 2 * 188 + 8)
+        above, below = (np.asarray(strip)[top:top + 180, 8:328] for top in (30, 218))
+    assert abs(read_test_picture(above) / 30 - read_test_picture(below) / 24) < 0.05

@@ -1,0 +1,108 @@
+"""The job path with everything real but RunPod: faults in the middle of a job, and jobs beside each other"""
+import hashlib
+import os
+import signal
+import threading
+
+import pytest
+
+from wan_avatar.track import track_key
+
+JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/five.mp4'}
+
+@pytest.fixture(scope='module')
+def alone(service):
+    "The video of JOB, made with nothing else going on"
+    answer = service.run('alone', **JOB)
+    assert 'error' not in answer, answer
+    return answer
+
+def test_result_is_what_was_promised(service, alone):
+    assert (alone['width'], alone['height'], alone['fps'], alone['frames'], alone['has_audio']) == (1280, 720, 24, 120, True)
+    assert alone['minio_key'] == 'avatars/alone.mp4' and service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
+    manifest = service.store.read_json('avatars/alone.mp4.json')
+    assert manifest['sha256'] == alone['sha256'] and [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
+    assert service.stages('alone') == ['fetch', 'track', 'render', 'upload'] or service.stages('alone') == ['fetch', 'track', 'render']
+
+def test_nothing_is_left_in_the_work_folder(service, alone):
+    assert list((service.settings.work_dir / 'jobs').iterdir()) == []
+
+def test_a_delivered_job_answers_from_its_manifest(service, alone):
+    again = service.run('alone', **JOB, presign=True)
+    assert again.pop('presigned_url').startswith('http')
+    assert again == alone
+
+def test_same_id_twice_at_once_renders_once(service, alone):
+    first, second = service.submit('twice', **JOB), service.submit('twice', **JOB)
+    a, b = first.result(timeout=120), second.result(timeout=120)
+    assert a['sha256'] == b['sha256'] == alone['sha256']
+    done = [u['done'] for i, u in service.reports if i == 'twice' and u['stage'] == 'render' and 'done' in u]
+    assert done == sorted(done), 'rendering began again'
+
+def test_second_job_with_the_same_video_skips_tracking(service, alone):
+    service.run('cached', **JOB)
+    stages = service.store.read_json('avatars/cached.mp4.json')['timeline']
+    assert [s['facts']['cached'] for s in stages if s['name'] == 'track'] == [True]
+
+def test_damaged_track_is_made_again(service, alone):
+    key = track_key(hashlib.sha256(service.store.read_bytes('in/five.mp4', 10**8)).hexdigest())
+    good = service.store.read_bytes(key, 10**8)
+    service.store.write_bytes(key, good[:len(good) // 2], 'application/octet-stream')
+    answer = service.run('healed', **JOB)
+    assert answer['sha256'] == alone['sha256'] and service.store.read_bytes(key, 10**8) == good
+
+def test_comfyui_killed_in_mid_job(service, alone):
+    future = service.submit('killed', **JOB)
+    service.wait_report('killed', stage='render', segment=2)
+    os.killpg(service.comfy.process.child.pid, signal.SIGKILL)
+    answer = future.result(timeout=120)
+    assert answer.get('sha256') == alone['sha256'], answer
+    segments = [u['segment'] for i, u in service.reports if i == 'killed' and 'segment' in u]
+    assert segments == sorted(segments), 'a finished segment was rendered again'
+
+def test_comfyui_that_keeps_dying_fails_the_job_and_the_worker(service):
+    future = service.submit('dying', **JOB)
+    for _ in range(3):
+        while not future.done():
+            child = service.comfy.process.child
+            if service.comfy.process.alive and service.comfy.heard:
+                os.killpg(child.pid, signal.SIGKILL)
+                break
+            threading.Event().wait(0.02)
+        while not future.done() and service.comfy.process.child is child: threading.Event().wait(0.02)
+    answer = future.result(timeout=60)
+    assert answer['error'].startswith('comfy_failed: ComfyUI died again') and answer['refresh_worker'] is True
+
+def test_socket_dropped(service, alone):
+    future = service.submit('dropped', **JOB)
+    service.wait_report('dropped', stage='render', segment=1)
+    service.on_loop(service.comfy.socket.close())
+    assert future.result(timeout=120)['sha256'] == alone['sha256']
+
+def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
+    future = service.submit('cancelled', **JOB)
+    service.wait_report('cancelled', stage='render', segment=1)
+    future.cancel()
+    async def free() -> bool:
+        import asyncio
+        async with asyncio.timeout(2):
+            await service.studio.renderer.acquire()
+            service.studio.renderer.release()
+        return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
+    assert service.on_loop(free())
+    assert service.store.stat('avatars/cancelled.mp4') is None and service.run('after', **JOB)['sha256'] == alone['sha256']
+
+def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
+    future = service.submit('outage', **JOB)
+    service.wait_report('outage', stage='render', segment=2)
+    bucket.stop()
+    threading.Event().wait(10)
+    bucket.start()
+    assert future.result(timeout=120)['sha256'] == alone['sha256']
+
+def test_two_people_at_once_are_never_mixed(service, alone):
+    other = {**JOB, 'input_image_minio_path': 'in/face.png'}
+    face = service.run('face', **other)
+    assert 'error' not in face and face['sha256'] != alone['sha256']
+    both = service.submit('both-a', **JOB), service.submit('both-b', **other)
+    assert [f.result(timeout=120)['sha256'] for f in both] == [alone['sha256'], face['sha256']]

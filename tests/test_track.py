@@ -1,0 +1,180 @@
+"""Track files, smoothing, plate, camera and cut-out; the detectors themselves run in test_draft.py"""
+import hashlib
+import io
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from wan_avatar.job import JobError
+from wan_avatar.track import (GROUPS, MAGIC, STILL, Camera, Plate, Track, TrackDamaged, calm_camera, check_person, draw_debug, dump_track, fill_unseen,
+                              is_present, load_track, one_piece, pack_mask, pack_points, parse_track, refine_matte, save_track, skin_colour, smooth,
+                              stand_still, track_key, unpack_mask, unpack_points)
+
+def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
+    w, h = size
+    rng = np.random.default_rng(n)
+    seen = ~np.isin(np.arange(n), missing)
+    groups = [np.where(seen[:, None, None], rng.uniform(-20, w + 20, (n, k, 3)), np.nan).astype(np.float32) for k in (33, 21, 21, 478)]
+    masks = tuple(pack_mask((rng.random((h // 2, w // 2)) > .5) & s) for s in seen)
+    return Track(size, seen, *groups, np.tile(STILL.astype(np.float32), (n, 1, 1)), (w // 2, h // 2), masks, np.array([1, 2, 3], np.float32), **pictures)
+
+# the file
+
+@pytest.mark.parametrize('track', [make_track(), make_track(1), make_track(missing=[0, 5]), make_track(missing=range(6)),
+                                   make_track(plate=np.full((180, 320, 3), 77, np.uint8)), make_track(1, matte=np.full((180, 320), 9, np.uint8)),
+                                   make_track(3, size=(96, 250))])
+def test_round_trip(track, tmp_path):
+    again = load_track(save_track(track, tmp_path / 'ünal 1.track'))
+    assert len(again) == len(track) and again.size == track.size and again.tracker == track.tracker
+    assert np.array_equal(again.present, track.present) and again.masks == track.masks
+    for g in GROUPS: np.testing.assert_allclose(getattr(again, g), getattr(track, g), atol=.13)
+    for i in range(len(track)): assert np.array_equal(again.mask(i), track.mask(i)) and again.mask(i).shape == track.size[::-1]
+    assert (again.plate is None) == (track.plate is None) and (again.matte is None) == (track.matte is None)
+    assert not list(tmp_path.glob('.*')), 'nothing left beside the file'
+
+def test_second_round_trip_changes_nothing():
+    once = parse_track(dump_track(make_track()))
+    twice = parse_track(dump_track(once))
+    for g in GROUPS: np.testing.assert_array_equal(getattr(once, g), getattr(twice, g))
+
+def _npz(**arrays) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return MAGIC + hashlib.sha256(out.getvalue()).digest() + out.getvalue()
+
+WHOLE = dump_track(make_track())
+@pytest.mark.parametrize('data', [b'', MAGIC, WHOLE[:10], WHOLE[:len(MAGIC) + 32], WHOLE[:-1], WHOLE[:len(WHOLE) // 2], WHOLE + b'x', b'x' + WHOLE,
+                                  WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:], WHOLE.replace(b'track 1', b'track 2', 1), b'PK' + bytes(4000),
+                                  _npz(meta=np.zeros(3, np.uint8)), _npz(), _npz(meta=np.array([{}], object)), MAGIC + hashlib.sha256(b'hm').digest() + b'hm'])
+def test_damage(data, tmp_path):
+    (tmp_path / 'x').write_bytes(data)
+    with pytest.raises(TrackDamaged): load_track(tmp_path / 'x')
+
+def test_missing_file_is_not_damage(tmp_path):
+    with pytest.raises(FileNotFoundError): load_track(tmp_path / 'x')
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = save_track(make_track(), tmp_path / 'x')
+    with pytest.raises(AttributeError): save_track(None, path)
+    assert len(load_track(path)) == 6 and [p.name for p in tmp_path.iterdir()] == ['x']
+
+def test_float16_is_precise_enough_everywhere():
+    face = np.random.default_rng(0).uniform(-200, 200, (3, 478, 3)).astype(np.float32) + np.array([1250, 700, 0], np.float32)
+    assert np.abs(unpack_points(*pack_points(face)) - face).max() < .07
+
+def test_masks_round_trip_any_size():
+    for h, w in ((1, 1), (7, 9), (360, 640)):
+        mask = np.random.default_rng(h).random((h, w)) > .5
+        assert np.array_equal(unpack_mask(pack_mask(mask), (w, h)), mask)
+
+# the key
+
+def test_key_is_stable_and_says_everything():
+    sha = hashlib.sha256(b'v').hexdigest()
+    assert track_key(sha) == f'tracks/mediapipe-1/1280x720-24/{sha}.track'
+    assert len({track_key(sha), track_key(sha, fps=25), track_key(sha, size=(640, 360)), track_key(sha, tracker='other-1'), track_key('0' * 64)}) == 5
+    for bad in ('', 'abc', '../' + 'a' * 61, 'G' * 64, sha.upper()):
+        with pytest.raises(ValueError): track_key(bad)
+
+# nobody there
+
+@pytest.mark.parametrize('n, missing, what, refused', [(4, [0, 1], 'video', False), (4, [0, 1, 2], 'video', True), (5, [0, 1, 2], 'video', True), (1, [0], 'video', True),
+                                                       (1, [], 'video', False), (1, [0], 'image', True), (1, [], 'image', False)])
+def test_no_person(n, missing, what, refused):
+    track = make_track(n, missing=missing)
+    if not refused: return check_person(track, what)
+    with pytest.raises(JobError) as e: check_person(track, what)
+    assert e.value.code == 'no_person' and what in str(e.value)
+    if what == 'video': assert f'{n - len(missing)} of {n}' in str(e.value)
+
+def test_image_needs_a_face():
+    track = make_track(1)
+    with pytest.raises(JobError, match='no face'): check_person(replace(track, face=np.full_like(track.face, np.nan)), 'image')
+
+def test_presence_needs_both_detectors():
+    nan, body = np.full((478, 3), np.nan), np.ones((33, 3))
+    some, none = np.ones((9, 9), bool), np.zeros((9, 9), bool)
+    assert is_present(body, nan, some) and is_present(np.full((33, 3), np.nan), np.ones((478, 3)), some)
+    assert not is_present(body, nan, none) and not is_present(body * [1, 1, .3], nan, some) and not is_present(np.full((33, 3), np.nan), nan, some)
+
+# smoothing
+
+def test_smoothing_keeps_to_its_side_of_a_gap():
+    values = np.array([0, 0, 0, np.nan, 900, 900, np.nan, np.nan, 7], np.float32)[:, None, None]
+    np.testing.assert_array_equal(smooth(values), values)
+
+def test_smoothing_calms():
+    noise = np.random.default_rng(0).normal(size=(200, 5, 3)).astype(np.float32)
+    assert smooth(noise).std() < .7 * noise.std() and np.isnan(smooth(np.full((3, 2, 3), np.nan, np.float32))).all()
+    np.testing.assert_allclose(smooth(np.ones((1, 2, 3), np.float32)), 1)
+
+# plate and camera
+
+def room(h=180, w=320) -> np.ndarray:
+    noise = np.random.default_rng(3).integers(0, 256, (h // 6 + 2, w // 6 + 2, 3)).astype(np.uint8)
+    return cv2.resize(noise, (w, h), interpolation=cv2.INTER_CUBIC)
+
+def test_plate_recovers_what_a_walker_uncovers():
+    background, plate = room(), Plate((320, 180))
+    for x in range(0, 280, 10):
+        frame, away = background.copy(), np.full((180, 320), 255, np.uint8)
+        frame[40:, x:x + 40], away[34:, max(x - 6, 0):x + 46] = (255, 0, 255), 0
+        plate.add(frame, away)
+    assert np.abs(plate.picture().astype(int) - background).mean() < 1
+
+def test_plate_shows_no_ghost_of_who_never_moves():
+    background, plate = np.full((180, 320, 3), (40, 90, 60), np.uint8), Plate((320, 180))
+    frame, away = background.copy(), np.full((180, 320), 255, np.uint8)
+    frame[40:, 100:200], away[30:, 90:210] = (255, 0, 255), 0
+    for _ in range(5): plate.add(frame, away)
+    assert np.abs(plate.picture().astype(int) - background).max() <= 2
+
+def test_fill_keeps_what_is_known_and_survives_nothing():
+    picture, seen = room().astype(np.float32), np.zeros((180, 320), bool)
+    assert fill_unseen(picture, seen).shape == (180, 320, 3)
+    seen[:, :200] = True
+    filled = fill_unseen(picture, seen)
+    assert np.abs(filled[:, :160].astype(int) - picture[:, :160]).max() <= 1 and np.array_equal(fill_unseen(picture, ~np.zeros_like(seen)), picture.astype(np.uint8))
+
+def test_camera_follows_a_shaking_hand_and_plate_stays_sharp():
+    wide = room(240, 400)
+    camera, plate = Camera(), Plate((320, 180))
+    away = np.full((180, 320), 255, np.uint8)
+    for k in range(12):
+        dx, dy = round(8 * np.sin(k)), k % 5
+        view = np.ascontiguousarray(wide[20 + dy:200 + dy, 40 + dx:360 + dx])
+        move = camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
+        assert np.abs(move[:, 2] - [-dx, -dy]).max() < .3 and np.abs(move[:, :2] - np.eye(2)).max() < .01
+        plate.add(view, away, calm_camera(move, (320, 180)))
+    assert np.abs(plate.picture()[20:-20, 20:-20].astype(int) - wide[40:180, 60:340]).mean() < 4
+
+def test_camera_without_corners_stands_still():
+    camera = Camera()
+    for value in (10, 200): assert np.array_equal(camera.follow(np.full((90, 160), value, np.uint8), np.full((90, 160), 255, np.uint8)), STILL)
+
+def test_a_tripod_is_exactly_still():
+    moves = np.tile(STILL, (20, 1, 1))
+    moves[3, 0, 2], moves[7, 1, 2] = .8, 5
+    assert np.array_equal(stand_still(moves, (1280, 720))[7], STILL)
+    moves[:, 0, 2] = 6
+    assert np.array_equal(stand_still(moves, (1280, 720)), moves)
+
+# pictures
+
+def test_cut_out_is_one_piece_without_what_is_beside_it():
+    image = np.full((200, 200, 3), (30, 60, 200), np.uint8)
+    image[60:, 60:140], image[20:60, 5:40] = (220, 60, 40), (200, 0, 0)
+    soft = np.full((200, 200), .05, np.float32)
+    soft[58:, 62:138], soft[22:58, 8:38], soft[100:104, 90:94] = .95, .9, .2
+    matte = refine_matte(image, soft)
+    assert matte[150, 100] > 250 and matte[102, 92] > 250 and matte[:50].max() < 30
+    assert np.array_equal(refine_matte(image, soft), matte)
+    assert not one_piece(np.zeros((5, 5), bool)).any() and one_piece(np.ones((5, 5), bool)).all()
+
+def test_skin_and_debug_picture():
+    track = make_track(2, missing=[1])
+    frame = np.full((180, 320, 3), (200, 150, 120), np.uint8)
+    assert np.isnan(skin_colour(frame, track.face[1])).all() and np.allclose(skin_colour(frame, np.full((478, 3), 50.)), (200, 150, 120))
+    assert np.array_equal(draw_debug(frame, track, 1), frame) and not np.array_equal(draw_debug(frame, track, 0), frame)
