@@ -26,7 +26,7 @@ import numpy as np
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
 from .job import Job, JobError, Result, manifest_key, output_key
-from .media import FPS, SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
+from .media import SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
 from .segments import plan
 from .store import Store, fetch_image
 from .timeline import Timeline

@@ -8,7 +8,6 @@ __all__ = ['log', 'Send', 'progress_feed', 'Handler']
 # %% ../nbs/41_handler.ipynb #54563910
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from .avatar import Studio, make_avatar

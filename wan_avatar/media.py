@@ -6,9 +6,9 @@
 __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FPS', 'VIDEO_FORMATS', 'AUDIO_FORMATS', 'MAX_HOLE',
            'HDR_TRANSFERS', 'DELIVERY', 'INTERMEDIATE', 'JITTER', 'IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'Probe',
            'Clip', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture', 'draw_test_video', 'nearest',
-           'fitted_size', 'check_length', 'whole_file', 'extract_audio', 'place_samples', 'normalise_video',
-           'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image', 'flatten_image',
-           'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
+           'fitted_size', 'check_length', 'extract_audio', 'place_samples', 'normalise_video', 'read_frames', 'to_rgb',
+           'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image', 'flatten_image', 'normalise_image',
+           'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
 import os
@@ -16,7 +16,6 @@ import shutil
 import struct
 import subprocess
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from .files import whole_file
 from .job import JobError
 
 # %% ../nbs/20_media.ipynb #46dd2f60
@@ -360,19 +360,6 @@ def check_length(
     "Raises JobError `too_long`; a frame's worth over is forgiven, since encoders round up"
     if seconds > max_seconds + 0.05:
         raise JobError('too_long', f'{name} lasts {seconds:.1f} s or more; at most {max_seconds:g} s (max_seconds) are accepted: cut it or raise max_seconds')
-
-# %% ../nbs/20_media.ipynb #30919550
-@contextmanager
-def whole_file(
-    target: Path | str # final name
-) -> Iterator[Path]: # where to write
-    "A file appears complete or not at all"
-    target = Path(target)
-    part = target.with_name(f'.{uuid.uuid4().hex}.part')
-    try:
-        yield part
-        if part.exists(): os.replace(part, target) # a writer that found nothing to write removes its part
-    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/20_media.ipynb #00474ef2
 DELIVERY = {'preset': 'veryfast', 'crf': '18'}

@@ -7,13 +7,13 @@ __all__ = ['NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'Avata
            'DrawnFrames', 'is_linked', 'AvatarDraft', 'as_image', 'AvatarFrames', 'write_frames', 'to_uint8']
 
 # %% ../nbs/32_nodes.ipynb #7cb4450a
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
+from .files import whole_file
 from .job import JobError
 from .media import FPS, SIZE, probe, read_frames, read_image
 from .track import Track, check_person, load_track, save_track, track_image, track_video
@@ -159,12 +159,10 @@ def write_frames(
     progress: Callable[[int, int], None]
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"
-    part = target.with_suffix('.part')
-    with part.open('wb') as f:
+    with whole_file(target) as part, part.open('wb') as f:
         for done, image in enumerate(images, 1):
             f.write(to_uint8(np.asarray(image)).data)
             progress(done, count)
-    os.replace(part, target)
 
 def to_uint8(frame: np.ndarray) -> np.ndarray:
     "A frame as bytes: unchanged when it is, else 0..1 scaled and rounded"

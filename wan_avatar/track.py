@@ -12,8 +12,6 @@ __all__ = ['TRACKER', 'GROUPS', 'MAGIC', 'STILL', 'Track', 'pack_mask', 'unpack_
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from .files import whole_file
 from .job import JobError
 
 # %% ../nbs/21_track.ipynb #506e7cb8
@@ -158,13 +157,8 @@ def save_track(
     path: Path | str # replaced when it exists
 ) -> Path: # `path`
     "Write a track file, whole or not at all"
-    path = Path(path)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as f: f.write(dump_track(track))
-        os.replace(part, path)
-    finally: Path(part).unlink(missing_ok=True)
-    return path
+    with whole_file(path) as part: part.write_bytes(dump_track(track))
+    return Path(path)
 
 def load_track(
     path: Path | str # from `save_track`

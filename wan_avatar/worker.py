@@ -17,7 +17,6 @@ import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from importlib.metadata import version
-from typing import Any
 from .avatar import Studio
 from .comfy import Comfy, ComfyPlace, ComfyProcess
 from .config import Settings, SettingsError, load_settings
