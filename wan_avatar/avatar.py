@@ -6,7 +6,7 @@
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
            'Turnstile', 'Studio', 'work_folder', 'StageProgress', 'Inputs', 'sha256_of', 'take_image', 'take_video',
            'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'take_cached_track', 'render',
-           'append', 'encoding', 'delivered', 'sign', 'deliver', 'make_avatar', 'deadline', 'seed_of']
+           'append', 'encoding', 'delivered', 'Delivered', 'sign', 'deliver', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import numpy as np
+from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
 from .job import Job, JobError, Result, manifest_key, output_key
@@ -78,6 +79,7 @@ class Turnstile:
             self.holders[key] -= 1
             if not self.holders[key]: del self.locks[key], self.holders[key]
 
+# %% ../nbs/40_avatar.ipynb #486572c3
 @dataclass(frozen=True)
 class Studio:
     "What all jobs of a worker share"
@@ -128,6 +130,7 @@ def sha256_of(path: Path) -> str:
     "SHA-256 of a file, hex"
     with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/40_avatar.ipynb #989bb08a
 def take_image(job: Job, studio: Studio, folder: Path, cancelled: Callable[[], bool]) -> Path:
     "Fetch the picture and normalise it"
     raw, reference = folder / 'picture', folder / 'reference.png'
@@ -249,11 +252,18 @@ def delivered(
     presign_s: int # lifetime asked for, 0: none
 ) -> Result | None:
     "The result of a job that was delivered before"
-    manifest = store.read_json(manifest_key(key))
-    if manifest is None: return None
+    data = store.read_bytes(manifest_key(key), 10**7)
+    if data is None: return None
+    try: result = Delivered.model_validate_json(data)
+    except ValidationError as e:
+        log.warning('%s is no manifest (%d findings); making the video again', manifest_key(key), e.error_count())
+        return None
     found = store.stat(key)
-    if found is None or found['bytes'] != manifest['bytes']: return None
-    return sign(Result(**{k: v for k, v in manifest.items() if k in Result.model_fields}), store, presign_s)
+    return sign(Result(**dict(result)), store, presign_s) if found and found['bytes'] == result.bytes else None
+
+class Delivered(Result):
+    "A manifest, read as a result: what else stands in it is left aside"
+    model_config = ConfigDict(extra='ignore')
 
 def sign(result: Result, store: Store, presign_s: int) -> Result:
     "Add a presigned address when one was asked for; it never goes into the manifest"
@@ -294,7 +304,7 @@ async def make_avatar(
             await render(inputs, (reference_track, track), studio, profile, video, timeline, report, restarts)
         finally: studio.renderer.release()
         with timeline.stage('check'):
-            figures = await asyncio.to_thread(check_mp4, video, inputs.clip.frames, has_audio=inputs.clip.audio is not None)
+            figures = await asyncio.to_thread(check_mp4, video, inputs.clip.frames, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
         result = Result(minio_key=key, width=figures.width, height=figures.height, fps=figures.fps, frames=figures.frames, duration_s=figures.duration_s,
                         bytes=figures.bytes, has_audio=figures.has_audio, sha256=await asyncio.to_thread(sha256_of, video), seed=seed_of(job, job_id),
                         profile=profile.name, timings=timeline.seconds(), worker=studio.identity)

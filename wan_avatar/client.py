@@ -43,8 +43,8 @@ def read_status(body: dict) -> Status:
 class EndpointError(Exception):
     "The endpoint can't be reached, or refuses what it was asked"
 
-class Client:
-    "One endpoint, by its address: `https://api.runpod.ai/v2/<id>` or what `wan-avatar up` printed"
+class _Calls:
+    "Requests to one endpoint"
     def __init__(self, endpoint: str, api_key: str, attempts: int = 5, pause: Callable[[float], None] = time.sleep):
         self.endpoint, self.attempts, self.pause = endpoint.rstrip('/'), attempts, pause
         self.http = httpx.Client(headers={'Authorization': f'Bearer {api_key}'}, timeout=30, trust_env=False)
@@ -61,9 +61,12 @@ class Client:
                 continue
             if r.status_code == 200: return r.json()
             why = f'HTTP {r.status_code} {r.text[:200]}'
-            if r.status_code not in (429, 502, 503, 504): break
+            if r.status_code not in ((429,) if method == 'POST' else (429, 500, 502, 503, 504)): break
         raise EndpointError(f'{method} {self.endpoint}{path}: {why}')
 
+# %% ../nbs/51_client.ipynb #e96399b2
+class Client(_Calls):
+    "One endpoint, by its address: `https://api.runpod.ai/v2/<id>` or what `wan-avatar up` printed"
     def submit(self, job: dict, ttl_s: float = 3600, execution_timeout_s: float = 1200) -> Status:
         "Queue a job (`Job` fields); returns at once"
         policy = {'ttl': int(ttl_s * 1000), 'executionTimeout': int(execution_timeout_s * 1000)}

@@ -46,6 +46,7 @@ class ComfyPlace:
         "ComfyUI's own folders"
         return self.work_dir / 'comfy'
 
+# %% ../nbs/31_comfy.ipynb #5222dd30
 def has_gpu() -> bool:
     "Is there an NVIDIA device? The driver's node, since the worker has no torch to ask"
     return Path('/dev/nvidiactl').exists()
@@ -103,6 +104,7 @@ async def sage_importable(place: ComfyPlace) -> bool:
     child = await asyncio.create_subprocess_exec(place.python, '-c', code)
     return await child.wait() == 0
 
+# %% ../nbs/31_comfy.ipynb #4bd33716
 class ComfyProcess:
     "One ComfyUI process"
     def __init__(self, place: ComfyPlace, start_seconds: float = 600, use_sage: bool = False):
@@ -124,22 +126,7 @@ class ComfyProcess:
         with self.log_path.open('ab') as out:
             self.child = await asyncio.create_subprocess_exec(*command(self.place, self.port, has_gpu(), sage), stdin=asyncio.subprocess.DEVNULL, stdout=out,
                 stderr=out, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {'PYTHONUNBUFFERED': '1'})
-        exited = asyncio.create_task(self.child.wait())
-        try:
-            async with asyncio.timeout(self.start_seconds):
-                while not await self._answers(http):
-                    done, _ = await asyncio.wait({exited}, timeout=0.1)
-                    if done: raise JobError('comfy_failed', f'ComfyUI ended with {self.child.returncode} while starting:\n{tail(self.log_path)}', worker_unfit=True)
-        except TimeoutError:
-            await self.stop()
-            raise JobError('comfy_failed', f'ComfyUI did not answer within {self.start_seconds:.0f} s (COMFY_START_SECONDS):\n{tail(self.log_path)}',
-                           worker_unfit=True) from None
-        finally: exited.cancel()
-
-    async def _answers(self, http: aiohttp.ClientSession) -> bool:
-        try:
-            async with http.get(f'{self.url}/system_stats', timeout=aiohttp.ClientTimeout(total=5)) as r: return r.status == 200
-        except (aiohttp.ClientError, TimeoutError): return False
+        await _until_it_answers(self, http)
 
     async def stop(self, grace_s: float = 3) -> None:
         "End the process and what it started: SIGTERM, then SIGKILL"
@@ -150,6 +137,25 @@ class ComfyProcess:
             try:
                 async with asyncio.timeout(grace_s): await self.child.wait()
             except TimeoutError: log.warning('ComfyUI ignored %s', sig.name)
+
+# %% ../nbs/31_comfy.ipynb #9f1e52ce
+async def _until_it_answers(process: ComfyProcess, http: aiohttp.ClientSession) -> None:
+    exited = asyncio.create_task(process.child.wait())
+    try:
+        async with asyncio.timeout(process.start_seconds):
+            while not await _answers(process, http):
+                done, _ = await asyncio.wait({exited}, timeout=0.1)
+                if done: raise JobError('comfy_failed', f'ComfyUI ended with {process.child.returncode} while starting:\n{tail(process.log_path)}', worker_unfit=True)
+    except TimeoutError:
+        await process.stop()
+        raise JobError('comfy_failed', f'ComfyUI did not answer within {process.start_seconds:.0f} s (COMFY_START_SECONDS):\n{tail(process.log_path)}',
+                       worker_unfit=True) from None
+    finally: exited.cancel()
+
+async def _answers(process: ComfyProcess, http: aiohttp.ClientSession) -> bool:
+    try:
+        async with http.get(f'{process.url}/system_stats', timeout=aiohttp.ClientTimeout(total=5)) as r: return r.status == 200
+    except (aiohttp.ClientError, TimeoutError): return False
 
 # %% ../nbs/31_comfy.ipynb #9e28137b
 @dataclass(frozen=True)
@@ -184,27 +190,13 @@ class Restarts:
     "How often a job may still have ComfyUI restarted"
     left: int = 2
 
-class Comfy:
-    "ComfyUI, kept running"
+class _Api:
+    "ComfyUI's requests, and the one socket that all prompts share"
     def __init__(self, process: ComfyProcess, quiet_s: float = 5, let_go_s: float = 2):
         self.process, self.quiet_s, self.let_go_s = process, quiet_s, let_go_s
         self.client_id, self.http, self.socket, self.reader = uuid.uuid4().hex, None, None, None
         self.heard: dict[str, asyncio.Queue] = {} # prompt id -> its messages
         self.object_info: dict[str, dict] = {}
-
-    async def start(self) -> None:
-        "Start the process, learn its nodes, open the socket"
-        if self.http is None: self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60, sock_connect=5))
-        await self.process.start(self.http)
-        self.object_info = await self._get('/object_info')
-        await self._connect()
-
-    async def close(self) -> None:
-        "Stop everything"
-        if self.reader: self.reader.cancel()
-        await self.process.stop()
-        if self.http: await self.http.close()
-        self.http = self.socket = self.reader = None
 
     async def _get(self, path: str) -> Any:
         async with self.http.get(self.process.url + path) as r:
@@ -227,6 +219,23 @@ class Comfy:
             if (queue := self.heard.get((event.get('data') or {}).get('prompt_id'))) is not None: queue.put_nowait(event)
         for queue in self.heard.values(): queue.put_nowait(None)
 
+# %% ../nbs/31_comfy.ipynb #06f1b994
+class Comfy(_Api):
+    "ComfyUI, kept running"
+    async def start(self) -> None:
+        "Start the process, learn its nodes, open the socket"
+        if self.http is None: self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60, sock_connect=5))
+        await self.process.start(self.http)
+        self.object_info = await self._get('/object_info')
+        await self._connect()
+
+    async def close(self) -> None:
+        "Stop everything"
+        if self.reader: self.reader.cancel()
+        await self.process.stop()
+        if self.http: await self.http.close()
+        self.http = self.socket = self.reader = None
+
 # %% ../nbs/31_comfy.ipynb #147365e9
 async def run(
     comfy: Comfy,
@@ -248,6 +257,7 @@ async def run(
             restarts.left -= 1
             log.warning('ComfyUI died (%s); starting it again, %d restarts left for this job', e, restarts.left)
 
+# %% ../nbs/31_comfy.ipynb #8a0f9497
 async def _run_once(comfy: Comfy, graph: Graph, on_progress: Callable[[Progress], None]) -> dict:
     prompt_id = uuid.uuid4().hex
     queue = comfy.heard[prompt_id] = asyncio.Queue()
@@ -277,6 +287,7 @@ async def _next_event(comfy: Comfy, queue: asyncio.Queue, on_progress: Callable[
     if kind == 'progress': on_progress(Progress(data['node'], data['value'], data['max']))
     return (kind == 'executing' and data['node'] is None) or kind in ('execution_error', 'execution_interrupted')
 
+# %% ../nbs/31_comfy.ipynb #2c403e52
 async def _truth(comfy: Comfy, prompt_id: str) -> dict | None:
     "Outputs when the prompt is over, None while it goes on; raises what ended it"
     if not comfy.process.alive: raise ComfyDied(f'exit status {comfy.process.child.returncode}')
@@ -292,6 +303,7 @@ async def _truth(comfy: Comfy, prompt_id: str) -> dict | None:
     if 'execution_interrupted' in said: raise JobError('cancelled', 'the prompt was interrupted in ComfyUI')
     return entry['outputs']
 
+# %% ../nbs/31_comfy.ipynb #dc4ae2bb
 async def _let_go(comfy: Comfy, prompt_id: str) -> None:
     "Stop a prompt and know that it stopped: ComfyUI is free afterwards, or dead"
     try:

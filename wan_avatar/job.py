@@ -125,6 +125,7 @@ class Result(BaseModel):
         "JSON for RunPod; `presigned_url` only when there is one"
         return self.model_dump(exclude_none=True)
 
+# %% ../nbs/00_job.ipynb #1526bb16
 def output_key(
     job_id: str, # RunPod's id of the job
     job: Job,

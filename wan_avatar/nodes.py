@@ -116,6 +116,7 @@ def is_linked(
     "Does anything take this output?"
     return any([node, output] == value for n in prompt.values() for value in n['inputs'].values())
 
+# %% ../nbs/32_nodes.ipynb #afb437c2
 class AvatarDraft:
     "Move the person of the picture like the driver, over the driver's empty scene"
     CATEGORY, FUNCTION = 'avatar', 'run'

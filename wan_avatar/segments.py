@@ -31,6 +31,7 @@ class Segment:
         "Frame of the video behind the last new one"
         return self.start + self.overlap + self.new
 
+# %% ../nbs/22_segments.ipynb #7377f40a
 def fit_length(frames: int) -> int: # the smallest 4k + 1 that holds them
     "Frames of a window that holds `frames`"
     return 4 * -(-(frames - 1) // 4) + 1

@@ -115,8 +115,8 @@ def copy_stream(chunks: Iterable[bytes], out: BinaryIO, what: str, max_bytes: in
     return done
 
 # %% ../nbs/11_store.ipynb #ee6eca5d
-class Objects(Connection):
-    "Small objects"
+class _Reading(Connection):
+    "How an object is read"
     def _get(self, key: str, out: BinaryIO, what: str, max_bytes: int, cancelled: Cancelled | None = None, progress: Callable | None = None,
              folder: Path | None = None) -> int:
         "The rest of an object behind what `out` holds already; `folder` must have room for it"
@@ -132,6 +132,9 @@ class Objects(Connection):
         if done != found.size: raise _Dropped(f'{done} of {found.size} bytes')
         return done
 
+# %% ../nbs/11_store.ipynb #4ce6995a
+class Objects(_Reading):
+    "Small objects"
     def stat(self, key: str) -> dict | None: # {'bytes', 'etag'}; None: not there
         "What the bucket knows about an object"
         try: found = self.attempt(lambda: self.client.stat_object(bucket_name=self.bucket, object_name=key))
@@ -225,6 +228,7 @@ def is_public(
         if parsed in ipaddress.ip_network('::/96'): return False # the old IPv4-compatible form
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
+# %% ../nbs/11_store.ipynb #af9b4fa8
 def check_url(
     url: str,
     resolver: Resolve = resolve,
@@ -290,12 +294,16 @@ def fetch_image(
             with _request(target, url, max(until - clock(), 0.01)) as response:
                 if response.status in (301, 302, 303, 307, 308) and response.headers['Location']: url = urljoin(url, response.headers['Location'])
                 else:
-                    with whole_file(path) as part, part.open('wb') as out: return _save(response, out, name, max_bytes, cancelled)
+                    with whole_file(path) as part, part.open('wb') as out:
+                        size = _save(response, out, name, max_bytes, cancelled)
+                        if clock() >= until: raise TimeoutError # the watchdog's end of a body looks like its own
+                    return size
         except (OSError, http.client.HTTPException) as e:
             late = clock() >= until
             raise JobError('input_missing', f'{name} ' + (f'did not arrive within {deadline_s:.0f} s' if late else f'can not be fetched: {type(e).__name__}')) from None
     raise JobError('bad_input', f'{name} redirects more than {MAX_REDIRECTS} times')
 
+# %% ../nbs/11_store.ipynb #5a137393
 def _save(response: http.client.HTTPResponse, out: BinaryIO, name: str, max_bytes: int, cancelled: Cancelled | None) -> int:
     if response.status != 200: raise JobError('input_missing', f'{name} answered HTTP {response.status}')
     if response.headers.get('Content-Encoding', 'identity') != 'identity': raise JobError('input_unreadable', f'{name} came compressed although that was not asked for')

@@ -11,12 +11,14 @@ import asyncio
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from concurrent.futures import Future
 from importlib.metadata import version
+from pathlib import Path
 from .avatar import Studio
 from .comfy import Comfy, ComfyPlace, ComfyProcess
 from .config import Settings, SettingsError, load_settings
@@ -52,9 +54,12 @@ async def _wind_up() -> None:
     if rest: await asyncio.wait(rest, timeout=15)
 
 # %% ../nbs/42_worker.ipynb #cd3fc050
-def identity() -> dict[str, str]:
+def identity(comfy_dir: Path) -> dict[str, str]:
     "Who made a video, with what"
-    return {'id': os.environ.get('RUNPOD_POD_ID', platform.node()), 'wan_avatar': version('wan_avatar'), 'comfyui': '0.3.75', 'python': platform.python_version()}
+    source = comfy_dir / 'ComfyUI/comfyui_version.py'
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", source.read_text()) if source.exists() else None
+    return {'id': os.environ.get('RUNPOD_POD_ID', platform.node()), 'wan_avatar': version('wan_avatar'),
+            'comfyui': found[1] if found else 'unknown', 'python': platform.python_version()}
 
 def check_disk(
     settings: Settings,
@@ -71,15 +76,14 @@ async def boot(settings: Settings, timeline: Timeline) -> Studio:
     place = ComfyPlace(settings.comfy_dir.resolve(), settings.work_dir.resolve(), settings.models_dir.resolve())
     comfy, store = Comfy(ComfyProcess(place, settings.comfy_start_seconds, settings.use_sage_attention)), Store(settings)
     check_disk(settings)
-    async def start_comfy():
-        with timeline.stage('comfy'): await comfy.start()
-    async def check_bucket():
-        with timeline.stage('bucket'): await asyncio.to_thread(store.check)
-    try: await asyncio.gather(start_comfy(), check_bucket())
+    async def step(name: str, what: str, work: Awaitable) -> None:
+        with timeline.stage(name): await work
+        log.info('boot: %s after %.1f s', what, timeline.elapsed())
+    try: await asyncio.gather(step('comfy', 'ComfyUI answers', comfy.start()), step('bucket', 'the bucket is reachable', asyncio.to_thread(store.check)))
     except (JobError, asyncio.CancelledError):
         await comfy.close()
         raise
-    return Studio(settings.model_copy(update={'work_dir': place.work_dir}), store, comfy, identity())
+    return Studio(settings.model_copy(update={'work_dir': place.work_dir}), store, comfy, identity(place.comfy_dir))
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:
