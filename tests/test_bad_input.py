@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import av
 import numpy as np
 import pytest
-from conftest import Service, make_settings
+from conftest import make_settings
 from PIL import Image
 
 from wan_avatar.handler import Handler
@@ -159,22 +159,41 @@ URLS = {'loopback': 'http://127.0.0.1:1/a.png', 'loopback by name': 'http://loca
 def test_url(service, name):
     refused(service, {}, 'bad_input', 'input_image_url', input_image_url=URLS[name], **VIDEO)
 
-class Torrent(BaseHTTPRequestHandler):
-    "A picture that never ends"
+class Trouble(BaseHTTPRequestHandler):
+    "A picture that never ends, one that comes a byte at a time, and one that is somewhere it must not be"
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(302 if self.path == '/moved' else 200)
+        if self.path == '/moved': self.send_header('Location', 'file:///etc/passwd')
         self.end_headers()
         try:
-            while True: self.wfile.write(bytes(1 << 20))
-        except OSError: pass
+            while self.path == '/endless': self.wfile.write(bytes(1 << 20))
+            while self.path == '/slow' and not self.server.over.wait(0.1): self.wfile.write(b'x')
+        except OSError: pass # the other side has had enough
     def log_message(self, *args): pass
 
-def test_endless_url(service, bucket, tmp_path):
-    with ThreadingHTTPServer(('127.0.0.1', 0), Torrent) as server:
+@pytest.fixture(scope='module')
+def trouble():
+    with ThreadingHTTPServer(('127.0.0.1', 0), Trouble) as server:
+        server.over = threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        settings = make_settings(bucket, tmp_path, ALLOW_PRIVATE_URLS='true')
-        handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
-        job = {'input_image_url': f'http://127.0.0.1:{server.server_port}/a.png', **VIDEO}
-        answer = service.background.submit(handler({'id': 'bad', 'input': job})).result(timeout=40)
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.over.set()
         server.shutdown()
-    assert answer['error'].startswith('bad_input: ') and '20' in answer['error'] and Service
+
+@pytest.fixture(scope='module')
+def fetching(service, bucket, trouble, tmp_path_factory):
+    "Starts jobs whose pictures come from there, on a worker that may reach it"
+    settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true')
+    handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
+    return lambda path: service.background.submit(handler({'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}))
+
+@pytest.fixture(scope='module', autouse=True)
+def slow(fetching): return fetching('/slow') # its 30 s pass while other tests run
+
+@pytest.mark.parametrize('path, words', [('/endless', '20,000,000 bytes'), ('/moved', 'http://')])
+def test_pictures_from_hostile_servers(fetching, path, words):
+    answer = fetching(path).result(timeout=40)
+    assert answer['error'].startswith('bad_input: ') and words in answer['error'], answer
+
+def test_a_picture_that_drips_is_given_up_after_thirty_seconds(slow):
+    assert 'did not arrive within 30 s' in slow.result(timeout=60)['error']

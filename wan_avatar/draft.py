@@ -708,32 +708,37 @@ def _close_eyes(
         up, low = (goal[[ends[0], *side[eye * 7:eye * 7 + 7], ends[1]], :2] for side in LIDS)
         edge = up + (low - up) * (closed * 1.04)
         lift = (up - low) * .75
-        x0, y0 = np.maximum(np.floor((up + 1.3 * lift).min(0)).astype(int) - 6, 0)
-        x1, y1 = np.minimum(np.ceil(np.maximum(up, edge).max(0)).astype(int) + 7, warped.shape[1::-1])
+        wide = np.linalg.norm(up[-1] - up[0])
+        x0, y0 = np.maximum(np.floor((up + 1.3 * lift).min(0) - .3 * wide).astype(int), 0)
+        x1, y1 = np.minimum(np.ceil(np.maximum(up, low).max(0) + .3 * wide).astype(int), warped.shape[1::-1])
         if x1 - x0 < 4 or y1 - y0 < 4: continue
         corner = np.array([x0, y0])
-        _paint_lid(warped[y0:y1, x0:x1], up - corner, edge - corner, lift, puppet.paint[eye], min(closed - .06, .65))
+        _paint_lid(warped[y0:y1, x0:x1], up - corner, low - corner, edge - corner, lift, puppet.paint[eye], min(closed - .06, .65))
 
 # %% ../nbs/23_draft.ipynb #6f903365
 def _paint_lid(
     area: np.ndarray, # (h, w, 4) uint8: is painted on
     up: np.ndarray, # (9, 2) the open lid's edge
+    low: np.ndarray, # (9, 2) the lower lid's
     edge: np.ndarray, # (9, 2) the lid's edge now
     lift: np.ndarray, # (9, 2) how far above the open edge the paint may fade
-    colour: np.ndarray, # (3,)
+    colour: np.ndarray, # (3,) of the skin around the eye
     amount: float # how far closed; near 0 the paint is thin, so that no lid pops up
 ) -> None:
-    "A lid: soft above, sharp at its edge, darker towards its rim"
+    "A lid: the skin around the eye grown over it, rounded by a shadow, with lashes at its edge"
     import cv2
     wide = np.linalg.norm(up[-1] - up[0])
-    shape, under, lash = (np.zeros(area.shape[:2], np.uint8) for _ in range(3))
+    shape, under, hole, lash = (np.zeros(area.shape[:2], np.uint8) for _ in range(4))
     fixed = lambda v: [np.round(v * 16).astype(np.int32)] # noqa: E731
     cv2.fillPoly(shape, fixed(np.vstack([up + lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(under, fixed(np.vstack([up + 2 * lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
-    cv2.polylines(lash, fixed(edge), False, 255, max(round(wide * .04), 1), cv2.LINE_AA, 4)
+    cv2.fillPoly(hole, fixed(np.vstack([up + .5 * lift, low[::-1]])), 255, cv2.LINE_AA, 4)
+    hole = cv2.dilate(hole, np.ones((3, 3), np.uint8), iterations=max(round(wide * .08), 1))
+    cv2.polylines(lash, fixed(edge), False, 255, max(round(wide * .03), 1), cv2.LINE_AA, 4)
     blur = lambda v, sigma: cv2.GaussianBlur(v, (0, 0), max(wide / sigma, .5)).astype(np.float32)[..., None] / 255 # noqa: E731
     soft = np.minimum(blur(shape, 14) * 1.2, blur(under, 90)).clip(0, 1) * min(amount * 5, 1)
-    middle, line = blur(shape, 9), blur(lash, 65) * amount
-    lid = colour * (1 - (1 - middle / max(middle.max(), .1)) * [.06, .08, .1])
-    rgb = area[..., :3] * (1 - soft) + lid * soft
-    area[..., :3] = rgb * (1 - line) + colour * [.42, .33, .28] * line
+    skin = cv2.inpaint(np.ascontiguousarray(area[..., :3]), hole, max(wide * .06, 2), cv2.INPAINT_TELEA)
+    skin = cv2.GaussianBlur(skin, (0, 0), max(wide * .05, .5)).astype(np.float32)
+    middle, line = blur(shape, 9), blur(lash, 50) * amount
+    rgb = area[..., :3] * (1 - soft) + skin * (.97 + .05 * middle / max(middle.max(), .1)) * soft
+    area[..., :3] = np.clip(rgb * (1 - line) + colour * [.5, .4, .35] * line, 0, 255)
