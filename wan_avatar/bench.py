@@ -26,6 +26,7 @@ import aiohttp
 import av
 import numpy as np
 import psutil
+from PIL import Image
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import ComfyPlace, ComfyProcess
 from .config import load_settings
@@ -133,7 +134,7 @@ def heavy_video(
         stream = out.add_stream('libx264', rate=FPS, options={'preset': 'ultrafast', 'b': str(rate), 'minrate': str(rate), 'maxrate': str(rate), 'bufsize': str(rate // 4), 'nal-hrd': 'cbr'})
         stream.width, stream.height, stream.pix_fmt = *SIZE, 'yuv420p'
         for n, frame in enumerate(read_frames(source, count=frames)):
-            noisy = np.clip(frame + np.roll(grain, (n * 97, n * 61), (0, 1)), 0, 255).astype(np.uint8)
+            noisy = np.clip(np.asarray(Image.fromarray(frame).resize(SIZE)) + np.roll(grain, (n * 97, n * 61), (0, 1)), 0, 255).astype(np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(noisy)))
         out.mux(stream.encode(None))
     return target
