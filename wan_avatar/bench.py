@@ -142,6 +142,7 @@ def heavy_video(
         out.mux(stream.encode(None))
     return target
 
+# %% ../nbs/55_bench.ipynb #15727155
 def bench_handler(say: Callable[[str], None]) -> list[Figure]:
     "A job's seconds outside pictures: from pick-up to result, less those in which pictures were worked on"
     with bench_site() as (_, client, store), tempfile.TemporaryDirectory() as folder:
