@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
            'Turnstile', 'Studio', 'work_folder', 'StageProgress', 'Inputs', 'sha256_of', 'take_image', 'take_video',
-           'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'take_cached_track', 'render',
-           'append', 'encoding', 'delivered', 'Delivered', 'sign', 'deliver', 'make_avatar', 'deadline', 'seed_of']
+           'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'take_cached_track', 'Shoot',
+           'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress', 'keep_tail', 'append', 'encoding',
+           'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding', 'delivered', 'Delivered', 'sign',
+           'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
@@ -19,20 +21,22 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
+from .files import whole_file
 from .job import Job, JobError, Result, manifest_key, output_key
 from .media import SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
-from .segments import plan
+from .prompt import Embedding, EmbeddingDamaged, check_embedding
+from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
 from .track import TrackDamaged, parse_track, track_key
-from .workflow import Profile, bind, get_profile, load_graph
+from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots
 
 log = logging.getLogger(__name__)
 
@@ -210,21 +214,85 @@ def take_cached_track(store: Store, key: str, target: Path, frames: int) -> bool
     return True
 
 # %% ../nbs/40_avatar.ipynb #2fa3cd6f
-async def render(inputs: Inputs, tracks: tuple[Path, Path], studio: Studio, profile: Profile, target: Path, timeline: Timeline, report: Report, restarts: Restarts) -> None:
-    "Every window through ComfyUI and into the encoder"
-    segments = plan(inputs.clip.frames, profile.length, profile.overlap)
-    progress, work_dir = StageProgress(report, 'render', timeline, segments=len(segments)), studio.settings.work_dir
-    files = {'reference': inputs.reference, 'reference_track': tracks[0], 'video': inputs.clip.path, 'track': tracks[1]}
-    async with entered_in_thread(Encoder(target, audio=inputs.clip.audio), lambda: timeline.stage('finish')) as encoder, encoding() as encode:
-        for s in segments:
-            frames = inputs.folder / f'frames-{s.index}.u8'
-            graph = bind(load_graph(profile.graph), {k: relative(v, work_dir) for k, v in files.items()} | {
-                'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new, 'frames': relative(frames, work_dir)})
-            def step(p: Progress, s=s):
-                if p.node == 'frames': progress(s.start + s.overlap + p.value, inputs.clip.frames, segment=s.index + 1)
-            with timeline.stage('render', segment=s.index): await run(studio.comfy, graph, step, restarts)
-            await encode(append, encoder, frames, s.new, timeline)
+@dataclass(frozen=True)
+class Shoot:
+    "What all windows of a job have in common"
+    inputs: Inputs
+    tracks: tuple[Path, Path] # of the picture, of the video
+    profile: Profile
+    values: dict[str, Any] # slots of the job: seed, embedding; a graph takes those it has
+    restarts: Restarts
 
+def segment_seed(
+    seed: int, # of the job
+    index: int # of the segment
+) -> int: # 0 to 2**63 - 1
+    "A seed of its own for each window: the same noise again and again would show as a pattern"
+    return int.from_bytes(hashlib.sha256(f'{seed}/{index}'.encode()).digest()[:8]) >> 1
+
+def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: Path | None) -> Graph:
+    "The prompt of one window"
+    files = {'reference': shoot.inputs.reference, 'reference_track': shoot.tracks[0], 'video': shoot.inputs.clip.path, 'track': shoot.tracks[1], 'frames': frames}
+    graph, job = profile_graph(shoot.profile), shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index)}
+    return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in slots(graph)} | {
+        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new})
+
+# %% ../nbs/40_avatar.ipynb #6a00cebb
+async def render(shoot: Shoot, studio: Studio, target: Path, timeline: Timeline, report: Report) -> None:
+    "Every window through ComfyUI and into the encoder"
+    profile, clip, folder, tail = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None
+    length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
+    progress = StageProgress(report, 'render', timeline, segments=len(todo))
+    async with entered_in_thread(Encoder(target, audio=clip.audio), lambda: timeline.stage('finish')) as encoder, encoding() as encode:
+        while todo:
+            s, frames = todo[0], folder / f'frames-{todo[0].index}.u8'
+            graph = window_graph(shoot, s, studio.settings.work_dir, frames, tail)
+            step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
+            try:
+                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph, step, shoot.restarts)
+            except JobError as e:
+                length = shorter(e, s, length, profile)
+                await studio.comfy.free()
+                todo = plan(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
+                progress.facts['segments'] = s.index + len(todo)
+                continue
+            if profile.carries: tail = await asyncio.to_thread(keep_tail, frames, tail, folder / 'tail.u8', profile.overlap)
+            await encode(append, encoder, frames, s.new, timeline)
+            todo.pop(0)
+
+# %% ../nbs/40_avatar.ipynb #cd8b7e46
+def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: # frames of a window from now on
+    "What to try after a window failed; raises what there is no answer to"
+    if error.code != 'out_of_memory': raise error
+    if length < profile.length or s.length <= profile.overlap + 4:
+        size = f' at {profile.values["width"]}x{profile.values["height"]}' if 'width' in profile.values else ''
+        raise JobError('out_of_memory', f'a window of {s.length} frames{size} does not fit into this worker, nor did a longer one before: {error.message}') from error
+    return max(fit_length(s.length // 2), profile.overlap + 4)
+
+def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[Progress], None]:
+    "Turns a window's node progress into frames done; sampling is nine tenths of it where there is any"
+    weights = {'sample': (0, 0.9), 'frames': (0.9, 0.1)} if 'sample' in graph else {'frames': (0, 1)}
+    def step(p: Progress) -> None:
+        if p.node in weights: report(s.start + s.overlap + round(s.new * (weights[p.node][0] + weights[p.node][1] * p.value / p.maximum)))
+    return step
+
+def keep_tail(
+    frames: Path, # raw new frames of a window
+    before: Path | None, # the tail until now: a window may be shorter than a tail
+    target: Path,
+    count: int # frames
+) -> Path: # `target`
+    "The last frames made so far, byte for byte"
+    size = SIZE[0] * SIZE[1] * 3
+    with frames.open('rb') as f:
+        f.seek(max(frames.stat().st_size - count * size, 0))
+        last = f.read()
+    rest = count * size - len(last)
+    kept = before.read_bytes()[-rest:] if before and rest else b''
+    with whole_file(target) as part: part.write_bytes(kept + last)
+    return target
+
+# %% ../nbs/40_avatar.ipynb #0744fd6a
 def append(encoder: Encoder, frames: Path, count: int, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
     "Put a window's new frames into the encoder and drop their file"
     with timeline.stage('encode', frames=count):
@@ -247,6 +315,54 @@ async def encoding() -> AsyncIterator[Callable[..., Awaitable[None]]]:
     finally:
         for task in running: task.cancel()
         if running: await asyncio.wait(running)
+
+# %% ../nbs/40_avatar.ipynb #63ad1b60
+def find_embedding(
+    wanted: Embedding,
+    target: Path, # where ComfyUI can read it
+    models_dir: Path,
+    store: Store
+) -> str | None: # where it was: 'here', 'weights', 'bucket'; None: nowhere
+    "Put the embedding where ComfyUI can read it; a damaged one is as good as none"
+    def good(path: Path) -> bool:
+        try: check_embedding(path, wanted)
+        except FileNotFoundError: return False
+        except EmbeddingDamaged as e:
+            log.warning('%s; passing over it', e)
+            return False
+        return True
+    if good(target): return 'here'
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shipped, key = models_dir / 'embeddings' / wanted.name, embedding_key(wanted)
+    if good(shipped):
+        with whole_file(target) as part: shutil.copyfile(shipped, part)
+        return 'weights'
+    if (data := store.read_bytes(key, 10**8)) is None: return None
+    with whole_file(target) as part: part.write_bytes(data)
+    return 'bucket' if good(target) else None
+
+def embedding_key(wanted: Embedding) -> str:
+    "Where the bucket keeps it"
+    return f'embeddings/{wanted.name}'
+
+# %% ../nbs/40_avatar.ipynb #225ea522
+async def prompt_embedding(job: Job, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
+    "The job's prompt as a file for `AvatarPrompt`; nothing when the profile reads no prompt"
+    if profile.prompt is None: return {}
+    settings, wanted = studio.settings, Embedding(job.prompt or profile.prompt, profile.encoder_sha256)
+    target = settings.work_dir / 'embeddings' / wanted.name
+    with timeline.stage('prompt') as stage:
+        stage.facts['from'] = await asyncio.to_thread(find_embedding, wanted, target, settings.models_dir, studio.store)
+        if stage.facts['from'] is None:
+            await make_embedding(wanted, target, studio, profile, restarts)
+            await asyncio.to_thread(studio.store.write_bytes, embedding_key(wanted), target.read_bytes(), 'application/octet-stream')
+    return {'embedding': relative(target, settings.work_dir)}
+
+async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, restarts: Restarts) -> None:
+    "Ask the text encoder"
+    check_weights(replace(profile, weights=(profile.encoder,), clip_vision=None), studio.settings.models_dir)
+    graph = bind(load_graph('prompt'), {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': relative(target, studio.settings.work_dir)})
+    await run(studio.comfy, graph, restarts=restarts)
 
 # %% ../nbs/40_avatar.ipynb #9b89a38c
 def delivered(
@@ -272,6 +388,15 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
     "Add a presigned address when one was asked for; it never goes into the manifest"
     return result.model_copy(update={'presigned_url': store.presign(result.minio_key, presign_s)}) if presign_s else result
 
+def prove(video: Path, key: str, inputs: Inputs, profile: Profile, seed: int, timeline: Timeline, identity: dict[str, str]) -> Result:
+    "Check a finished video against what it must be, and describe it"
+    with timeline.stage('check'):
+        f = check_mp4(video, inputs.clip.frames, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
+        digest = sha256_of(video)
+    return Result(minio_key=key, width=f.width, height=f.height, fps=f.fps, frames=f.frames, duration_s=f.duration_s, bytes=f.bytes, has_audio=f.has_audio, sha256=digest,
+                  seed=seed, profile=profile.name, timings=timeline.seconds(), worker=identity)
+
+# %% ../nbs/40_avatar.ipynb #e493a98b
 def deliver(video: Path, result: Result, extra: dict, studio: Studio, progress: Callable, cancelled: Callable[[], bool]) -> None:
     "Upload video, then manifest; both or neither"
     key = result.minio_key
@@ -293,8 +418,10 @@ async def make_avatar(
 ) -> Result:
     "Person of the picture into the video; JobError says why not"
     settings, timeline, restarts = studio.settings, timeline or Timeline(), Restarts()
-    profile, key = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix)
+    profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
+    if settings.tracker: profile = replace(profile, tracker=settings.tracker)
     driving_key(job, settings)
+    check_weights(profile, settings.models_dir)
     async with deadline(settings.job_seconds), studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
         if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)) is not None: return before
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
@@ -304,15 +431,12 @@ async def make_avatar(
             with timeline.stage('track picture'):
                 reference_track = await track_file(studio.comfy, inputs.reference, 'image', profile, settings.work_dir, lambda *a: None, restarts)
             track = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
-            await render(inputs, (reference_track, track), studio, profile, video, timeline, report, restarts)
+            values = {'seed': seed} | await prompt_embedding(job, studio, profile, timeline, restarts)
+            await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, video, timeline, report)
         finally: studio.renderer.release()
-        with timeline.stage('check'):
-            figures = await asyncio.to_thread(check_mp4, video, inputs.clip.frames, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
-        result = Result(minio_key=key, width=figures.width, height=figures.height, fps=figures.fps, frames=figures.frames, duration_s=figures.duration_s,
-                        bytes=figures.bytes, has_audio=figures.has_audio, sha256=await asyncio.to_thread(sha256_of, video), seed=seed_of(job, job_id),
-                        profile=profile.name, timings=timeline.seconds(), worker=studio.identity)
-        with timeline.stage('upload', bytes=figures.bytes):
-            await in_thread(deliver, video, result, {'job_id': job_id, 'timeline': timeline.records()}, studio, StageProgress(report, 'upload', timeline))
+        result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity)
+        with timeline.stage('upload', bytes=result.bytes):
+            await in_thread(deliver, video, result, {'job_id': job_id, 'profile_values': dict(profile.values), 'timeline': timeline.records()}, studio, StageProgress(report, 'upload', timeline))
         return sign(result, studio.store, job.presign_seconds)
 
 # %% ../nbs/40_avatar.ipynb #f4a3b3f1

@@ -229,6 +229,10 @@ class Comfy(_Api):
         self.object_info = await self._get('/object_info')
         await self._connect()
 
+    async def free(self) -> None:
+        "Have ComfyUI drop models and cached results before its next prompt"
+        await self._post('/free', {'unload_models': True, 'free_memory': True})
+
     async def close(self) -> None:
         "Stop everything"
         if self.reader: self.reader.cancel()
@@ -248,6 +252,7 @@ async def run(
     while True:
         try:
             if not comfy.process.alive: await comfy.start()
+            if validate(graph, comfy.object_info): comfy.object_info = await comfy._get('/object_info') # files may have arrived since
             if findings := validate(graph, comfy.object_info): raise JobError('comfy_failed', 'the graph does not fit this ComfyUI: ' + '; '.join(findings))
             return await _run_once(comfy, graph, on_progress)
         except (ComfyDied, aiohttp.ClientError) as e:

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'AvatarTrack', 'find_person', 'Window', 'AvatarSegment',
-           'DrawnFrames', 'is_linked', 'AvatarDraft', 'as_image', 'AvatarFrames', 'write_frames', 'to_uint8']
+           'DrawnFrames', 'is_linked', 'AvatarDraft', 'as_image', 'AvatarFrames', 'write_frames', 'to_uint8', 'sized',
+           'AvatarConditioning', 'mask_rows', 'AvatarMaskRows', 'AvatarPrompt', 'AvatarSavePrompt']
 
 # %% ../nbs/32_nodes.ipynb #7cb4450a
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +18,9 @@ from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
 from .job import JobError
 from .media import FPS, SIZE, probe, read_frames, read_image
-from .track import Track, check_person, load_track, save_track, track_image, track_video
+from .prompt import Embedding
+from .segments import letterbox, window_pictures
+from .track import Track, check_person, load_track, save_track, track_image, track_video, wholebody_points
 
 # %% ../nbs/32_nodes.ipynb #2afab9e3
 def inside(
@@ -77,6 +81,7 @@ class Window:
     track: Path
     start: int # first frame
     length: int # frames; those behind the video's end hold its last one
+    tail: Path | None = None # the last frames made so far, raw uint8; None: this is the first window
 
 class AvatarSegment:
     "One window of the driving video, with the picture of the person"
@@ -86,10 +91,11 @@ class AvatarSegment:
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         paths = {n: ('STRING', {}) for n in ('reference', 'reference_track', 'video', 'track')}
-        return {'required': paths | {'start': ('INT', {'min': 0, 'max': 10**6}), 'length': ('INT', {'min': 1, 'max': 1024})}}
+        return {'required': paths | {'tail': ('STRING', {'tooltip': 'raw frames this window goes on from; empty for the first one'}),
+                                     'start': ('INT', {'min': 0, 'max': 10**6}), 'length': ('INT', {'min': 1, 'max': 1024})}}
 
-    def run(self, start: int, length: int, **paths: str) -> tuple:
-        return (Window(**{k: _work_path(v) for k, v in paths.items()}, start=start, length=length),)
+    def run(self, start: int, length: int, tail: str, **paths: str) -> tuple:
+        return (Window(**{k: _work_path(v) for k, v in paths.items()}, start=start, length=length, tail=_work_path(tail) if tail else None),)
 
 # %% ../nbs/32_nodes.ipynb #42b94b0e
 @lru_cache(maxsize=1) # one job renders at a time; its paths are its own
@@ -157,18 +163,119 @@ def write_frames(
     images: Iterable, # frames (h, w, 3): uint8, or float in 0..1 (arrays or tensors)
     count: int, # how many there are
     target: Path,
-    progress: Callable[[int, int], None]
+    progress: Callable[[int, int], None],
+    size: tuple[int, int] = SIZE # width, height to write; a research profile may render smaller
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"
     with whole_file(target) as part, part.open('wb') as f:
         for done, image in enumerate(images, 1):
-            f.write(to_uint8(np.asarray(image)).data)
+            f.write(sized(to_uint8(np.asarray(image)), size).data)
             progress(done, count)
 
+# %% ../nbs/32_nodes.ipynb #be533217
 def to_uint8(frame: np.ndarray) -> np.ndarray:
     "A frame as bytes: unchanged when it is, else 0..1 scaled and rounded"
     return np.ascontiguousarray(frame) if frame.dtype == np.uint8 else (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
 
+def sized(
+    frame: np.ndarray, # (h, w, 3) uint8
+    size: tuple[int, int] # width, height
+) -> np.ndarray: # (height, width, 3) uint8
+    "A frame of this size: the same one when it has it"
+    if frame.shape[1::-1] == tuple(size): return frame
+    import cv2
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA if frame.shape[0] > size[1] else cv2.INTER_CUBIC)
+
+# %% ../nbs/32_nodes.ipynb #69bc474f
+class AvatarConditioning:
+    "A window as the six inputs of WanAnimateToVideo"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('IMAGE', 'IMAGE', 'IMAGE', 'IMAGE', 'MASK', 'IMAGE')
+    RETURN_NAMES = ('reference', 'pose', 'face', 'background', 'mask', 'tail')
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        side = ('INT', {'min': 16, 'max': 4096, 'step': 16})
+        return {'required': {'segment': ('AVATAR_SEGMENT',), 'width': side, 'height': side}}
+
+    def run(self, segment: Window, width: int, height: int) -> tuple:
+        import torch
+        size, track = (width, height), load_track(segment.track)
+        frames = read_frames(segment.video, segment.start, min(segment.length, len(track) - segment.start))
+        shown = window_pictures(frames, segment.start, segment.length, wholebody_points(track), track.present, track.mask, size)
+        shapes = {'pose': (height, width, 3), 'face': (512, 512, 3), 'background': (height, width, 3), 'mask': (height, width)}
+        stacks = {k: torch.empty((segment.length, *s), dtype=torch.float32) for k, s in shapes.items()}
+        progress = _progress(segment.length)
+        for i, p in enumerate(shown):
+            for k, stack in stacks.items(): torch.div(torch.from_numpy(getattr(p, k)), 1 if k == 'mask' else 255, out=stack[i])
+            progress(i + 1, segment.length)
+        reference = torch.from_numpy(letterbox(read_image(segment.reference), size))[None] / 255
+        return reference, *stacks.values(), _tail(segment.tail, size)
+
+def _tail(path: Path | None, size: tuple[int, int]):
+    import torch
+    if path is None: return None
+    frames = np.fromfile(path, np.uint8).reshape(-1, SIZE[1], SIZE[0], 3)
+    return torch.from_numpy(np.stack([sized(f, size) for f in frames])) / 255
+
+# %% ../nbs/32_nodes.ipynb #a05ef142
+def mask_rows(
+    mask: np.ndarray, # (length, ...): 1 where the person is made, at any resolution
+    seeds: int # frames at the start that are given
+) -> np.ndarray: # (4, latent frames, ...)
+    "Rows of a mask by latent frame; 0 for the seeds"
+    rows = np.concatenate([np.repeat(mask[:1], 4, 0), mask[1:]])
+    if seeds: rows[:4 * ((seeds - 1) // 4 + 1)] = 0
+    return rows.reshape(-1, 4, *mask.shape[1:]).swapaxes(0, 1)
+
+# %% ../nbs/32_nodes.ipynb #c049411f
+class AvatarMaskRows:
+    "Mask rows of Wan2.2-Animate, set right on both conditionings"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES, RETURN_NAMES = ('CONDITIONING', 'CONDITIONING'), ('positive', 'negative')
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {'required': {'positive': ('CONDITIONING',), 'negative': ('CONDITIONING',), 'mask': ('MASK',),
+                             'seeds': ('INT', {'min': 0, 'max': 1024, 'tooltip': 'frames at the start that are given: trim_image of WanAnimateToVideo'})}}
+
+    def run(self, positive: list, negative: list, mask, seeds: int) -> tuple:
+        import node_helpers # ComfyUI's
+        import torch
+        old = positive[0][1]['concat_mask'] # (1, 4, reference and latent frames, h, w)
+        small = torch.nn.functional.interpolate(mask[:, None], old.shape[-2:], mode='nearest-exact')[:, 0]
+        rows = torch.from_numpy(mask_rows(small.numpy(), seeds))[None].to(old)
+        fixed = torch.cat([torch.zeros_like(old[:, :, :old.shape[2] - rows.shape[2]]), rows], dim=2)
+        return tuple(node_helpers.conditioning_set_values(c, {'concat_mask': fixed}) for c in (positive, negative))
+
+# %% ../nbs/32_nodes.ipynb #58c7a49c
+class AvatarPrompt:
+    "An embedding file as conditioning"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('CONDITIONING',)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict: return {'required': {'embedding': ('STRING', {'tooltip': 'safetensors file in the work tree'})}}
+
+    def run(self, embedding: str) -> tuple:
+        from safetensors.torch import load_file
+        return ([[load_file(_work_path(embedding))['embedding'].float(), {}]],)
+
+class AvatarSavePrompt:
+    "Conditioning of a text encoder -> embedding file"
+    CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict: return {'required': {'conditioning': ('CONDITIONING',), **{n: ('STRING', {}) for n in ('prompt', 'encoder_sha256', 'path')}}}
+
+    def run(self, conditioning: list, prompt: str, encoder_sha256: str, path: str) -> dict:
+        import torch
+        from safetensors.torch import save_file
+        tensor = conditioning[0][0].to('cpu', torch.float16).contiguous()
+        with whole_file(_work_path(path)) as part: save_file({'embedding': tensor}, part, Embedding(prompt, encoder_sha256, tuple(tensor.shape)).metadata())
+        return {'ui': {'embedding': [{'shape': list(tensor.shape)}]}}
+
 # %% ../nbs/32_nodes.ipynb #7ae4137d
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (AvatarTrack, AvatarSegment, AvatarDraft, AvatarFrames)}
-NODE_DISPLAY_NAME_MAPPINGS = {'AvatarTrack': 'Avatar: track', 'AvatarSegment': 'Avatar: segment', 'AvatarDraft': 'Avatar: draft', 'AvatarFrames': 'Avatar: frames'}
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (AvatarTrack, AvatarSegment, AvatarDraft, AvatarFrames, AvatarConditioning, AvatarMaskRows, AvatarPrompt, AvatarSavePrompt)}
+NODE_DISPLAY_NAME_MAPPINGS = {n: 'Avatar: ' + re.sub('(?<!^)(?=[A-Z])', ' ', n.removeprefix('Avatar')).lower() for n in NODE_CLASS_MAPPINGS}
