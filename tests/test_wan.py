@@ -1,16 +1,11 @@
 """The production graph on tiny random checkpoints, in the real ComfyUI: every node, link and shape"""
-import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, Service, cut
 
-from wan_avatar.comfy import run
-from wan_avatar.prompt import Embedding
-from wan_avatar.workflow import PROFILES, TINY, WAN, bind, disconnected, load_graph, profile_graph, slots, validate, with_clip_vision
+from wan_avatar.workflow import WAN
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 
