@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wan_avatar.job import JobError
-from wan_avatar.track import (GROUPS, MAGIC, STILL, Camera, Plate, Track, TrackDamaged, calm_camera, check_person, draw_debug, dump_track, fill_unseen,
+from wan_avatar.track import (GROUPS, MAGIC, STILL, TRACKERS, Camera, Plate, Track, TrackDamaged, calm_camera, check_person, draw_debug, dump_track, fill_unseen,
                               is_present, load_track, one_piece, pack_mask, pack_points, parse_track, refine_matte, save_track, skin_colour, smooth,
                               stand_still, track_key, unpack_mask, unpack_points)
 
@@ -18,7 +18,8 @@ def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
     seen = ~np.isin(np.arange(n), missing)
     groups = [np.where(seen[:, None, None], rng.uniform(-20, w + 20, (n, k, 3)), np.nan).astype(np.float32) for k in (33, 21, 21, 478)]
     masks = tuple(pack_mask((rng.random((h // 2, w // 2)) > .5) & s) for s in seen)
-    return Track(size, seen, *groups, np.tile(STILL.astype(np.float32), (n, 1, 1)), (w // 2, h // 2), masks, np.array([1, 2, 3], np.float32), **pictures)
+    return Track(size, seen, dict(zip(GROUPS, groups, strict=True)), (w // 2, h // 2), masks, TRACKERS['mediapipe'], np.tile(STILL.astype(np.float32), (n, 1, 1)),
+                 np.array([1, 2, 3], np.float32), **pictures)
 
 # the file
 
@@ -46,7 +47,7 @@ def _npz(**arrays) -> bytes:
 
 WHOLE = dump_track(make_track())
 @pytest.mark.parametrize('data', [b'', MAGIC, WHOLE[:10], WHOLE[:len(MAGIC) + 32], WHOLE[:-1], WHOLE[:len(WHOLE) // 2], WHOLE + b'x', b'x' + WHOLE,
-                                  WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:], WHOLE.replace(b'track 1', b'track 2', 1), b'PK' + bytes(4000),
+                                  WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:], WHOLE.replace(b'track 2', b'track 1', 1), b'PK' + bytes(4000),
                                   _npz(meta=np.zeros(3, np.uint8)), _npz(), _npz(meta=np.array([{}], object)), MAGIC + hashlib.sha256(b'hm').digest() + b'hm'])
 def test_damage(data, tmp_path):
     (tmp_path / 'x').write_bytes(data)
@@ -74,7 +75,7 @@ def test_masks_round_trip_any_size():
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
     assert track_key(sha) == f'tracks/mediapipe-1/1280x720-24/{sha}.track'
-    assert len({track_key(sha), track_key(sha, fps=25), track_key(sha, size=(640, 360)), track_key(sha, tracker='other-1'), track_key('0' * 64)}) == 5
+    assert len({track_key(sha), track_key(sha, fps=25), track_key(sha, size=(640, 360)), track_key(sha, tracker='wholebody-sam2'), track_key('0' * 64)}) == 5
     for bad in ('', 'abc', '../' + 'a' * 61, 'G' * 64, sha.upper()):
         with pytest.raises(ValueError): track_key(bad)
 
@@ -91,7 +92,7 @@ def test_no_person(n, missing, what, refused):
 
 def test_image_needs_a_face():
     track = make_track(1)
-    with pytest.raises(JobError, match='no face'): check_person(replace(track, face=np.full_like(track.face, np.nan)), 'image')
+    with pytest.raises(JobError, match='no face'): check_person(replace(track, points=track.points | {'face': np.full_like(track.face, np.nan)}), 'image')
 
 def test_presence_needs_both_detectors():
     nan, body = np.full((478, 3), np.nan), np.ones((33, 3))

@@ -1,33 +1,54 @@
 """The production graph on tiny random checkpoints, in the real ComfyUI: every node, link and shape"""
+import json
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, Service, cut
 
-from wan_avatar.workflow import WAN
+from wan_avatar.comfy import run
+from wan_avatar.job import JobError
+from wan_avatar.media import read_frames
+from wan_avatar.prompt import Embedding, check_embedding
+from wan_avatar.track import load_track, parse_track, track_key
+from wan_avatar.workflow import CLIP_VISION, PROFILES, TINY, WAN, Weight, bind, load_graph, needed_files, profile_graph, slots, track_graph, validate
 
 PYTHON = ROOT / '.comfy/env/bin/python'
+FACE = replace(TINY, name='tiny-face', face=True, weights=tuple(replace(w, file='face.safetensors') if w.slot == 'dit' else w for w in TINY.weights), values={**TINY.values, 'steps': 1})
+BODY = replace(TINY, name='tiny-body', tracker='wholebody-sam2')
+PROMPTED = replace(TINY, name='tiny-prompted', encoder=Weight('text_encoder', 'text_encoders', 'never-there.safetensors', 6735906897))
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory) -> Path:
-    "What `wan-avatar tiny-weights` writes, and empty files under production's names, so that loaders offer them"
-    folder = tmp_path_factory.mktemp('models')
-    subprocess.run([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder], cwd=ROOT, check=True, capture_output=True)
-    for w in (*WAN.weights, WAN.encoder):
+    "What `wan-avatar tiny-weights` writes, detectors, and empty files under production's names, so that loaders offer them"
+    folder, with_face = tmp_path_factory.mktemp('models'), tmp_path_factory.mktemp('face')
+    makers = [([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder]), ([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', with_face, '--face']), ([PYTHON, ROOT / 'tests/tiny_detectors.py', folder])]
+    for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
+    shutil.move(with_face / 'diffusion_models/tiny-dit.safetensors', folder / 'diffusion_models/face.safetensors')
+    for w in (*WAN.weights, WAN.encoder, CLIP_VISION):
         (folder / w.folder).mkdir(exist_ok=True)
         (folder / w.folder / w.file).touch()
     return folder
 
 @pytest.fixture(scope='module')
 def wan(bucket, samples, weights, tmp_path_factory):
-    made = Service(bucket, tmp_path_factory.mktemp('wan'), MODELS_DIR=str(weights), PROFILE='wan22-animate-tiny')
+    work = tmp_path_factory.mktemp('wan')
+    (work / 'comfy/avatar_nodes').mkdir(parents=True)
+    shutil.copy(ROOT / 'tests/comfy_probe.py', work / 'comfy/avatar_nodes')
+    made = Service(bucket, work, MODELS_DIR=str(weights), PROFILE='wan22-animate-tiny')
     made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
     made.store.upload(cut(samples / 'pexels.mp4', 20, tmp_path_factory.mktemp('short')), 'in/short.mp4', 'video/mp4')
+    made.store.upload(cut(samples / 'pexels.mp4', 5, tmp_path_factory.mktemp('five')), 'in/five frames.mp4', 'video/mp4')
+    PROFILES.update({p.name: p for p in (FACE, BODY, PROMPTED)})
     yield made
+    for p in (FACE, BODY, PROMPTED): del PROFILES[p.name]
     made.close()
 
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/short.mp4'}
+BRIEF = JOB | {'driving_video_path': 'in/five frames.mp4'}
 
 @pytest.fixture(scope='module')
 def made(wan):
@@ -35,12 +56,199 @@ def made(wan):
     assert 'error' not in answer, answer
     return answer
 
+def rendered(wan, job_id: str) -> list[tuple[int, int]]:
+    "Windows of a finished job: number and frames"
+    return [(s['facts']['segment'], s['facts']['frames']) for s in wan.store.read_json(f'avatars/{job_id}.mp4.json')['timeline'] if s['name'] == 'render']
+
 def test_several_windows_with_masks_tail_and_embedding(wan, made):
     assert (made['width'], made['height'], made['frames'], made['profile'], made['seed']) == (1280, 720, 20, 'wan22-animate-tiny', 7)
     manifest = wan.store.read_json('avatars/tiny.mp4.json')
-    assert [(s['facts']['segment'], s['facts']['frames']) for s in manifest['timeline'] if s['name'] == 'render'] == [(0, 9), (1, 9), (2, 9), (3, 9)]
+    assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9), (3, 9)]
     assert manifest['profile_values']['steps'] == 2 and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['weights']
 
 def test_one_seed_one_video_another_seed_another(wan, made):
     assert wan.run('tiny-again', **JOB, seed=7)['sha256'] == made['sha256']
     assert wan.run('tiny-other', **JOB, seed=8)['sha256'] != made['sha256']
+
+# what only the size of the weights tells apart
+
+def test_tiny_differs_from_production_in_files_size_and_close_up_alone():
+    production, tiny = profile_graph(WAN), profile_graph(TINY)
+    changed = {(n, k) for n in production for k in production[n]['inputs'] if production[n]['inputs'][k] != tiny[n]['inputs'].get(k)}
+    files = {('dit', 'unet_name'), ('distill', 'lora_name'), ('relight', 'lora_name'), ('vae', 'vae_name')}
+    assert changed == files | {(n, k) for n in ('pictures', 'animate') for k in ('width', 'height')} | {('sample', 'steps'), ('animate', 'face_video')}
+    assert production.keys() == tiny.keys() and profile_graph(replace(WAN, weights=TINY.weights)).keys() == production.keys()
+
+SLOTS = {'reference': 'j/r.png', 'reference_track': 'j/r.track', 'video': 'j/d.mp4', 'track': 'j/d.track', 'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77,
+         'frames': 'j/f.u8', 'seed': 2**63 - 1, 'embedding': 'embeddings/x.safetensors'}
+
+def test_production_graphs_fit_this_comfyui(wan):
+    for profile in (WAN, replace(WAN, clip_vision=CLIP_VISION), replace(WAN, face=False)):
+        assert validate(bind(profile_graph(profile), SLOTS), wan.comfy.object_info) == []
+    assert validate(bind(track_graph(WAN), {'source': 'j/d.mp4', 'kind': 'video', 'track': 'j/d.track'}), wan.comfy.object_info) == []
+    assert validate(bind(load_graph('prompt'), {'text_encoder': WAN.encoder.file, 'prompt': 'p', 'encoder_sha256': 'e', 'path': 'e/x.safetensors'}), wan.comfy.object_info) == []
+
+# inside a window
+
+def probe(wan, graph: dict, **links: list) -> dict[str, tuple]:
+    "Run a graph and look at these links: name -> (shapes, tensors)"
+    looking = {f'probe_{name}': {'class_type': 'Probe', 'inputs': {'value': link, 'name': name}} for name, link in links.items()}
+    wan.on_loop(run(wan.comfy, graph | looking))
+    folder = wan.settings.work_dir / 'probes'
+    return {name: (json.loads((folder / f'{name}.json').read_text()), dict(np.load(folder / f'{name}.npz'))) for name in links}
+
+@pytest.fixture(scope='module')
+def window(wan, made, tmp_path_factory):
+    "A later window of the tiny profile with its inputs in the work tree, and what flows in it"
+    folder = wan.settings.work_dir / 'jobs/by-hand'
+    folder.mkdir(parents=True)
+    from wan_avatar.media import normalise_video
+    raw = folder / 'raw.mp4'
+    wan.store.download('in/short.mp4', raw, 'x', 10**9)
+    normalise_video(raw, folder / 'driving.mp4', folder / 'audio.m4a', 60)
+    wan.store.download('in/astronaut.png', folder / 'reference.png', 'x', 10**9)
+    key = next(k for k in wan.store.list('tracks/mediapipe') if len(parse_track(wan.store.read_bytes(k, 10**9))) == 20)
+    wan.store.download(key, folder / 'driving.track', 'x', 10**9)
+    shutil.copy(folder / 'driving.track', folder / 'reference.track') # the production graph does not read it
+    tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
+    tail.tofile(folder / 'tail.u8')
+    values = SLOTS | {k: f'jobs/by-hand/{v}' for k, v in {'reference': 'reference.png', 'reference_track': 'reference.track', 'video': 'driving.mp4', 'track': 'driving.track',
+                                                         'tail': 'tail.u8', 'frames': 'frames.u8'}.items()}
+    values |= {'start': 4, 'length': 9, 'overlap': 5, 'new': 4, 'seed': 3, 'embedding': f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'}
+    graph = bind(profile_graph(TINY), values)
+    # the seeds, then the scene: what the conditioning must hold
+    graph['rest'] = {'class_type': 'ImageFromBatch', 'inputs': {'image': ['pictures', 3], 'batch_index': 5, 'length': 4}}
+    graph['both'] = {'class_type': 'ImageBatch', 'inputs': {'image1': ['pictures', 5], 'image2': ['rest', 0]}}
+    graph['scene'] = {'class_type': 'VAEEncode', 'inputs': {'pixels': ['both', 0], 'vae': ['vae', 0]}}
+    found = probe(wan, graph, pictures=['pictures', 0], pose=['pictures', 1], face=['pictures', 2], background=['pictures', 3], mask=['pictures', 4], tail=['pictures', 5],
+                  positive=['mask_rows', 0], negative=['mask_rows', 1], unfixed=['animate', 0], latent=['animate', 2], trim_latent=['animate', 3], trim_image=['animate', 4],
+                  sampled=['sample', 0], trimmed=['trim', 0], decoded=['decode', 0], scene=['scene', 0])
+    return folder, tail, found
+
+def test_shapes_of_everything(window):
+    shapes = {name: shape for name, (shape, _) in window[2].items()}
+    assert {k: shapes[k] for k in ('pictures', 'pose', 'face', 'background', 'mask', 'tail', 'trim_latent', 'trim_image', 'decoded')} == {
+        'pictures': [1, 48, 64, 3], 'pose': [9, 48, 64, 3], 'face': [9, 512, 512, 3], 'background': [9, 48, 64, 3], 'mask': [9, 48, 64], 'tail': [5, 48, 64, 3],
+        'trim_latent': 1, 'trim_image': 5, 'decoded': [9, 48, 64, 3]}
+    for name, frames in (('latent', 4), ('sampled', 4), ('trimmed', 3)): assert shapes[name]['samples'] == [1, 16, frames, 6, 8], name # one of them is the reference
+    for name in ('positive', 'negative'):
+        (embedding, said), = shapes[name]
+        assert embedding == [1, 512, 4096]
+        assert said == {'pose_video_latent': [1, 16, 3, 6, 8], 'concat_latent_image': [1, 16, 4, 6, 8], 'concat_mask': [1, 4, 4, 6, 8]}
+    assert (window[0] / 'frames.u8').stat().st_size == 4 * 1280 * 720 * 3
+
+def test_the_scene_outside_the_mask_goes_through(window):
+    folder, _, found = window
+    from wan_avatar.nodes import sized
+    background, mask = found['background'][1]['value'], found['mask'][1]['value'].astype(bool)
+    frames = np.stack([sized(f, (64, 48)) for f in read_frames(folder / 'driving.mp4', 4, 9)])
+    assert not background[mask].any() and 0.05 < mask.mean() < 0.95
+    assert np.abs(background[~mask] * 255 - frames[~mask]).max() < 0.51
+    said = found['positive'][1]
+    scene, given = found['scene'][1]['value.samples'], said['value.0.1.concat_latent_image']
+    assert np.array_equal(scene, given[:, :, 1:]), 'behind the reference stand the seeds and the scene, nothing else'
+    rows = said['value.0.1.concat_mask'][0]
+    blocks = mask.reshape(9, 6, 8, 8, 8)[:, :, 4, :, 4] # what nearest-exact picks of each latent pixel
+    assert (rows[:, 0] == 0).all() and (rows[:, 1:3] == 0).all() and (rows[:, 3] == blocks[5:9]).all()
+
+def test_the_tail_arrives_byte_for_byte(window):
+    from wan_avatar.nodes import sized
+    assert np.array_equal(np.round(window[2]['tail'][1]['value'] * 255).astype(np.uint8), np.stack([sized(f, (64, 48)) for f in window[1]]))
+
+# the rows of the mask: frames of a window are numbered from 100 here
+
+FIRST_WRONG, FIRST_RIGHT = [[100, 101, 102, 103], [104, 105, 106, 107], [108, 1, 1, 1]], [[100, 100, 100, 100], [101, 102, 103, 104], [105, 106, 107, 108]]
+LATER_WRONG, LATER_RIGHT = [[0, 0, 0, 0], [0, 105, 106, 107], [108, 1, 1, 1]], [[0, 0, 0, 0], [0, 0, 0, 0], [105, 106, 107, 108]]
+
+@pytest.mark.parametrize('later, wrong, right', [(False, FIRST_WRONG, FIRST_RIGHT), (True, LATER_WRONG, LATER_RIGHT)], ids=['first', 'later'])
+def test_mask_rows(wan, window, later, wrong, right):
+    graph = {k: v for k, v in bind(profile_graph(TINY), SLOTS | {'length': 9}).items() if k in ('vae', 'animate', 'mask_rows')}
+    graph['numbered'] = {'class_type': 'NumberedMask', 'inputs': {'length': 9, 'width': 64, 'height': 48}}
+    graph['prompt'] = {'class_type': 'AvatarPrompt', 'inputs': {'embedding': f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'}}
+    graph['seeds'] = {'class_type': 'EmptyImage', 'inputs': {'width': 64, 'height': 48, 'batch_size': 5, 'color': 0}}
+    kept = {k: v for k, v in graph['animate']['inputs'].items() if not (isinstance(v, list) and v[0] == 'pictures')}
+    graph['animate'] = graph['animate'] | {'inputs': kept | {'character_mask': ['numbered', 0]} | ({'continue_motion': ['seeds', 0]} if later else {})}
+    graph['mask_rows'] = graph['mask_rows'] | {'inputs': graph['mask_rows']['inputs'] | {'mask': ['numbered', 0]}}
+    found = probe(wan, graph, before=['animate', 0], after=['mask_rows', 0], negative=['mask_rows', 1])
+    def rows(name: str) -> list: # by latent frame, the reference's left out
+        mask = found[name][1]['value.0.1.concat_mask'][0]
+        assert (mask[:, 0] == 0).all() and all((mask[:, t, y, x] == mask[:, t, 0, 0]).all() for t in range(4) for y in range(6) for x in range(8))
+        return mask[:, 1:, 0, 0].T.astype(int).tolist()
+    assert rows('before') == wrong, 'this ComfyUI has been repaired: AvatarMaskRows is not needed any more'
+    assert rows('after') == rows('negative') == right
+
+# the close-up of the face
+
+def test_face_branch(wan):
+    answer = wan.run('face', **BRIEF, profile='tiny-face', seed=1)
+    assert 'error' not in answer and rendered(wan, 'face') == [(0, 5)]
+    without = wan.run('no-face', **BRIEF, profile='wan22-animate-tiny', seed=1)
+    assert answer['sha256'] != without['sha256'], 'the close-up changes the picture'
+
+# memory
+
+def short_of_memory(tmp_path: Path, most: int) -> str:
+    "A profile whose decoder has room for so many frames; its name"
+    graph = load_graph('wan22-animate')
+    graph['frames']['inputs']['images'] = ['full', 0]
+    graph['full'] = {'class_type': 'FullMemory', 'inputs': {'images': ['decode', 0], 'most': most}}
+    (tmp_path / 'full.json').write_text(json.dumps(graph))
+    PROFILES['full'] = replace(TINY, name='full', graph=tmp_path / 'full.json', length=17)
+    return 'full'
+
+def test_out_of_memory_is_tried_with_shorter_windows(wan, tmp_path):
+    try: answer = wan.run('shorter', **JOB, profile=short_of_memory(tmp_path, 9))
+    finally: del PROFILES['full']
+    assert answer['frames'] == 20 and rendered(wan, 'shorter') == [(0, 17), (0, 9), (1, 9), (2, 9), (3, 9)]
+
+def test_out_of_memory_for_good_says_so_with_figures(wan, tmp_path):
+    try: answer = wan.run('no-room', **JOB, profile=short_of_memory(tmp_path, 1))
+    finally: del PROFILES['full']
+    assert answer['error'].startswith('out_of_memory: a window of 9 frames at 64x48') and 'Allocation on device' in answer['error']
+    assert wan.store.stat('avatars/no-room.mp4') is None
+
+# the prompt
+
+def test_a_prompt_of_ones_own_needs_the_encoder_once(wan):
+    answer = wan.run('own', **BRIEF, profile='tiny-prompted', prompt='a person waves')
+    assert answer['error'].startswith('models_unavailable') and 'never-there.safetensors' in answer['error'] and '6,735,906,897' in answer['error']
+    wanted, shipped = Embedding('a person waves', TINY.encoder_sha256), Embedding(TINY.prompt, TINY.encoder_sha256)
+    # what the encoder would give cannot be had here: another embedding, saved by ComfyUI under this prompt's name
+    save = {'load': {'class_type': 'AvatarPrompt', 'inputs': {'embedding': f'embeddings/{shipped.name}'}},
+            'save': {'class_type': 'AvatarSavePrompt', 'inputs': {'conditioning': ['load', 0], 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': 'made.safetensors'}}}
+    wan.on_loop(run(wan.comfy, save))
+    file = wan.settings.work_dir / 'made.safetensors'
+    check_embedding(file, wanted)
+    wan.store.write_bytes(f'embeddings/{wanted.name}', file.read_bytes(), 'application/octet-stream')
+    assert 'error' not in wan.run('own-again', **BRIEF, profile='tiny-prompted', prompt='a person waves')
+    prompt = next(s for s in wan.store.read_json('avatars/own-again.mp4.json')['timeline'] if s['name'] == 'prompt')
+    assert prompt['facts']['from'] == 'bucket'
+
+# the production tracker, on networks of random weights
+
+def test_wholebody_tracker_in_comfyui(wan, tmp_path):
+    answer = wan.run('body', **BRIEF, profile='tiny-body', seed=1)
+    assert 'error' not in answer, answer
+    key, = wan.store.list('tracks/wholebody-sam2-1/')
+    wan.store.download(key, tmp_path / 'five.track', 'x', 10**9)
+    track = load_track(tmp_path / 'five.track')
+    assert track.present.all() and len(track) == 5 and track.wholebody.shape == (5, 133, 3) and track.plate is None
+    # the detector's box is (220, 60, 420, 620) of 640x640, the bumps lie on a 12 x 12 grid in its crop: both tremble by less than 2 pixels
+    nose, corner = track.wholebody[0, 0, :2], track.wholebody[0, 132, :2]
+    width, height = 400 * 1.25, 630 * 1.25
+    wide = max(width, height * 192 / 256)
+    left, top = 640 - wide / 2, 382.5 - height / 2
+    assert np.abs(nose - [left + 8 * wide / 48, top + 6 * height / 64]).max() < 4
+    assert np.abs(corner - [left + 8 * wide / 48, top + (6 + 52) * height / 64]).max() < 4
+    again = wan.run('body-again', **BRIEF, profile='tiny-body', seed=1)
+    assert again['sha256'] == answer['sha256']
+    assert [s['facts']['cached'] for s in wan.store.read_json('avatars/body-again.mp4.json')['timeline'] if s['name'] == 'track'] == [True]
+
+def test_missing_files_are_named_with_their_bytes(wan, tmp_path):
+    with pytest.raises(JobError) as e:
+        from wan_avatar.workflow import check_weights
+        check_weights(WAN, tmp_path)
+    assert e.value.code == 'models_unavailable' and all(w.file in str(e.value) for w in needed_files(WAN)) and str(sum(w.bytes for w in needed_files(WAN)))[:2] in str(e.value)
+
+def test_slots_of_the_production_graph_are_what_windows_fill():
+    assert slots(profile_graph(WAN)) == SLOTS.keys() and track_key('0' * 64, tracker='wholebody-sam2') != track_key('0' * 64)

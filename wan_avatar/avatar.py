@@ -36,7 +36,7 @@ from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
 from .track import TrackDamaged, parse_track, track_key
-from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots
+from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots, track_graph, with_tracker
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ async def fetch_inputs(job: Job, studio: Studio, folder: Path, timeline: Timelin
 async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, work_dir: Path, progress: Callable, restarts: Restarts) -> Path:
     "Track a picture or a video in ComfyUI; JobError `no_person` when there is nobody to replace"
     target = source.with_suffix('.track')
-    graph = bind(load_graph('track'), {'source': relative(source, work_dir), 'kind': kind, 'track': relative(target, work_dir), 'tracker': profile.tracker})
+    graph = bind(track_graph(profile), {'source': relative(source, work_dir), 'kind': kind, 'track': relative(target, work_dir)})
     await run(comfy, graph, lambda p: progress(p.value, p.maximum), restarts)
     return target
 
@@ -191,7 +191,7 @@ def relative(path: Path, work_dir: Path) -> str:
 # %% ../nbs/40_avatar.ipynb #f2895ebf
 async def track_video_cached(inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts) -> Path:
     "The driving video's track: from the bucket, or made and put there"
-    key, target = track_key(inputs.sha256), inputs.clip.path.with_suffix('.track')
+    key, target = track_key(inputs.sha256, tracker=profile.tracker), inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
         cached = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
@@ -360,7 +360,7 @@ async def prompt_embedding(job: Job, studio: Studio, profile: Profile, timeline:
 
 async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, restarts: Restarts) -> None:
     "Ask the text encoder"
-    check_weights(replace(profile, weights=(profile.encoder,), clip_vision=None), studio.settings.models_dir)
+    check_weights(replace(profile, weights=(profile.encoder,), detectors=(), clip_vision=None), studio.settings.models_dir)
     graph = bind(load_graph('prompt'), {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': relative(target, studio.settings.work_dir)})
     await run(studio.comfy, graph, restarts=restarts)
 
@@ -419,7 +419,7 @@ async def make_avatar(
     "Person of the picture into the video; JobError says why not"
     settings, timeline, restarts = studio.settings, timeline or Timeline(), Restarts()
     profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
-    if settings.tracker: profile = replace(profile, tracker=settings.tracker)
+    profile = with_tracker(profile, settings.tracker)
     driving_key(job, settings)
     check_weights(profile, settings.models_dir)
     async with deadline(settings.job_seconds), studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:

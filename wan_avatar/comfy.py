@@ -68,7 +68,7 @@ def lay_out(place: ComfyPlace) -> None:
     "Make the folders, the file that loads our nodes, and the extra-paths file (JSON is YAML)"
     for name in ('output', 'user', 'custom_nodes', 'avatar_nodes'): (place.home / name).mkdir(parents=True, exist_ok=True)
     (place.home / 'avatar_nodes/wan_avatar_nodes.py').write_text('from wan_avatar.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS\n')
-    kinds = ('diffusion_models', 'loras', 'text_encoders', 'clip_vision', 'vae')
+    kinds = ('diffusion_models', 'loras', 'text_encoders', 'clip_vision', 'vae', 'detection', 'sam2')
     paths = {'avatar': {'custom_nodes': str(place.home / 'avatar_nodes')}, 'weights': {'base_path': str(place.models_dir.resolve())} | {k: k for k in kinds}}
     (place.home / 'extra_paths.json').write_text(json.dumps(paths))
 

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     minio_public_endpoint: Annotated[Address | None, Field(description='address callers reach the bucket by, for presigned URLs')] = None
     default_driving_video_path: Annotated[Key | None, Field(description='key used when a job names no driving video')] = None
     profile: str = 'draft'
-    tracker: Annotated[str | None, Field(description='detector to use instead of the profile\'s own: research')] = None
+    tracker: Annotated[str | None, Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
     output_prefix: str = 'avatars/'
     models_dir: Path = Path('models')
     comfy_dir: Path = Path('.comfy')

@@ -1,0 +1,60 @@
+"""Nodes that the tests put into ComfyUI: to see what flows along a link, and to make what no real node makes"""
+import json
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import torch
+
+class Any(str):
+    "A type that takes every link"
+    def __ne__(self, other): return False
+
+def described(value):
+    "Shapes of all tensors in whatever a link carries"
+    if isinstance(value, torch.Tensor): return list(value.shape)
+    if isinstance(value, dict): return {k: described(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [described(v) for v in value]
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+def tensors(value, name: str = 'value') -> dict:
+    "All tensors, by their way there"
+    if isinstance(value, torch.Tensor): return {name: value.float().cpu().numpy()}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {k: v for key, inner in pairs for k, v in tensors(inner, f'{name}.{key}').items()}
+
+class Probe:
+    "Shapes of a link's value into NAME.json, its tensors into NAME.npz"
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {'value': (Any('*'),), 'name': ('STRING', {})}}
+
+    def run(self, value, name):
+        folder = Path(folder_paths.get_input_directory()) / 'probes'
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f'{name}.npz', **tensors(value))
+        (folder / f'{name}.json').write_text(json.dumps(described(value)))
+        return {}
+
+class NumberedMask:
+    "A mask whose frame i is filled with 100 + i: rows can be told apart"
+    CATEGORY, FUNCTION, RETURN_TYPES = 'tests', 'run', ('MASK',)
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {'length': ('INT', {'min': 1, 'max': 1024}), 'width': ('INT', {'min': 8, 'max': 4096}), 'height': ('INT', {'min': 8, 'max': 4096})}}
+
+    def run(self, length, width, height): return (torch.arange(100, 100 + length, dtype=torch.float32)[:, None, None].expand(length, height, width).contiguous(),)
+
+class FullMemory:
+    "Passes images on; runs out of memory when there are more than `most`"
+    CATEGORY, FUNCTION, RETURN_TYPES = 'tests', 'run', ('IMAGE',)
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {'images': ('IMAGE',), 'most': ('INT', {'min': 0, 'max': 1024})}}
+
+    def run(self, images, most):
+        if len(images) > most: raise torch.OutOfMemoryError('Allocation on device')
+        return (images,)
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Probe, NumberedMask, FullMemory)}
