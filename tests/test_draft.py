@@ -32,11 +32,12 @@ def puppet(cartoon):
     image, person = cartoon['cartoon'](face, flag=True)
     return make_puppet(image, cartoon['cartoon_track']([face], [person], matte=person))
 
-def driving(cartoon, moves: list[dict | None], **changes):
-    "A driver that makes these faces; None: nobody there"
+def driving(cartoon, moves: list[dict | None], points: dict | None = None, **changes):
+    "A driver that makes these faces; None: nobody there; `points` replace groups of the track"
     faces = [cartoon['cartoon_points'](**m) if m else np.full((478, 3), np.nan, np.float32) for m in moves]
     masks = [cartoon['cartoon'](f)[1] if m else np.zeros((180, 320), np.uint8) for f, m in zip(faces, moves, strict=True)]
-    return make_driver(replace(cartoon['cartoon_track'](faces, masks, plate=np.full((180, 320, 3), ROOM, np.uint8)), **changes))
+    made = cartoon['cartoon_track'](faces, masks, plate=np.full((180, 320, 3), ROOM, np.uint8))
+    return make_driver(replace(made, points={**made.points, **(points or {})}, **changes))
 
 AT = dict(x=150, y=72, r=40)
 
@@ -99,7 +100,7 @@ def test_mouth_and_eyes_follow(cartoon, puppet):
 def test_a_face_turned_away_follows_the_nose_of_the_body(cartoon):
     faces, body = [AT, AT, AT, None, None, AT], np.full((6, 33, 3), np.nan, np.float32)
     body[:, 0] = [[150 + (30 if i in (3, 4) else 0), 80, 1] for i in range(6)]
-    driver = driving(cartoon, faces, body=body, present=np.ones(6, bool))
+    driver = driving(cartoon, faces, points={'body': body}, present=np.ones(6, bool))
     assert driver.shift[4, 0] - driver.shift[0, 0] > 12 and driver.present.all()
 
 def test_camera_moves_the_plate(cartoon, puppet):
