@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'PICTURES', 'BENCHES', 'Figure', 'table', 'bench_site', 'timed_job', 'sample_job', 'bench_job',
            'bench_pictures', 'covered', 'heavy_video', 'bench_handler', 'delivery_s', 'looped', 'PeakMemory',
-           'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot', 'run_bench']
+           'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot', 'prepared', 'track_once', 'bench_track',
+           'Relayed', 'window_traffic', 'bench_window', 'run_bench']
 
 # %% ../nbs/55_bench.ipynb #b6fbeaa0
 import asyncio
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import threading
@@ -29,13 +31,16 @@ import psutil
 from PIL import Image
 from .avatar import sha256_of
 from .client import Client, EndpointError, Status, upload_file
-from .comfy import ComfyPlace, ComfyProcess
+from .comfy import Comfy, ComfyPlace, ComfyProcess, run, running_comfy
 from .config import load_settings
 from .files import whole_file
 from .job import manifest_key
 from .local import Local, up
-from .media import FPS, SIZE, bench_media, read_frames
+from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames
+from .segments import window_pictures
 from .store import Store
+from .track import load_track, wholebody_points
+from .workflow import WAN, Profile, bind, get_profile, load_graph, needed_files, track_graph
 
 # %% ../nbs/55_bench.ipynb #11ee2aa9
 @dataclass(frozen=True)
@@ -45,13 +50,23 @@ class Figure:
     value: float | None # None: could not be measured here
     unit: str # x, s, MB, …
     at_most: float | None = None # its target
+    at_least: float | None = None # or this
+
+    @property
+    def target(self) -> str:
+        "What it should be; empty: it only explains others"
+        bounds = [f'{sign} {bound:g} {self.unit}' for sign, bound in (('≥', self.at_least), ('≤', self.at_most)) if bound is not None]
+        return ' and '.join(bounds)
 
     @property
     def verdict(self) -> str:
         "Against its target"
         if self.value is None: return 'not measured'
-        return '' if self.at_most is None else 'met' if self.value <= self.at_most else 'missed'
+        if not self.target: return ''
+        met = (self.at_most is None or self.value <= self.at_most) and (self.at_least is None or self.value >= self.at_least)
+        return 'met' if met else 'missed'
 
+# %% ../nbs/55_bench.ipynb #b81ab216
 def table(
     folder: Path, # of JSON files that `run_bench` wrote
     targets_only: bool = False # leave out what only explains
@@ -60,9 +75,9 @@ def table(
     rows = ['| bench | figure | measured | target | |', '|---|---|---|---|---|']
     for path in sorted(folder.glob('*.json')):
         for f in (Figure(**f) for f in json.loads(path.read_text())['figures']):
-            if targets_only and f.at_most is None: continue
+            if targets_only and not f.target: continue
             measured = '–' if f.value is None else f'{f.value:.4g} {f.unit}'
-            rows.append(f'| {path.stem} | {f.name} | {measured} | ' + (f'≤ {f.at_most:g} {f.unit}' if f.at_most is not None else '') + f' | {f.verdict} |')
+            rows.append(f'| {path.stem} | {f.name} | {measured} | {f.target} | {f.verdict} |')
     return '\n'.join(rows)
 
 # %% ../nbs/55_bench.ipynb #618e83b8
@@ -255,9 +270,103 @@ def bench_boot(say: Callable[[str], None], rounds: int = 5) -> list[Figure]:
     return [Figure('worker start to ready, of ComfyUI alone', round(ratio, 3), 'x', 1.15), Figure('worker, median', round(statistics.median(whole), 2), 's'),
             Figure('ComfyUI alone, median', round(statistics.median(bare), 2), 's')]
 
+# %% ../nbs/55_bench.ipynb #9b799cf5
+@contextmanager
+def prepared(
+    frames: int # of the sample clip
+) -> Iterator[tuple[ComfyPlace, Path]]: # where ComfyUI is, a job's folder with driving.mp4
+    "A work folder with a driving video in it, and no worker"
+    with tempfile.TemporaryDirectory() as folder:
+        place, job = ComfyPlace(Path('.comfy').resolve(), Path(folder).resolve(), Path(os.environ.get('MODELS_DIR', f'{folder}/models')).resolve()), Path(folder).resolve() / 'jobs/bench'
+        job.mkdir(parents=True)
+        with Encoder(job / 'some.mp4', size=(640, 360)) as encoder:
+            for frame in read_frames(SAMPLES / 'pexels.mp4', count=frames): encoder.write(frame)
+        normalise_video(job / 'some.mp4', job / 'driving.mp4', job / 'audio.m4a', 60)
+        yield place, job
+
+async def track_once(place: ComfyPlace, job: Path, profile: Profile) -> float: # seconds
+    "The driving video's track by a profile's tracker"
+    async with running_comfy(place) as comfy:
+        began = time.perf_counter()
+        paths = {'source': job / 'driving.mp4', 'track': job / 'driving.track'}
+        await run(comfy, bind(track_graph(profile), {k: p.relative_to(place.work_dir).as_posix() for k, p in paths.items()} | {'kind': 'video'}))
+        return time.perf_counter() - began
+
+# %% ../nbs/55_bench.ipynb #51506669
+def bench_track(say: Callable[[str], None]) -> list[Figure]:
+    "Frames a second of each tracker"
+    found = []
+    for profile, frames in ((get_profile('draft'), 240), (WAN, 24)):
+        with prepared(frames) as (place, job):
+            files = [place.models_dir / w.folder / w.file for w in needed_files(profile) if w in profile.detectors]
+            missing = [f.name for f in files if not f.exists()]
+            say(f'track: {profile.tracker}, {frames} frames' if not missing else f'track: {profile.tracker} not measured, MODELS_DIR lacks {", ".join(missing)}')
+            size = f', networks of {sum(f.stat().st_size for f in files) / 1e6:.0f} MB' if files and not missing else ''
+            found.append(Figure(f'{profile.tracker} on the CPU{size}', None if missing else round(frames / asyncio.run(track_once(place, job, profile)), 2), 'frames/s'))
+    return found
+
+# %% ../nbs/55_bench.ipynb #4a0f9da5
+class Relayed(ComfyProcess):
+    "A ComfyUI that is reached through a relay, which counts"
+    moved, door = 0, 0 # bytes both ways; the relay's port
+
+    @property
+    def url(self) -> str: return f'http://127.0.0.1:{self.door or self.port}'
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        "One direction of one connection"
+        try:
+            while data := await reader.read(1 << 16):
+                self.moved += len(data)
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError: pass # the other side has gone
+        finally: writer.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        "One connection"
+        try: inner_reader, inner_writer = await asyncio.open_connection('127.0.0.1', self.port)
+        except ConnectionError: return writer.close() # ComfyUI is not up yet: the caller sees what it would have seen
+        await asyncio.gather(self.pass_on(reader, inner_writer), self.pass_on(inner_reader, writer))
+
+# %% ../nbs/55_bench.ipynb #7b18b152
+async def window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # bytes by the socket, bytes by files
+    "One window of the draft through ComfyUI"
+    process = Relayed(place)
+    comfy, server = Comfy(process), await asyncio.start_server(process.serve, '127.0.0.1', 0)
+    process.door = server.sockets[0].getsockname()[1]
+    try:
+        await comfy.start()
+        paths = {k: f'jobs/bench/{v}' for k, v in (('reference', 'reference.png'), ('reference_track', 'reference.track'), ('video', 'driving.mp4'), ('track', 'driving.track'), ('frames', 'frames.u8'))}
+        await run(comfy, bind(track_graph(get_profile('draft')), {'source': paths['reference'], 'kind': 'image', 'track': paths['reference_track']}))
+        before = process.moved
+        await run(comfy, bind(load_graph('draft'), paths | {'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77}))
+        return process.moved - before, (job / 'frames.u8').stat().st_size
+    finally:
+        await comfy.close()
+        server.close()
+
+# %% ../nbs/55_bench.ipynb #d0892b40
+def bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Figure]:
+    "Conditioning pictures a second, and what a window moves"
+    with prepared(77) as (place, job):
+        say('window: tracking')
+        asyncio.run(track_once(place, job, get_profile('draft')))
+        track, spent = load_track(job / 'driving.track'), []
+        for n in range(rounds):
+            say(f'window: round {n + 1} of {rounds}')
+            began = time.perf_counter()
+            shown = sum(1 for _ in window_pictures(read_frames(job / 'driving.mp4'), 0, 77, wholebody_points(track), track.present, track.mask, SIZE))
+            spent.append((time.perf_counter() - began) / shown)
+        shutil.copy(SAMPLES / 'astronaut.png', job / 'reference.png')
+        say('window: traffic')
+        by_socket, by_files = asyncio.run(window_traffic(place, job))
+    return [Figure('conditioning pictures at 720p', round(1 / statistics.median(spent), 1), 'frames/s', at_least=40),
+            Figure('by the socket, 77 frames', round(by_socket / 1e3, 1), 'kB'), Figure('by files, 77 frames', round(by_files / 1e6, 1), 'MB')]
+
 # %% ../nbs/55_bench.ipynb #5711db68
 BENCHES: dict[str, Callable[[Callable[[str], None]], list[Figure]]] = {
-    'job': bench_job, 'media': bench_pictures, 'handler': bench_handler, 'memory': bench_memory, 'boot': bench_boot}
+    'job': bench_job, 'media': bench_pictures, 'handler': bench_handler, 'memory': bench_memory, 'boot': bench_boot, 'track': bench_track, 'window': bench_window}
 
 def run_bench(
     name: str,
