@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+# %% ../nbs/55_bench.ipynb #440eb7fa
 import aiohttp
 import av
 import numpy as np
