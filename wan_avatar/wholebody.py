@@ -266,7 +266,9 @@ def chunks(
 ) -> Iterator[list]:
     "Lists of so many items, the last one shorter"
     source = iter(items)
-    while batch := list(islice(source, size)): yield batch
+    while batch := list(islice(source, size)):
+        yield batch
+        del batch # before the next is read
 
 def track_wholebody(
     read: Read,
@@ -291,20 +293,22 @@ def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: D
     find_points, nothing = _keypoint_detector(detectors.keypoints, gpu), np.full((133, 3), np.nan, np.float32)
     with _segmenter(detectors.sam2, gpu) as segment:
         for frames in chunks(read(), CHUNK):
-            here, empty = boxes[len(masks):len(masks) + len(frames)], np.zeros(size[::-1], bool)
+            here, empty = boxes[len(masks):len(masks) + len(frames)], pack_mask(np.zeros(size[::-1], bool))
             chunk = np.stack([nothing if np.isnan(b[0]) else find_points(f, b) for f, b in zip(frames, here, strict=True)])
             found = dict.fromkeys(range(len(frames)), empty)
             if not np.isnan(here[:, 0]).all():
                 for made, (i, mask) in enumerate(segment(frames, here, chunk), len(masks) + 1):
-                    found[i] = mask
+                    found[i] = pack_mask(mask)
                     progress(n + made, 2 * n)
             points.append(chunk)
-            masks += [found[i] if not np.isnan(b[0]) else empty for i, b in enumerate(here)]
+            masks += [found[i] for i in range(len(frames))]
+            del frames # two chunks are never held
     return _assemble(np.concatenate(points), masks, size)
 
-def _assemble(points: np.ndarray, masks: list[np.ndarray], size: tuple[int, int]) -> Track:
+def _assemble(points: np.ndarray, masks: list[bytes], size: tuple[int, int]) -> Track:
     "Bridge what was lost for a moment; once through the codec"
     points = bridge(np.where(is_seen(points)[:, None, None], points, np.nan).astype(np.float32))
     present = ~np.isnan(points[:, 0, 0])
-    packed = tuple(pack_mask(mask & here) for mask, here in zip(masks, present, strict=True))
+    nobody = pack_mask(np.zeros(size[::-1], bool))
+    packed = tuple(mask if here else nobody for mask, here in zip(masks, present, strict=True))
     return parse_track(dump_track(Track(size, present, {'wholebody': points}, size, packed, TRACKERS['wholebody-sam2'])))
