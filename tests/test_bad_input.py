@@ -36,6 +36,8 @@ REQUESTS = {
     'video key with ..': ({**IMAGE, 'driving_video_path': '../x.mp4'}, 'driving_video_path'),
     'unknown field': ({**IMAGE, 'stpes': 4}, "'stpes' is not a field"),
     'wrong type': ({**IMAGE, 'seed': '7'}, 'seed'),
+    'seconds as text': ({**IMAGE, 'max_seconds': '30'}, 'max_seconds'),
+    'seconds as a flag': ({**IMAGE, 'max_seconds': True}, 'max_seconds'),
     'user id with a slash': ({**IMAGE, 'user_id': 'a/b'}, 'user_id'),
     'unknown profile': ({**IMAGE, **VIDEO, 'profile': '8k'}, 'profiles are'),
     'no video and no default': (IMAGE, 'DEFAULT_DRIVING_VIDEO_PATH'),

@@ -60,6 +60,15 @@ def test_comfyui_killed_in_mid_job(service, alone):
     segments = [u['segment'] for i, u in service.reports if i == 'killed' and 'segment' in u]
     assert segments == sorted(segments), 'a finished segment was rendered again'
 
+def test_comfyui_that_hangs_is_as_good_as_dead(service, alone, monkeypatch):
+    "The process lives, and answers nothing any more"
+    monkeypatch.setattr(service.comfy, 'answer_s', 2)
+    future = service.submit('hung', **JOB)
+    service.wait_report('hung', stage='render', segment=2)
+    os.killpg(service.comfy.process.child.pid, signal.SIGSTOP)
+    answer = future.result(timeout=120)
+    assert answer.get('sha256') == alone['sha256'], answer
+
 def test_comfyui_that_keeps_dying_fails_the_job_and_the_worker(service):
     future = service.submit('dying', **JOB)
     for _ in range(3):

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_settings
 
 from wan_avatar.job import JobError
-from wan_avatar.store import Store, address, check_url, fetch_image
+from wan_avatar.store import Store, address, check_url, fetch_image, is_public
 
 class Line:
     "A TCP relay to the bucket: counts connections, and cuts the n-th of them after so many bytes of the answer"
@@ -107,6 +107,36 @@ def test_bucket_that_stays_away_is_given_up(bucket, tmp_path):
     away = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=f'http://127.0.0.1:{port}'), window_s=0.5)
     with pytest.raises(JobError, match='storage_failed: .*did not answer'): away.read_bytes('x', 10)
 
+@contextmanager
+def proxy(answers: list[int]):
+    "A proxy before no bucket at all: an HTML page with each of these codes, the last one for ever; counts requests"
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            code, asked[0] = answers[min(asked[0], len(answers) - 1)], asked[0] + 1
+            body = b'' if self.command == 'HEAD' else b'<html>Bad Gateway</html>'
+            self.send_response(code)
+            for name, value in {'Content-Type': 'text/html', 'Content-Length': str(len(body))}.items(): self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+        def log_message(self, *args): pass
+    asked, server = [0], ThreadingHTTPServer(('127.0.0.1', 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}', asked
+    finally: server.shutdown()
+
+@pytest.mark.parametrize('code, again', [(502, True), (503, True), (429, True), (400, False), (418, False)])
+@pytest.mark.parametrize('what', ['read', 'stat', 'write', 'download', 'upload', 'remove'])
+def test_what_a_proxy_says_in_the_buckets_place(bucket, tmp_path, what, code, again):
+    (tmp_path / 'in').write_bytes(b'in')
+    with proxy([code]) as (endpoint, asked):
+        store = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=endpoint), window_s=1)
+        works = {'read': lambda: store.read_bytes('k', 10), 'stat': lambda: store.stat('k'), 'write': lambda: store.write_bytes('k', b'x', 'text/plain'), 'remove': lambda: store.remove('k'),
+                 'download': lambda: store.download('k', tmp_path / 'out', 'driving_video_path', 10), 'upload': lambda: store.upload(tmp_path / 'in', 'k', 'text/plain')}
+        with pytest.raises(JobError, match='storage_failed'): works[what]()
+    assert (asked[0] > 1) == again and not (tmp_path / 'out').exists()
+
 def test_a_cancelled_upload_leaves_nothing(store, tmp_path):
     (tmp_path / 'in').write_bytes(bytes(50_000_000))
     seen = []
@@ -146,6 +176,7 @@ class Hostile(BaseHTTPRequestHandler):
     def do_good(self, rest): self.say()
     def do_hop(self, rest): self.say(302, b'', Location='/good' if rest == '1' else f'/hop/{int(rest) - 1}')
     def do_to(self, rest): self.say(302, b'', Location=rest)
+    def do_umlaut(self, rest): self.say(302, b'', Location='/good/bild ü.png')
     def do_status(self, rest): self.say(int(rest))
     def do_short(self, rest): self.say(Content_Length=100)
     def do_large(self, rest): self.say(Content_Length=30_000_000)
@@ -179,7 +210,7 @@ def web():
     server.server_close()
 
 @pytest.mark.parametrize('path, code, words', [
-    ('/status/404', 'input_missing', 'HTTP 404'), ('/status/500', 'input_missing', 'HTTP 500'), ('/short', 'input_missing', 'can not be fetched'),
+    ('/to/http://[::1', 'bad_input', 'which is no address'), ('/status/404', 'input_missing', 'HTTP 404'), ('/status/500', 'input_missing', 'HTTP 500'), ('/short', 'input_missing', 'can not be fetched'),
     ('/large', 'bad_input', '20,000,000'), ('/endless', 'bad_input', '20,000,000'), ('/zipped', 'input_unreadable', 'compressed'),
     ('/hop/4', 'bad_input', 'more than 3'), ('/to/file:///etc/passwd', 'bad_input', 'http'), ('/drip', 'input_missing', 'within'),
     ('/silent', 'input_missing', 'within'), ('/headers', 'input_missing', '')])
@@ -189,7 +220,7 @@ def test_pictures_that_do_not_come(web, tmp_path, path, code, words):
     assert e.value.code == code and words in e.value.message, e.value
     assert list(tmp_path.iterdir()) == [] and time.monotonic() - began < 5
 
-@pytest.mark.parametrize('path', ['/good', '/hop/1', '/hop/3'])
+@pytest.mark.parametrize('path', ['/good', '/hop/1', '/hop/3', '/umlaut'])
 def test_pictures_that_come(web, tmp_path, path):
     assert fetch_image(web + path, tmp_path / 'a.png', allow_private=True) == 7 and (tmp_path / 'a.png').read_bytes() == b'picture'
 
@@ -211,6 +242,14 @@ def test_the_checked_address_is_the_one_connected_to(web, tmp_path):
     port = urlsplit(web).port
     assert fetch_image(f'http://rebind.example:{port}/hop/1', tmp_path / 'a.png', allow_private=True, resolver=rebinding) == 7
     assert asked == ['rebind.example'] * 2
+
+@pytest.mark.parametrize('ip', ['fec0::1', '192.88.99.1', '100.64.0.1', '0.0.0.0', '224.0.0.1', '::ffff:10.0.0.1', '64:ff9b::a00:1', '2002:a00:1::', 'fe80::1%eth0', '255.255.255.255'])
+def test_addresses_that_are_not_public(ip): assert not is_public(ip)
+
+@pytest.mark.parametrize('url, words', [('http://a..b/x.png', 'names no host'), (f'http://{"a" * 64}.example/x.png', 'names no host'), ('http://[::1', 'is not an address'), ('http://h:99999/', 'is not an address'),
+                                        ('http:///x.png', 'name a host'), ('ftp://h/x.png', 'must begin with'), ('http://u:p@h/x.png', 'user name')])
+def test_addresses_that_are_none(url, words):
+    with pytest.raises(JobError, match=f'bad_input: .*{words}'): check_url(url)
 
 def test_one_private_answer_among_public_ones_is_enough_to_refuse():
     with pytest.raises(JobError, match='not public'): check_url('https://example.org/a.png', lambda host, port: ['1.1.1.1', '192.168.0.1'])

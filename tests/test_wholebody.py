@@ -1,12 +1,14 @@
 """The production tracker around its networks; the networks themselves run in test_wan.py, in ComfyUI"""
+import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from wan_avatar import wholebody
+from wan_avatar import nodes, wholebody
 from wan_avatar.job import JobError
 from wan_avatar.segments import FACE
 from wan_avatar.track import check_person, dump_track, has_face, parse_track, wholebody_points
@@ -38,6 +40,11 @@ def test_who_leaves_and_comes_back_elsewhere_is_followed():
     found = [boxes(HE)] * 30 + [boxes()] * (GAP + 5) + [boxes(SHE)] * 20
     walk = follow(found)
     assert (walk[:30] == HE).all() and np.isnan(walk[30:30 + GAP + 5]).all() and (walk[30 + GAP + 5:] == SHE).all()
+
+def test_a_bystander_is_not_taken_for_the_person_who_left():
+    small = (900, 500, 980, 700)
+    found = [boxes(HE)] * 30 + [boxes(small)] * 30
+    assert np.isnan(follow(found)[30:]).all() and (follow(found)[:30] == HE).all()
 
 def test_nobody(): assert np.isnan(follow([boxes()] * 5)).all() and follow([]).shape == (0, 4)
 
@@ -80,6 +87,18 @@ def test_crop_shows_what_is_in_the_box():
     y, x = np.nonzero(crop > 1)
     scale = 192 / (around[2] - around[0])
     assert abs(x.min() - (600 - around[0]) * scale) < 1.5 and abs(y.max() - (400 - around[1]) * scale) < 1.5
+
+# memory of a GPU that belongs to ComfyUI
+
+@pytest.mark.parametrize('kind, needed, gpu', [('cuda', 10, True), ('cuda', 0, False), ('cpu', 10, False)], ids=['a GPU', 'nothing needed', 'no GPU'])
+def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gpu):
+    said = []
+    manager = SimpleNamespace(get_torch_device=lambda: SimpleNamespace(type=kind), free_memory=lambda size, device: said.append(size), soft_empty_cache=lambda: said.append('empty'))
+    monkeypatch.setitem(sys.modules, 'comfy', SimpleNamespace(model_management=manager))
+    with pytest.raises(KeyError), nodes._gpu(needed) as there:
+        assert there == gpu and said == ([10] if gpu else [])
+        raise KeyError # a network that fails gives its memory back too
+    assert said == ([10, 'empty'] if gpu else [])
 
 # a whole video, the networks replaced by what is drawn into its frames
 

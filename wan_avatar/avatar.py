@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
-           'Turnstile', 'Studio', 'work_folder', 'StageProgress', 'Inputs', 'sha256_of', 'take_image', 'take_video',
-           'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'take_cached_track', 'Shoot',
-           'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress', 'keep_tail', 'append', 'encoding',
-           'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding', 'delivered', 'Delivered', 'sign',
-           'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
+           'Turnstile', 'Studio', 'work_folder', 'sweep', 'StageProgress', 'Inputs', 'sha256_of', 'take_image',
+           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
+           'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
+           'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
+           'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
 import errno
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
+import psutil
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
@@ -36,7 +38,7 @@ from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
 from .track import TrackDamaged, parse_track, track_key
-from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots, track_graph, with_tracker
+from .workflow import Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, profile_graph, slots, track_graph, with_tracker
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +106,18 @@ async def work_folder(
     "A folder of one attempt at one job: a name nobody had, readable by nobody else, gone at the end"
     jobs = work_dir / 'jobs'
     jobs.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=jobs))
+    folder = Path(tempfile.mkdtemp(prefix=f'{os.getpid()}-', dir=jobs))
     try: yield folder
     finally: await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
+
+def sweep(
+    work_dir: Path,
+    alive: Callable[[int], bool] = psutil.pid_exists
+) -> list[str]: # names of what was removed
+    "Remove folders of workers that were killed in mid-job; called before this process has any of its own"
+    left = [f for f in (work_dir / 'jobs').glob('*-*') if f.name.split('-')[0] == str(os.getpid()) or not alive(int(f.name.split('-')[0]))]
+    for folder in left: shutil.rmtree(folder, ignore_errors=True)
+    return [f.name for f in left]
 
 # %% ../nbs/40_avatar.ipynb #d3c13dfe
 Report = Callable[[dict], None] # takes {'stage', 'done', 'total', 'percent', 'eta_s', …}
@@ -181,7 +192,7 @@ async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, wo
     "Track a picture or a video in ComfyUI; JobError `no_person` when there is nobody to replace"
     target = source.with_suffix('.track')
     graph = bind(track_graph(profile), {'source': relative(source, work_dir), 'kind': kind, 'track': relative(target, work_dir)})
-    await run(comfy, graph, lambda p: progress(p.value, p.maximum), restarts)
+    await run(comfy, graph | loaders(profile), lambda p: progress(p.value, p.maximum), restarts)
     return target
 
 def relative(path: Path, work_dir: Path) -> str:
@@ -191,26 +202,33 @@ def relative(path: Path, work_dir: Path) -> str:
 # %% ../nbs/40_avatar.ipynb #f2895ebf
 async def track_video_cached(inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts) -> Path:
     "The driving video's track: from the bucket, or made and put there"
-    key, target = track_key(inputs.sha256, tracker=profile.tracker), inputs.clip.path.with_suffix('.track')
+    detectors = detectors_digest(profile, studio.settings.models_dir)
+    key, target = track_key(inputs.sha256, tracker=profile.tracker, detectors=detectors), inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
         cached = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
         stage.facts['cached'] = cached
         if not cached:
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
-            await asyncio.to_thread(studio.store.write_bytes, key, target.read_bytes(), 'application/octet-stream')
+            await asyncio.to_thread(keep, studio.store, key, target)
     return target
+
+def keep(store: Store, key: str, path: Path) -> None:
+    "Put what was made into the cache; a job does not fail because the next one can't be spared the work"
+    try: store.write_bytes(key, path.read_bytes(), 'application/octet-stream')
+    except JobError as e: log.warning('%s was not cached: %s', key, e)
 
 def take_cached_track(store: Store, key: str, target: Path, frames: int) -> bool: # was there a good one?
     "Copy a track from the bucket; a damaged one, or one of another length, is as good as none"
-    data = store.read_bytes(key, MAX_TRACK_BYTES)
-    if data is None: return False
+    found = store.stat(key)
+    if found is None or found['bytes'] > MAX_TRACK_BYTES: return False
+    data = store.read_bytes(key, MAX_TRACK_BYTES) or b''
     try: track = parse_track(data)
     except TrackDamaged as e:
         log.warning('%s: %s; tracking again', key, e)
         return False
     if len(track) != frames: return False
-    target.write_bytes(data)
+    target.write_bytes(data) # as it is: writing it anew would compress its pictures a second time
     return True
 
 # %% ../nbs/40_avatar.ipynb #2fa3cd6f
@@ -355,14 +373,14 @@ async def prompt_embedding(job: Job, studio: Studio, profile: Profile, timeline:
         stage.facts['from'] = await asyncio.to_thread(find_embedding, wanted, target, settings.models_dir, studio.store)
         if stage.facts['from'] is None:
             await make_embedding(wanted, target, studio, profile, restarts)
-            await asyncio.to_thread(studio.store.write_bytes, embedding_key(wanted), target.read_bytes(), 'application/octet-stream')
+            await asyncio.to_thread(keep, studio.store, embedding_key(wanted), target)
     return {'embedding': relative(target, settings.work_dir)}
 
 async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, restarts: Restarts) -> None:
     "Ask the text encoder"
     check_weights(replace(profile, weights=(profile.encoder,), detectors=(), clip_vision=None), studio.settings.models_dir)
     graph = bind(load_graph('prompt'), {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': relative(target, studio.settings.work_dir)})
-    await run(studio.comfy, graph, restarts=restarts)
+    await run(studio.comfy, graph | loaders(profile), restarts=restarts)
 
 # %% ../nbs/40_avatar.ipynb #9b89a38c
 def delivered(
@@ -405,7 +423,8 @@ def deliver(video: Path, result: Result, extra: dict, studio: Studio, progress: 
         if cancelled(): raise JobError('cancelled', 'the job was cancelled while its video was uploaded')
         studio.store.write_json(manifest_key(key), result.model_dump(exclude={'presigned_url'}) | extra)
     except JobError:
-        studio.store.remove(key)
+        try: studio.store.remove(key)
+        except JobError as e: log.warning('%s may be left without a manifest: %s', key, e) # the first failure is the one to tell
         raise
 
 # %% ../nbs/40_avatar.ipynb #b92a29bb
@@ -420,10 +439,10 @@ async def make_avatar(
     settings, timeline, restarts = studio.settings, timeline or Timeline(), Restarts()
     profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
     profile = with_tracker(profile, settings.tracker)
-    driving_key(job, settings)
-    check_weights(profile, settings.models_dir)
     async with deadline(settings.job_seconds), studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
         if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)) is not None: return before
+        driving_key(job, settings)
+        check_weights(profile, settings.models_dir)
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
         video = folder / 'avatar.mp4'
         with timeline.stage('wait for renderer'): await studio.renderer.acquire()
@@ -444,8 +463,10 @@ async def make_avatar(
 async def deadline(seconds: float) -> AsyncIterator[None]:
     "One limit over everything a job does; also what a full disk means to a caller"
     try:
-        async with asyncio.timeout(seconds): yield
-    except TimeoutError: raise JobError('timed_out', f'the job took longer than {seconds:.0f} s (JOB_SECONDS)') from None
+        async with asyncio.timeout(seconds) as limit: yield
+    except TimeoutError:
+        if not limit.expired(): raise # somebody else's
+        raise JobError('timed_out', f'the job took longer than {seconds:.0f} s (JOB_SECONDS)') from None
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
         raise JobError('storage_failed', 'the disk of this worker is full', worker_unfit=True) from e

@@ -105,6 +105,10 @@ async def sage_importable(place: ComfyPlace) -> bool:
     return await child.wait() == 0
 
 # %% ../nbs/31_comfy.ipynb #4bd33716
+def _no_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    "ComfyUI runs other people's code and needs no key of ours"
+    return {k: v for k, v in environ.items() if not k.startswith(('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN'))}
+
 class ComfyProcess:
     "One ComfyUI process"
     def __init__(self, place: ComfyPlace, start_seconds: float = 600, use_sage: bool = False):
@@ -125,7 +129,7 @@ class ComfyProcess:
         self.port = free_port()
         with self.log_path.open('ab') as out:
             self.child = await asyncio.create_subprocess_exec(*command(self.place, self.port, has_gpu(), sage), stdin=asyncio.subprocess.DEVNULL, stdout=out,
-                stderr=out, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {'PYTHONUNBUFFERED': '1'})
+                stderr=out, start_new_session=True, preexec_fn=die_with_parent, env=_no_secrets(os.environ) | {'PYTHONUNBUFFERED': '1'})
         await _until_it_answers(self, http)
 
     async def stop(self, grace_s: float = 3) -> None:
@@ -165,6 +169,8 @@ class Progress:
     value: int # steps done
     maximum: int # steps in all
 
+_OUT_OF_MEMORY = ('outofmemory', 'out of memory', 'failed to allocate memory', 'alloc_failed') # torch, CUDA, onnxruntime, cuDNN
+
 def node_error(
     data: Mapping[str, Any] # of an `execution_error` message
 ) -> JobError:
@@ -173,7 +179,7 @@ def node_error(
     code, _, rest = message.partition(': ')
     if kind.endswith('JobError') and code in get_args(ErrorCode): return JobError(code, rest)
     where = f'node "{data.get("node_id")}" ({data.get("node_type")})'
-    if 'OutOfMemory' in kind: return JobError('out_of_memory', f'{where}: {message}')
+    if any(sign in f'{kind} {message}'.lower() for sign in _OUT_OF_MEMORY): return JobError('out_of_memory', f'{where}: {message}')
     last = next((line.strip() for line in reversed(data.get('traceback') or []) if 'File' in line), '')
     return JobError('comfy_failed', f'{where} raised {kind}: {message}' + (f' [{last.splitlines()[0]}]' if last else ''))
 
@@ -192,23 +198,34 @@ class Restarts:
 
 class _Api:
     "ComfyUI's requests, and the one socket that all prompts share"
-    def __init__(self, process: ComfyProcess, quiet_s: float = 5, let_go_s: float = 2):
-        self.process, self.quiet_s, self.let_go_s = process, quiet_s, let_go_s
+    def __init__(self, process: ComfyProcess, quiet_s: float = 5, let_go_s: float = 2, answer_s: float = 60): # of silence before looking; for an interrupt; for any request
+        self.process, self.quiet_s, self.let_go_s, self.answer_s = process, quiet_s, let_go_s, answer_s
         self.client_id, self.http, self.socket, self.reader = uuid.uuid4().hex, None, None, None
+        self.starting, self.revival = asyncio.Lock(), None
         self.heard: dict[str, asyncio.Queue] = {} # prompt id -> its messages
         self.object_info: dict[str, dict] = {}
 
+    @asynccontextmanager
+    async def _asked(self, method: str, path: str, **more) -> AsyncIterator[aiohttp.ClientResponse]:
+        "One request; a ComfyUI that lives and does not answer is as good as dead"
+        limit = aiohttp.ClientTimeout(total=self.answer_s, sock_connect=5)
+        try:
+            async with self.http.request(method, self.process.url + path, timeout=limit, **more) as r: yield r
+        except TimeoutError: raise ComfyDied(f'{method} {path} had no answer in {self.answer_s:.0f} s') from None
+
     async def _get(self, path: str) -> Any:
-        async with self.http.get(self.process.url + path) as r:
+        async with self._asked('GET', path) as r:
             r.raise_for_status()
             return await r.json()
 
     async def _post(self, path: str, body: dict) -> tuple[int, Any]:
-        async with self.http.post(self.process.url + path, json=body) as r: return r.status, (await r.json() if r.content_length else None)
+        async with self._asked('POST', path, json=body) as r: return r.status, (await r.json() if r.content_length else None)
 
     async def _connect(self) -> None:
         if self.reader: self.reader.cancel()
-        self.socket = await self.http.ws_connect(f'{self.process.url}/ws?clientId={self.client_id}', max_msg_size=64 * 2**20, heartbeat=20)
+        opening = self.http.ws_connect(f'{self.process.url}/ws?clientId={self.client_id}', max_msg_size=64 * 2**20, heartbeat=20)
+        try: self.socket = await asyncio.wait_for(opening, self.answer_s)
+        except TimeoutError: raise ComfyDied(f'the socket did not open in {self.answer_s:.0f} s') from None
         self.reader = asyncio.create_task(self._read(self.socket))
 
     async def _read(self, ws: aiohttp.ClientWebSocketResponse) -> None:
@@ -224,18 +241,32 @@ class Comfy(_Api):
     "ComfyUI, kept running"
     async def start(self) -> None:
         "Start the process, learn its nodes, open the socket"
-        if self.http is None: self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60, sock_connect=5))
+        if self.http is None: self.http = aiohttp.ClientSession()
         await self.process.start(self.http)
         self.object_info = await self._get('/object_info')
         await self._connect()
 
+    async def ensure(self) -> None:
+        "Start it unless it runs; one start at a time"
+        async with self.starting:
+            if not self.process.alive: await self.start()
+
+    def revive(self) -> None:
+        "Start it in the background; a failure shows when the next prompt tries"
+        async def again() -> None:
+            try: await self.ensure()
+            except (JobError, ComfyDied, aiohttp.ClientError) as e: log.warning('ComfyUI did not come back: %s', e)
+        self.revival = asyncio.create_task(again())
+
     async def free(self) -> None:
-        "Have ComfyUI drop models and cached results before its next prompt"
-        await self._post('/free', {'unload_models': True, 'free_memory': True})
+        "Have ComfyUI drop models and cached results before its next prompt; a dead one has dropped them already"
+        try: await self._post('/free', {'unload_models': True, 'free_memory': True})
+        except (ComfyDied, aiohttp.ClientError) as e: log.warning('ComfyUI could not be asked to free memory: %s', e)
 
     async def close(self) -> None:
         "Stop everything"
         if self.reader: self.reader.cancel()
+        if self.revival: self.revival.cancel()
         await self.process.stop()
         if self.http: await self.http.close()
         self.http = self.socket = self.reader = None
@@ -251,7 +282,7 @@ async def run(
     restarts = restarts or Restarts(0)
     while True:
         try:
-            if not comfy.process.alive: await comfy.start()
+            await comfy.ensure()
             if validate(graph, comfy.object_info): comfy.object_info = await comfy._get('/object_info') # files may have arrived since
             if findings := validate(graph, comfy.object_info): raise JobError('comfy_failed', 'the graph does not fit this ComfyUI: ' + '; '.join(findings))
             return await _run_once(comfy, graph, on_progress)
@@ -318,7 +349,9 @@ async def _let_go(comfy: Comfy, prompt_id: str) -> None:
             while any(prompt_id == item[1] for item in (await comfy._get('/queue'))['queue_running']):
                 try: await asyncio.wait_for(comfy.heard[prompt_id].get(), 0.1) # a message, or look again
                 except TimeoutError: pass
-    except (TimeoutError, aiohttp.ClientError): await comfy.process.stop(grace_s=0.5)
+    except (TimeoutError, ComfyDied, aiohttp.ClientError):
+        await comfy.process.stop(grace_s=0.5)
+        comfy.revive() # while the next job fetches its inputs
 
 # %% ../nbs/31_comfy.ipynb #cd17ae68
 @asynccontextmanager

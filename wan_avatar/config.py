@@ -64,4 +64,5 @@ def load_settings(
 
 def _why(finding: dict) -> str:
     if finding['type'] == 'missing': return 'not set; every worker needs it'
-    return f'{finding["msg"].removeprefix("Value error, ")} (it is {shorten(finding["input"])})'
+    shown = '' if '@' in str(finding['input']) else f' (it is {shorten(finding["input"])})' # an address with a password in it
+    return finding['msg'].removeprefix('Value error, ') + shown

@@ -34,8 +34,10 @@ async def progress_feed(
         while True:
             await fresh.wait()
             fresh.clear()
+            update = dict(newest)
+            newest.clear()
+            if update: await _send_one(send, event, update, drain_s) # also the last one, when the job is over already
             if closed.is_set(): return
-            await _send_one(send, event, dict(newest), drain_s)
             try: await asyncio.wait_for(closed.wait(), interval_s)
             except TimeoutError: pass
 

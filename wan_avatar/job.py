@@ -55,7 +55,7 @@ class Job(BaseModel):
     profile: Annotated[Name, Field(description='how to render; default PROFILE')] | None = None
     prompt: Annotated[str, Field(max_length=2000, description='text for profiles that read one')] | None = None
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63, description='same seed, same video; derived from the job id when absent')] | None = None
-    max_seconds: Annotated[float, Field(gt=0, le=600, strict=False, description='a longer driving video is refused')] = 60
+    max_seconds: Annotated[float, Field(gt=0, le=600, description='a longer driving video is refused')] = 60
     presign: Annotated[StrictBool | Annotated[StrictInt, Field(ge=1, le=604800)],
                        Field(description='true, or a lifetime in seconds: adds presigned_url')] = False
 

@@ -24,7 +24,7 @@ from .media import FPS, SIZE, probe, read_frames, read_image
 from .prompt import Embedding
 from .segments import letterbox, window_pictures
 from .track import Track, check_person, load_track, save_track, track_image, track_video, wholebody_points
-from .wholebody import GPU_MEMORY, Detectors, track_wholebody
+from .wholebody import GPU_MEMORY, Detectors, track_picture, track_wholebody
 
 # %% ../nbs/32_nodes.ipynb #2afab9e3
 def inside(
@@ -75,7 +75,7 @@ def find_person(
     "Track a file, reading a video as a stream"
     if kind == 'image':
         picture = read_image(source)
-        return track_wholebody(lambda: [picture], 1, picture.shape[1::-1], detectors, gpu) if detectors else track_image(picture)
+        return track_picture(picture, detectors, gpu) if detectors else track_image(picture)
     n = round(probe(source).duration_s * FPS)
     if detectors: return track_wholebody(lambda: read_frames(source), n, SIZE, detectors, gpu, progress(2 * n))
     return track_video(read_frames(source), n, SIZE, progress(n))

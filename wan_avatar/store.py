@@ -12,6 +12,7 @@ import io
 import ipaddress
 import json
 import logging
+import re
 import shutil
 import socket
 import ssl
@@ -22,10 +23,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 import urllib3
 from minio import Minio
-from minio.error import S3Error
+from minio.error import MinioException, S3Error
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 from .config import Settings
 from .files import whole_file
@@ -56,6 +57,7 @@ class _Dropped(OSError):
 def is_passing(error: BaseException) -> bool:
     "May this fault be gone in a moment?"
     if isinstance(error, S3Error): return error.code in ('SlowDown', 'InternalError', 'ServiceUnavailable', 'RequestTimeout') or error.response.status >= 500
+    if isinstance(error, MinioException): return bool(re.search(r'\b(429|5\d\d)\b', str(error))) # of a proxy: ServerError, or an HTML page as InvalidResponseError, whose code is private
     return isinstance(error, (urllib3.exceptions.HTTPError, _Dropped, ConnectionError, http.client.HTTPException))
 
 # %% ../nbs/11_store.ipynb #a3a1f53d
@@ -85,6 +87,7 @@ class Connection:
             if e.code in _MISSING: raise
             text = _FATAL.get(e.code, f'the bucket answered {e.code}: {e.message}')
             raise JobError('storage_failed', text.format(bucket=self.bucket, host=self.host)) from None
+        except MinioException as e: raise JobError('storage_failed', f'{self.host} does not answer like S3: {shorten(str(e), 120)}; check MINIO_ENDPOINT') from None
 
     def check(self) -> None:
         "The bucket is there and takes these credentials; JobError `storage_failed` within seconds otherwise"
@@ -216,6 +219,8 @@ def resolve(host: str, port: int) -> list[str]:
     "The system's resolver"
     return list(dict.fromkeys(a[4][0] for a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
+_RELAYS = ipaddress.ip_network('192.88.99.0/24') # 6to4 relays lead anywhere
+
 def is_public(
     ip: str # IPv4 or IPv6, as the resolver gives it
 ) -> bool:
@@ -226,7 +231,7 @@ def is_public(
         inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
         if inner: return is_public(str(inner))
         if parsed in ipaddress.ip_network('::/96'): return False # the old IPv4-compatible form
-    return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or getattr(parsed, 'is_site_local', False) or parsed in _RELAYS)
 
 # %% ../nbs/11_store.ipynb #af9b4fa8
 def check_url(
@@ -243,6 +248,7 @@ def check_url(
     port = port or {'http': 80, 'https': 443}[parts.scheme]
     try: found = resolver(parts.hostname, port)
     except OSError: raise JobError('input_missing', f'input_image_url {shorten(url)}: the host has no address') from None
+    except ValueError: refuse('names no host') # what IDNA can't spell: an empty or endless label
     if not found or not (allow_private or all(map(is_public, found))): refuse('leads to an address that is not public; put the picture into the bucket instead')
     return parts.scheme, parts.hostname, port, found[0]
 
@@ -292,7 +298,7 @@ def fetch_image(
         target = check_url(url, resolver, allow_private)
         try:
             with _request(target, url, max(until - clock(), 0.01)) as response:
-                if response.status in (301, 302, 303, 307, 308) and response.headers['Location']: url = urljoin(url, response.headers['Location'])
+                if response.status in (301, 302, 303, 307, 308) and response.headers['Location']: url = _further(url, response.headers['Location'])
                 else:
                     with whole_file(path) as part, part.open('wb') as out:
                         size = _save(response, out, name, max_bytes, cancelled)
@@ -304,6 +310,11 @@ def fetch_image(
     raise JobError('bad_input', f'{name} redirects more than {MAX_REDIRECTS} times')
 
 # %% ../nbs/11_store.ipynb #5a137393
+def _further(url: str, location: str) -> str:
+    "Where a redirect leads, as plain ASCII"
+    try: return quote(urljoin(url, location), safe="%/:=&?~#+!$,;'@()*[]")
+    except ValueError: raise JobError('bad_input', f'input_image_url {shorten(url)} redirects to {shorten(location)}, which is no address') from None
+
 def _save(response: http.client.HTTPResponse, out: BinaryIO, name: str, max_bytes: int, cancelled: Cancelled | None) -> int:
     if response.status != 200: raise JobError('input_missing', f'{name} answered HTTP {response.status}')
     if response.headers.get('Content-Encoding', 'identity') != 'identity': raise JobError('input_unreadable', f'{name} came compressed although that was not asked for')

@@ -174,11 +174,13 @@ def track_key(
     video_sha256: str, # of the driving video as it lies in the bucket
     size: tuple[int, int] = (1280, 720), # what it was normalised to
     fps: int = 24,
-    tracker: str = 'mediapipe' # one of TRACKERS
+    tracker: str = 'mediapipe', # one of TRACKERS
+    detectors: str = '' # digest of its networks, where they are files of their own
 ) -> str: # key in the bucket
     "Where the track of a video is cached"
     if len(video_sha256) != 64 or set(video_sha256) - set('0123456789abcdef'): raise ValueError(f'{video_sha256!r} is not a SHA-256 in hex')
-    return f'tracks/{TRACKERS[tracker]}/{size[0]}x{size[1]}-{fps}/{video_sha256}.track'
+    who = '-'.join(filter(None, [TRACKERS[tracker], detectors]))
+    return f'tracks/{who}/{size[0]}x{size[1]}-{fps}/{video_sha256}.track'
 
 # %% ../nbs/21_track.ipynb #6689d8a3
 FACE_CONFIDENCE = 0.3 # mean of the 68 face points; a head seen from behind has less

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Coroutine
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from .avatar import Studio
+from .avatar import Studio, sweep
 from .comfy import Comfy, ComfyPlace, ComfyProcess
 from .config import Settings, SettingsError, load_settings
 from .handler import Handler
@@ -75,6 +75,7 @@ async def boot(settings: Settings, timeline: Timeline) -> Studio:
     "A studio that is ready: ComfyUI answers, the bucket is there, the disk has room"
     place = ComfyPlace(settings.comfy_dir.resolve(), settings.work_dir.resolve(), settings.models_dir.resolve())
     comfy, store = Comfy(ComfyProcess(place, settings.comfy_start_seconds, settings.use_sage_attention)), Store(settings)
+    sweep(place.work_dir)
     check_disk(settings)
     async def step(name: str, what: str, work: Awaitable) -> None:
         with timeline.stage(name): await work

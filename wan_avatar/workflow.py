@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Graph', 'DIT', 'DISTILL', 'RELIGHT', 'VAE', 'ENCODER', 'CLIP_VISION', 'DETECTORS', 'WAN', 'TINY', 'PROFILES',
            'load_graph', 'slots', 'bind', 'validate', 'Weight', 'Profile', 'get_profile', 'disconnected',
-           'with_clip_vision', 'profile_graph', 'track_graph', 'needed_files', 'with_tracker', 'check_weights', 'ranks',
-           'draw_graph']
+           'with_clip_vision', 'profile_graph', 'track_graph', 'needed_files', 'loaders', 'detectors_digest',
+           'with_tracker', 'check_weights', 'ranks', 'draw_graph']
 
 # %% ../nbs/30_workflow.ipynb #52d5f354
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -131,9 +132,12 @@ class Profile:
     carries: bool = False # a window goes on from the last frames of the one before
 
     def changed(self, **values: Any) -> 'Profile':
-        "The same profile with some of its values changed: for research"
-        if unknown := set(values) - set(self.values): raise ValueError(f'{self.name} has no values {sorted(unknown)}; it has {sorted(self.values)}')
-        return replace(self, values={**self.values, **values})
+        "The same profile with some of its values or switches changed: for research"
+        switches = {k: values.pop(k) for k in ('length', 'overlap', 'face', 'clip_vision') if k in values}
+        if unknown := set(values) - set(self.values): raise ValueError(f'{self.name} has no values {sorted(unknown)}; it has {sorted(self.values)}, length, overlap, face and clip_vision')
+        made = replace(self, values={**self.values, **values}, **switches)
+        if made.carries and (made.overlap % 4 != 1 or made.overlap >= made.length): raise ValueError(f'overlap {made.overlap} must be 4k + 1 and less than length {made.length}')
+        return made
 
 # %% ../nbs/30_workflow.ipynb #c92869f5
 DIT = Weight('dit', 'diffusion_models', 'Wan2_2-Animate-14B_fp8_scaled_e4m3fn_KJ_v2.safetensors', 17317143060)
@@ -187,7 +191,7 @@ def profile_graph(profile: Profile) -> Graph:
     graph = load_graph(profile.graph)
     if not profile.face: graph = disconnected(graph, 'animate', 'face_video')
     if profile.clip_vision: graph = with_clip_vision(graph, profile.clip_vision.file)
-    own = {**profile.values, **{w.slot: w.file for w in profile.weights}}
+    own = {**profile.values, **{w.slot: w.file for w in profile.weights}, **({'carried': profile.overlap} if profile.carries else {})}
     return bind(graph, own | {s: f'{{{{{s}}}}}' for s in slots(graph) - set(own)})
 
 # %% ../nbs/30_workflow.ipynb #48b3a17e
@@ -201,6 +205,23 @@ def needed_files(profile: Profile) -> list[Weight]:
     "Every file a profile loads; the text encoder is not among them (`33_prompt`)"
     detectors = profile.detectors if profile.tracker == 'wholebody-sam2' else ()
     return [*detectors, *profile.weights, *filter(None, [profile.clip_vision])]
+
+# %% ../nbs/30_workflow.ipynb #cf0ae485
+def loaders(profile: Profile) -> Graph:
+    "The nodes that are the same in every prompt of a profile: files, LoRAs, noise schedule"
+    graph = profile_graph(profile)
+    def fixed(node_id: str) -> bool:
+        return all(fixed(v[0]) if isinstance(v, list) else not (isinstance(v, str) and _SLOT.fullmatch(v)) for v in graph[node_id]['inputs'].values())
+    return {node_id: node for node_id, node in graph.items() if fixed(node_id)}
+
+def detectors_digest(
+    profile: Profile,
+    models_dir: Path
+) -> str: # 8 hex digits; empty: the tracker's networks come with its package
+    "Which networks find the person: other files, other tracks"
+    if profile.tracker != 'wholebody-sam2': return ''
+    files = [(w.file, (models_dir / w.folder / w.file).stat().st_size) for w in profile.detectors]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
 
 # %% ../nbs/30_workflow.ipynb #51626173
 def with_tracker(
