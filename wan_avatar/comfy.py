@@ -109,6 +109,7 @@ def _no_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     "ComfyUI runs other people's code and needs no key of ours"
     return {k: v for k, v in environ.items() if not k.startswith(('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN'))}
 
+# %% ../nbs/31_comfy.ipynb #b8d86264
 class ComfyProcess:
     "One ComfyUI process"
     def __init__(self, place: ComfyPlace, start_seconds: float = 600, use_sage: bool = False):
@@ -196,6 +197,7 @@ class Restarts:
     "How often a job may still have ComfyUI restarted"
     left: int = 2
 
+# %% ../nbs/31_comfy.ipynb #442baab7
 class _Api:
     "ComfyUI's requests, and the one socket that all prompts share"
     def __init__(self, process: ComfyProcess, quiet_s: float = 5, let_go_s: float = 2, answer_s: float = 60): # of silence before looking; for an interrupt; for any request

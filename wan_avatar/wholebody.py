@@ -302,6 +302,7 @@ def track_picture(
         mask[top:bottom, left:right], points[0] = True, _keypoint_detector(detectors.keypoints, gpu)(picture, box)
     return _assemble(points, [pack_mask(mask)], size)
 
+# %% ../nbs/24_wholebody.ipynb #b8160de4
 def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: Detectors, gpu: bool, progress: Callable[[int, int], None]) -> Track:
     "Keypoints and masks of one person, chunk by chunk"
     n, points, masks = len(boxes), [], []

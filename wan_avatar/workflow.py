@@ -112,6 +112,7 @@ class Weight:
     file: str
     bytes: int # how large it is
 
+# %% ../nbs/30_workflow.ipynb #5eece81d
 @dataclass(frozen=True)
 class Profile:
     "One way to render a job"
