@@ -198,8 +198,8 @@ class Restarts:
     left: int = 2
 
 # %% ../nbs/31_comfy.ipynb #442baab7
-class _Api:
-    "ComfyUI's requests, and the one socket that all prompts share"
+class _Requests:
+    "ComfyUI's requests"
     def __init__(self, process: ComfyProcess, quiet_s: float = 5, let_go_s: float = 2, answer_s: float = 60): # of silence before looking; for an interrupt; for any request
         self.process, self.quiet_s, self.let_go_s, self.answer_s = process, quiet_s, let_go_s, answer_s
         self.client_id, self.http, self.socket, self.reader = uuid.uuid4().hex, None, None, None
@@ -223,6 +223,9 @@ class _Api:
     async def _post(self, path: str, body: dict) -> tuple[int, Any]:
         async with self._asked('POST', path, json=body) as r: return r.status, (await r.json() if r.content_length else None)
 
+# %% ../nbs/31_comfy.ipynb #1fc7900c
+class _Api(_Requests):
+    "Beside them the one socket that all prompts share"
     async def _connect(self) -> None:
         if self.reader: self.reader.cancel()
         opening = self.http.ws_connect(f'{self.process.url}/ws?clientId={self.client_id}', max_msg_size=64 * 2**20, heartbeat=20)
