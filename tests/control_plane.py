@@ -192,6 +192,7 @@ class ControlPlane:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    wbufsize = -1 # one packet an answer
     plane: ControlPlane
 
     def serve(self) -> None:
@@ -245,7 +246,7 @@ def control_plane():
     server = ThreadingHTTPServer(('127.0.0.1', 0), type('Bound', (Handler,), {'plane': plane}))
     server.daemon_threads = True
     plane.url = f'http://127.0.0.1:{server.server_port}'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try: yield plane
     finally:
         server.shutdown()

@@ -9,9 +9,8 @@ __all__ = ['PRICED', 'POOLS', 'RATE', 'API', 'JOBS', 'FileError', 'Gpu', 'Worker
            'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look', 'apply', 'delete', 'State',
            'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
-# %% ../nbs/52_endpoint.ipynb #1fd3a0c2
+# %% ../nbs/52_endpoint.ipynb #9f421fd8
 import json
-import os
 import re
 import time
 import tomllib
