@@ -257,7 +257,8 @@ STUB = '''#!/bin/sh
 echo "$@" >> "$STUB_LOG"
 case "$1 $2" in
   "image inspect") echo '[{"Id": "sha256:1d", "Size": 17000000000, "RepoDigests": ["'"${3%%:*}"'@sha256:d1"]}]';;
-  "manifest inspect") [ -n "$REMOTE" ] && echo '{"Descriptor": {"digest": "'"$REMOTE"'"}}' || { echo "no such manifest: $4" >&2; exit 1; };;
+  "buildx imagetools") [ -z "$DENIED" ] || { echo "ERROR: insufficient_scope: authorization failed" >&2; exit 1; }
+    [ -n "$REMOTE" ] && echo "$REMOTE" || { echo "ERROR: $6: not found" >&2; exit 1; };;
   "build "*) [ -z "$BROKEN" ] || { echo "failed to solve" >&2; exit 17; };;
 esac
 '''
@@ -293,6 +294,8 @@ def test_tag_build_push(checkout, monkeypatch):
     assert image('push').exit_code == 0, 'pushing what is there already'
     monkeypatch.setenv('REMOTE', 'sha256:0ther')
     taken, before = image('push'), len(called(checkout))
+    monkeypatch.setenv('DENIED', '1')
+    assert 'authorization failed' in (denied := image('push')).output and denied.exit_code == 2, 'not logged in is not the same as not there'
     assert taken.exit_code == 2 and 'a tag keeps its content' in taken.output and 'push' not in ' '.join(called(checkout)[before - 1:])
 
 def test_uncommitted_files_need_a_word(checkout):

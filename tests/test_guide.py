@@ -34,6 +34,7 @@ def checkout(tmp_path, samples):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir(): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__'))
         else: shutil.copy(ROOT / name, root / name)
+    (root / 'endpoint.toml').write_text((ROOT / 'endpoint.toml').read_text().replace('job_ttl_s = 3600', 'job_ttl_s = 1900').replace('execution_timeout_s = 1200', 'execution_timeout_s = 1300'))
     for args in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '-m', 'all']): subprocess.run(['git', '-C', str(root), *args], check=True)
     (root / 'runs/samples').mkdir(parents=True)
     (root / 'runs/samples/astronaut.png').symlink_to(samples / 'astronaut.png')
@@ -55,6 +56,8 @@ def test_every_command_of_the_guide(checkout, tmp_path):
         done = subprocess.run(['bash', '-c', script], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         secret = [v for v in (local.bucket.environment()['MINIO_SECRET_KEY'], plane.key) if v in done.stdout + done.stderr]
+        requests = [job.request for job in local.endpoint.plane.queue.jobs.values()]
+    assert (1900, 1300) in {(r.ttl_s, r.execution_s) for r in requests}, 'the file\'s times do not travel with the job'
     tag, endpoint = done.stdout.split()[-2:]
     docker = (tmp_path / 'docker.log').read_text()
     assert f'build --platform linux/amd64 --tag {tag} ' in docker and f'push {tag}' in docker and '\nlogin' in docker and not secret

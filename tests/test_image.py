@@ -143,7 +143,8 @@ def tree(tmp_path_factory):
     lock = read_lock(ROOT) | {'custom_nodes': [{'repo': f'file://{base}/Sage', 'commit': repository(base / 'Sage')}]}
     lock['comfyui'] = lock['comfyui'] | {'repo': f'file://{base}/ComfyUI', 'commit': repository(base / 'ComfyUI')}
     (base / 'bin').mkdir()
-    (base / 'bin/python3.12').symlink_to(Path(sys._base_executable)) # the image's Python is this one
+    (base / 'bin/python3.12').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n') # the image's Python is this one
+    (base / 'bin/python3.12').chmod(0o755)
     env = {'PATH': f'{base}/bin:{os.environ["PATH"]}', 'HOME': str(base), 'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(base / 'wheels'), 'PIP_CONFIG_FILE': os.devnull}
     made = Tree(base / 'root', base / 'context', build_arguments(lock, Commit('5' * 40, '20261124'), '0.1.0'), env)
     made.root.mkdir()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'app', 'Endpoint', 'AsJson', 'Folder', 'image_app', 'Dirty', 'endpoint_app', 'TomlFile', 'Image', 'Yes',
            'EndpointId', 'Site', 'find_site', 'note_site', 'job_inputs', 'describe', 'remaining', 'Screen', 'JobScreen',
-           'Code', 'answer', 'told', 'job_ttl', 'follow', 'submit', 'status', 'cancel', 'fetch', 'local_environment',
+           'Code', 'answer', 'told', 'job_policy', 'follow', 'submit', 'status', 'cancel', 'fetch', 'local_environment',
            'until_signal', 'local_site', 'run_up', 'worker', 'BootWatch', 'demo', 'bench', 'profiles', 'tiny_weights',
            'print_tag', 'build_image', 'push_image', 'lock_image', 'planned', 'plan_endpoint', 'apply_endpoint',
            'named', 'endpoint_status', 'destroy_endpoint']
@@ -175,9 +175,14 @@ def _leave(message: str, code: Code) -> None:
     raise typer.Exit(code)
 
 # %% ../nbs/60_cli.ipynb #de910000
-def job_ttl(file: Path = Path('endpoint.toml')) -> float: # seconds
-    "The time to live of a job: no endpoint has such a setting, so it travels with each"
-    return read_file(file).job_ttl_s if file.exists() else 3600
+def job_policy(
+    ttl_s: float | None = None, # in place of the file's
+    file: Path = Path('endpoint.toml')
+) -> dict[str, float]: # of `Client.submit`
+    "How long a job may wait and run, from endpoint.toml where there is one: an endpoint has no time to live, so it travels with each job"
+    if not file.exists(): return {'ttl_s': ttl_s or 3600}
+    wanted = read_file(file)
+    return {'ttl_s': ttl_s or wanted.job_ttl_s, 'execution_timeout_s': wanted.execution_timeout_s}
 
 # %% ../nbs/60_cli.ipynb #b26ee265
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -207,7 +212,7 @@ def submit(
         site = find_site(endpoint, os.environ)
         client, store = site.client(), site.store()
         wishes = dict(profile=profile, prompt=prompt, seed=seed, max_seconds=max_seconds, user_id=user_id, avatar_id=avatar_id, presign=presign)
-        status = client.submit(job_inputs(image, driving, store) | {k: v for k, v in wishes.items() if v is not None}, ttl_s=ttl or job_ttl())
+        status = client.submit(job_inputs(image, driving, store) | {k: v for k, v in wishes.items() if v is not None}, **job_policy(ttl))
         if not detach:
             with JobScreen() as screen: status = follow(client, status.id, screen)
         if out and status.state == 'COMPLETED': Console(stderr=True).print(fetch_result(status.output, out, store)[0])

@@ -172,7 +172,7 @@ def inspect(tag: str) -> Built:
     pushed = [d for d in about.get('RepoDigests') or [] if d.startswith(tag.rpartition(':')[0] + '@')]
     return Built(tag, pushed[0].partition('@')[2] if pushed else about['Id'], about['Size'])
 
-# %% ../nbs/56_image.ipynb #6fb3546a
+# %% ../nbs/56_image.ipynb #405b26c1
 def build(
     root: Path, # of the checkout
     dirty: bool = False # allow uncommitted files
@@ -198,7 +198,7 @@ def push(
     return inspect(tag)
 
 def _in_registry(tag: str) -> str | None: # digest
-    try: return json.loads(docker('manifest', 'inspect', '--verbose', tag))['Descriptor']['digest']
+    try: return docker('buildx', 'imagetools', 'inspect', '--format', '{{.Manifest.Digest}}', tag).strip()
     except ImageError as e:
-        if re.search('no such manifest|manifest unknown|not found', str(e)): return None
+        if re.search('not found|manifest unknown', str(e)): return None
         raise
