@@ -1,4 +1,5 @@
-"""The image without a Docker engine: what the Dockerfile runs is run here, line by line, and the worker it makes does a job"""
+"""The image without a Docker engine: what the Dockerfile runs is run here, line by line, and the worker it makes does the jobs of
+the guide, whose every command is run"""
 import base64
 import hashlib
 import json
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, cut
+from control_plane import control_plane
 from docker.utils.build import exclude_paths
+from test_endpoint_file import STUB
+from typer.testing import CliRunner
 
-from wan_avatar.client import Client
-from wan_avatar.config import load_settings
+from wan_avatar.cli import app
 from wan_avatar.image import Commit, build_arguments, read_lock, read_metadata, requirement_inputs, requirement_name, requirements_file, stale_requirements
 from wan_avatar.local import up
-from wan_avatar.store import Store
+from wan_avatar.media import check_mp4
 
 BASE = 'runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404'
 
@@ -179,25 +182,9 @@ def test_wheel_carries_graphs_lock_and_nodes(tree):
 def snapshot(folder: Path) -> dict[str, tuple]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
 
-def test_the_images_worker_does_a_job(tree, samples, tmp_path):
-    "From /run to the manifest with the tree above; and nothing is written where the image's user may not write"
-    unset = subprocess.run([tree.root / 'opt/worker/bin/python', '-m', 'wan_avatar.worker'], env=tree.env, cwd='/', capture_output=True, text=True, timeout=60)
-    assert unset.returncode == 1 and 'MINIO_ENDPOINT: not set' in unset.stderr and 'Traceback' not in unset.stderr
-    before, home = snapshot(tree.root / 'opt'), tree.root / 'var/lib/wan-avatar'
-    command = ['env', '-u', 'PYTHONPATH', *(f'{k}={v}' for k, v in tree.env.items() if not k.startswith('PIP')), str(tree.root / 'opt/worker/bin/python'), '-m', 'wan_avatar.worker']
-    with up(tmp_path, worker_command=command, worker_env={'PROFILE': 'draft'}) as local:
-        store = Store(load_settings(local.bucket.environment()))
-        store.upload(samples / 'astronaut.png', 'in/ana.png', 'image/png')
-        store.upload(cut(samples / 'pexels.mp4', 10, tmp_path), 'in/short.mp4', 'video/mp4')
-        client = Client(f'{local.endpoint.url}/{local.endpoint.endpoint_id}', local.endpoint.api_key)
-        done = list(client.follow(client.submit({'input_image_minio_path': 'in/ana.png', 'driving_video_path': 'in/short.mp4'}).id, limit_s=120))[-1]
-        assert done.state == 'COMPLETED', (done, *(p.read_text()[-3000:] for p in tmp_path.glob('logs/*.log')))
-        worker = store.read_json(done.output['minio_key'] + '.json')['worker']
-    lock = tree.arguments
-    assert worker['git_sha'] == '5' * 40 and worker['comfyui'] == lock['COMFYUI_VERSION'] and worker['comfyui_source'] == f'{lock["COMFYUI_REPO"]}@{lock["COMFYUI_COMMIT"]}'
-    assert worker['custom_nodes'] == lock['CUSTOM_NODES'] and worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]
-    assert 'custom_nodes/Sage' in (home / 'work/comfy/comfy.log').read_text(), 'ComfyUI did not load the custom node'
-    assert snapshot(tree.root / 'opt') == before, 'the worker writes into the image'
+def test_the_images_worker_says_what_it_lacks(tree):
+    done = subprocess.run([tree.root / 'opt/worker/bin/python', '-m', 'wan_avatar.worker'], env=tree.env, cwd='/', capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and 'MINIO_ENDPOINT: not set' in done.stderr and 'Traceback' not in done.stderr
 
 @pytest.mark.parametrize('args, words', [
     (['comfyui', '', '0' * 40, '0.3.75', 'F'], 'no repository given'), (['comfyui', 'file:///nowhere', '', '0.3.75', 'F'], "commit '' of"),
@@ -214,3 +201,73 @@ def test_a_build_that_can_not_be_right_fails(args, words, tmp_path):
     env = os.environ | {'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(tmp_path / 'wheels'), 'PIP_CONFIG_FILE': os.devnull}
     done = subprocess.run([sys.executable, ROOT / 'nbs/tools/install.py', *given], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+# %% the guide, with the worker of the tree above
+def blocks() -> list[str]:
+    cells = json.loads((ROOT / 'nbs/guide_deploy.ipynb').read_text())['cells']
+    return [b for c in cells if c['cell_type'] == 'markdown' for b in re.findall(r'^```sh\n(.*?)^```', ''.join(c['source']), re.M | re.S)]
+
+def is_there(block: str) -> bool:
+    "The smoke gate comes with another change; a guide without any other of its commands fails here"
+    if 'wan-avatar smoke' not in block: return True
+    return CliRunner().invoke(app, ['smoke', '--help']).exit_code == 0
+
+@pytest.fixture
+def checkout(tmp_path, samples):
+    "A committed copy of this repository's sources, and the stand-in for docker"
+    root = tmp_path / 'checkout'
+    for name in ('endpoint.toml', 'settings.ini', 'Dockerfile', '.gitignore', 'wan_avatar', 'nbs/tools'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir(): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__'))
+        else: shutil.copy(ROOT / name, root / name)
+    (root / 'endpoint.toml').write_text((ROOT / 'endpoint.toml').read_text().replace('job_ttl_s = 3600', 'job_ttl_s = 1900').replace('execution_timeout_s = 1200', 'execution_timeout_s = 1300'))
+    for args in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '-m', 'all']): subprocess.run(['git', '-C', str(root), *args], check=True)
+    (root / 'runs/samples').mkdir(parents=True)
+    (root / 'runs/samples/astronaut.png').symlink_to(samples / 'astronaut.png')
+    cut(samples / 'single_face.mp4', 12, tmp_path).rename(root / 'runs/samples/single_face.mp4') # half a second, to be done sooner
+    (root / '.venv').symlink_to(ROOT / '.venv')
+    (root / '.git/info/exclude').write_text('.venv\n') # a folder in real life
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/docker').write_text(STUB)
+    (tmp_path / 'bin/docker').chmod(0o755)
+    return root
+
+def test_every_command_of_the_guide(tree, checkout, tmp_path):
+    """In its order and in one shell, as it stands there. Stand-ins: RunPod's control plane, and an executable called docker that only
+    writes down how it was called. Real: the shell, git, `wan-avatar`, the local endpoint under the id that `apply` printed, and the
+    image's worker with its ComfyUI, which writes nothing where the image's user may not write"""
+    script = 'set -eu\n' + ''.join(f'echo "## block {n}" >&2\n{b}' for n, b in enumerate(blocks()) if is_there(b)) + 'echo "$TAG $ENDPOINT"\n'
+    before, home = snapshot(tree.root / 'opt'), tree.root / 'var/lib/wan-avatar'
+    command = ['env', '-u', 'PYTHONPATH', *(f'{k}={v}' for k, v in tree.env.items() if not k.startswith('PIP')), str(tree.root / 'opt/worker/bin/python'), '-m', 'wan_avatar.worker']
+    with control_plane() as plane, up(tmp_path / 'local', command, {'PROFILE': 'draft'}, endpoint_id='ep0001') as local:
+        plane.key = local.endpoint.api_key
+        env = os.environ | local.bucket.environment() | {'RUNPOD_API_KEY': plane.key, 'RUNPOD_API_BASE_URL': plane.url, 'RUNPOD_ENDPOINT_BASE_URL': local.endpoint.url,
+            'BUNDLE': 'dexsync/bundle', 'STUB_LOG': str(tmp_path / 'docker.log'), 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
+        done = subprocess.run(['bash', '-c', script], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + ''.join(p.read_text()[-3000:] for p in tmp_path.glob('local/logs/*.log'))
+        secret = [v for v in (local.bucket.environment()['MINIO_SECRET_KEY'], plane.key) if v in done.stdout + done.stderr]
+        *_, job = local.endpoint.plane.queue.jobs.values()
+    assert (job.request.ttl_s, job.request.execution_s) == (1900, 1300), 'the file\'s times do not travel with the job'
+    tag, endpoint = done.stdout.split()[-2:]
+    docker = (tmp_path / 'docker.log').read_text()
+    assert f'build --platform linux/amd64 --tag {tag} ' in docker and f'push {tag}' in docker and '\nlogin' in docker and not secret
+    assert endpoint == 'ep0001' and [m for m, _ in plane.writes()] == ['POST', 'POST', 'DELETE'] and not plane.endpoints # created, given its model, destroyed
+    assert plane.models[endpoint] == ['https://huggingface.co/dexsync/bundle:main'] and check_mp4(checkout / 'runs/first/avatar.mp4', 12, has_audio=True)
+    assert re.search(r'completed .*\n\s*[1-9]', done.stdout), 'the queue of the very endpoint the job went to'
+    check_versions(job.output['worker'], tree.arguments)
+    assert 'custom_nodes/Sage' in (home / 'work/comfy/comfy.log').read_text(), 'ComfyUI did not load the custom node'
+    assert snapshot(tree.root / 'opt') == before, 'the worker writes into the image'
+
+def check_versions(worker: dict, built: dict[str, str]) -> None:
+    "What made a video can be read from its manifest"
+    assert worker['git_sha'] == built['GIT_SHA'] and worker['comfyui'] == built['COMFYUI_VERSION'] and worker['comfyui_source'] == f'{built["COMFYUI_REPO"]}@{built["COMFYUI_COMMIT"]}'
+    assert worker['custom_nodes'] == built['CUSTOM_NODES'] and worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]
+
+def test_commands_in_the_prose_exist():
+    "Inline code that begins with wan-avatar names a command of ours"
+    text = (ROOT / 'nbs/guide_deploy.ipynb').read_text() + (ROOT / 'endpoint.toml').read_text()
+    later = {'smoke', 'bundle'} # come with other changes
+    for words in sorted({tuple(found.split()) for found in re.findall(r'`wan-avatar ((?:[a-z]+ ?){1,2})', text)}):
+        if words[0] in later: continue
+        done = CliRunner().invoke(app, [*words[:2 if words[0] in ('image', 'endpoint') else 1], '--help'])
+        assert done.exit_code == 0, (words, done.output)
