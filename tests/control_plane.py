@@ -102,6 +102,7 @@ class ControlPlane:
         self.logs: dict[str, list[dict]] = {} # worker id -> {source, line}
         self.health = {'jobs': {'completed': 0, 'failed': 0, 'inProgress': 0, 'inQueue': 0, 'retried': 0}, 'workers': {'idle': 0, 'running': 0}}
         self.asked: list[tuple[str, str, dict | None]] = []
+        self.forgetful = False # does a PATCH drop the cached model? Not documented
         self.faults: list[tuple[str, str]] = [] # (method, what): lost (done, but the answer never arrives), 503 and 429 (not done), 503 done (done, then 503)
         self.lock, self.key, self.url, self.count = threading.Lock(), KEY, '', 0
 
@@ -138,6 +139,7 @@ class ControlPlane:
         after = now | asked | {'gpu': now['gpu'] | gpu, 'workers': now['workers'] | asked.get('workers', {})}
         check_gpu(after['gpu'])
         self.endpoints[id] = after
+        if self.forgetful: self.models.pop(id, None)
         self.note(id, [{'field': k, 'old': now.get(k), 'new': after[k]} for k in after if k != 'env' and after[k] != now.get(k)])
         return self.view(after)
 
@@ -168,7 +170,7 @@ class ControlPlane:
     # GraphQL
     def record(self, id: str) -> dict:
         e = self.get(id)
-        ids = self.order.get(id, ','.join([*e['gpu']['pools'], *(f'-{t}' for t in e['gpu']['excludedTypes'])]))
+        ids = self.order.get(id, ','.join([*sorted(e['gpu']['pools']), *(f'-{t}' for t in e['gpu']['excludedTypes'])]))
         return {'id': id, 'name': e['name'], 'templateId': f't{id}', 'gpuIds': ids, 'gpuCount': e['gpu']['count'], 'instanceIds': [], 'workersMin': e['workers']['min'],
                 'workersMax': e['workers']['max'], 'locations': '', 'networkVolumeId': None, 'networkVolumeIds': [], 'idleTimeout': e['workers']['idleTimeout'], 'scalerType': e['scaling']['type'],
                 'scalerValue': e['scaling'].get('queueDelay'), 'executionTimeoutMs': e['timeout'], 'minCudaVersion': e['gpu']['minCudaVersion'], 'flashBootType': e['flashboot'],

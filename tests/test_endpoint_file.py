@@ -102,14 +102,18 @@ def test_what_others_set_by_hand_is_found(control, plane, tmp_path):
 # %% the cached model
 CACHED = (r'^# \[cached_model\]\n# model = .*\n# revision = .*', '[cached_model]\nmodel = "dexsync/bundle"\nrevision = "v2"')
 
-def test_cached_model_is_set_kept_and_removed(control, plane, tmp_path):
-    file = edited(tmp_path, CACHED)
+@pytest.mark.parametrize('forgetful', [False, True])
+def test_cached_model_is_set_kept_and_removed(control, plane, tmp_path, forgetful):
+    plane.forgetful, file = forgetful, edited(tmp_path, CACHED)
     id = settle(control, file)
     assert plane.models[id] == ['https://huggingface.co/dexsync/bundle:v2'] == model_references(file)
     assert plane.order[id] == 'ADA_80_PRO,AMPERE_80,ADA_48_PRO,AMPERE_48' and look(control, file, OPERATOR).action == 'nothing'
     before = {k: v for k, v in plane.endpoints[id].items() if k != 'workers'}
     settle(control, edited(tmp_path, CACHED, (r'^idle_s = .*', 'idle_s = 60')))
     assert plane.models[id] == model_references(file) and {k: v for k, v in plane.endpoints[id].items() if k != 'workers'} == before
+    swapped = edited(tmp_path, CACHED, (r'^order = .*', 'order = ["AMPERE_80", "ADA_80_PRO", "ADA_48_PRO", "AMPERE_48"]'))
+    assert [d.field for d in look(control, swapped, OPERATOR).by_graphql] == ['order of pools'] and settle(control, swapped) == id and plane.order[id].startswith('AMPERE_80,ADA_80')
+    assert look(control, swapped, OPERATOR).action == 'nothing'
     plane.models[id] = ['https://huggingface.co/somebody/else:main']
     settle(control, file)
     assert plane.models[id] == model_references(file)

@@ -238,7 +238,7 @@ def compare(
     def plain(value): return (tuple(sorted(value)) if isinstance(value, tuple) else value) or None # lists are sets to RunPod
     return [Difference(f, have.get(f), want.get(f)) for f in fields if plain(have.get(f)) != plain(want.get(f))]
 
-# %% ../nbs/52_endpoint.ipynb #85f632cc
+# %% ../nbs/52_endpoint.ipynb #335f28ef
 @dataclass(frozen=True)
 class Plan:
     "What `apply` would do"
@@ -248,37 +248,40 @@ class Plan:
     endpoint_id: str | None = None # of what is there
     differences: tuple[Difference, ...] = ()
     models: tuple[str, ...] | None = () # cached on RunPod; None: it would not say
+    order: tuple[str, ...] = () # of pools, where GraphQL has said it
     notes: tuple[str, ...] = ()
 
     @property
-    def models_differ(self) -> bool:
-        "Is the cached model to be set?"
-        return (self.models is None and bool(self.file.cached_model)) or (self.models is not None and list(self.models) != model_references(self.file))
+    def by_graphql(self) -> list[Difference]:
+        "What REST v2 has no field for: the cached model, and with it the order of pools"
+        found, wanted = [], tuple(model_references(self.file))
+        if self.models != wanted and (wanted or self.models is not None): found.append(Difference('cached model', self.models or None, wanted))
+        if wanted and self.order and self.order != self.file.gpu.order: found.append(Difference('order of pools', self.order, self.file.gpu.order))
+        return found
 
+# %% ../nbs/52_endpoint.ipynb #b16e0038
 def plan_for(
     file: EndpointFile,
     body: Mapping, # as `request_body` makes it
     there: Mapping | None, # the endpoint of this name, as RunPod shows it
-    models: tuple[str, ...] | None = () # cached there
+    models: tuple[str, ...] | None = (), # cached there
+    order: tuple[str, ...] = () # of its pools
 ) -> Plan:
     "What it takes to get from there to the file"
     if there is None: return Plan('create', file, body)
     differences = tuple(compare(there, body))
-    plan = Plan('nothing', file, body, there['id'], differences, models)
-    if there.get('type') != file.type or 'gpu' not in there: return replace(plan, action='replace', models=()) # neither can be changed
-    return replace(plan, action='update') if differences or plan.models_differ else plan
+    plan = Plan('nothing', file, body, there['id'], differences, models, order)
+    if there.get('type') != file.type or 'gpu' not in there: return replace(plan, action='replace', models=(), order=()) # neither can be changed
+    return replace(plan, action='update') if differences or plan.by_graphql else plan
 
-# %% ../nbs/52_endpoint.ipynb #df9a69b4
+# %% ../nbs/52_endpoint.ipynb #e9d9f444
 def plan_table(plan: Plan) -> Table:
     "A plan for people"
     title = {'nothing': f'{plan.file.name} ({plan.endpoint_id}) is as the file says', 'create': f'{plan.file.name} will be created', 'update': f'{plan.file.name} ({plan.endpoint_id}) will be changed',
              'replace': f'{plan.file.name} ({plan.endpoint_id}) will be DELETED and created again under another id: its type or kind of machine can not be changed'}[plan.action]
     table = Table('field', *(['RunPod'] if plan.action != 'create' else []), 'file', title=title, title_justify='left', box=None)
     rows = [Difference(f, None, v) for f, v in _flat(plan.body).items()] if plan.action in ('create', 'replace') else plan.differences
-    for d in rows: table.add_row(d.field, *([_shown(plan, d.field, d.there)] if plan.action != 'create' else []), _shown(plan, d.field, d.here))
-    if plan.models_differ or (plan.action in ('create', 'replace') and plan.file.cached_model):
-        there = 'unknown' if plan.models is None else ' '.join(plan.models) or '-'
-        table.add_row('cached model', *([there] if plan.action != 'create' else []), ' '.join(model_references(plan.file)) or '-')
+    for d in (*rows, *plan.by_graphql): table.add_row(d.field, *([_shown(plan, d.field, d.there)] if plan.action != 'create' else []), _shown(plan, d.field, d.here))
     return table
 
 def _shown(plan: Plan, name: str, value: Any) -> str:
@@ -398,7 +401,7 @@ def save_models(control: Control, endpoint_id: str, file: EndpointFile) -> list[
     given = read_record(control, endpoint_id) | {'modelReferences': model_references(file), 'gpuIds': order}
     return graphql(control, f'mutation SaveEndpoint($input: EndpointInput!) {{ saveEndpoint(input: $input) {{ {_FIELDS} }} }}', input=given)['saveEndpoint']['modelReferences']
 
-# %% ../nbs/52_endpoint.ipynb #81c7ac4d
+# %% ../nbs/52_endpoint.ipynb #5e8dbcaf
 def look(
     control: Control,
     file: EndpointFile,
@@ -407,15 +410,18 @@ def look(
     "Compare the file with RunPod; FileError says what can't work, before RunPod is asked"
     problems, notes = check_file(file, environ)
     if problems: raise FileError('endpoint.toml can not be applied:\n' + '\n'.join(f'  {p}' for p in problems))
-    there, models = find(control, file.name), ()
+    there, models, order = find(control, file.name), (), ()
     if there:
-        try: models = tuple(read_record(control, there['id']).get('modelReferences') or ())
+        try: models, order = _by_graphql(read_record(control, there['id']))
         except EndpointError as e: models, notes = None, [*notes, f'which model is cached is unknown: {e}']
     if file.cached_model is None: notes = [*notes, 'the order of GPU pools is for people: REST v2 takes whichever has capacity']
     ttl = f'jobs are dropped after {file.job_ttl_s} s because `wan-avatar submit` asks for it with each; other callers send policy.ttl {file.job_ttl_s * 1000}'
-    return replace(plan_for(file, request_body(file, environ), there, models), notes=(*notes, ttl))
+    return replace(plan_for(file, request_body(file, environ), there, models, order), notes=(*notes, ttl))
 
-# %% ../nbs/52_endpoint.ipynb #6c3ac24e
+def _by_graphql(record: Mapping) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(record.get('modelReferences') or ()), tuple(p for p in (record.get('gpuIds') or '').split(',') if p and not p.startswith('-'))
+
+# %% ../nbs/52_endpoint.ipynb #35ad2f23
 def apply(
     control: Control,
     plan: Plan,
@@ -428,7 +434,10 @@ def apply(
         delete(control, id)
     if plan.action in ('create', 'replace'): id = create(control, plan.body)['id']
     elif changed: control.call('PATCH', f'/v2/serverless/{id}', _patch(plan.body, changed))
-    if plan.models_differ or (plan.file.cached_model and changed): save_models(control, id, plan.file) # v2 does not say that it keeps them
+    if plan.file.cached_model and changed: # v2 does not say whether a change of its own keeps these
+        models, order = _by_graphql(read_record(control, id))
+        plan = replace(plan, models=models, order=order)
+    if plan.by_graphql: save_models(control, id, plan.file)
     return id
 
 def _patch(body: Mapping, changed: set[str]) -> dict:
