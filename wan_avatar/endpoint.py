@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRICED', 'POOLS', 'RATE', 'API', 'JOBS', 'FileError', 'Gpu', 'Workers', 'CachedModel', 'Scaling', 'Secrets',
            'EndpointFile', 'read_file', 'Pool', 'render_seconds', 'weight_bytes', 'immutable', 'check_file',
-           'request_body', 'model_references', 'Difference', 'compare', 'Plan', 'plan_for', 'plan_table', 'Unclear',
-           'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look', 'apply', 'delete', 'State',
-           'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
+           'request_body', 'model_references', 'Difference', 'compare', 'Plan', 'plan_for', 'difference_table',
+           'Unclear', 'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look', 'apply', 'delete',
+           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
 # %% ../nbs/52_endpoint.ipynb #9f421fd8
 import json
@@ -274,8 +274,8 @@ def plan_for(
     if there.get('type') != file.type or 'gpu' not in there: return replace(plan, action='replace', models=(), order=()) # neither can be changed
     return replace(plan, action='update') if differences or plan.by_graphql else plan
 
-# %% ../nbs/52_endpoint.ipynb #e9d9f444
-def plan_table(plan: Plan) -> Table:
+# %% ../nbs/52_endpoint.ipynb #d4c450f9
+def difference_table(plan: Plan) -> Table:
     "A plan for people"
     title = {'nothing': f'{plan.file.name} ({plan.endpoint_id}) is as the file says', 'create': f'{plan.file.name} will be created', 'update': f'{plan.file.name} ({plan.endpoint_id}) will be changed',
              'replace': f'{plan.file.name} ({plan.endpoint_id}) will be DELETED and created again under another id: its type or kind of machine can not be changed'}[plan.action]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPOSITORY', 'PYTHON', 'PLATFORM', 'ImageError', 'Commit', 'read_commit', 'image_tag', 'read_lock', 'read_metadata',
            'build_arguments', 'Inputs', 'requirement_name', 'requirement_inputs', 'requirements_file',
-           'stale_requirements', 'compile_requirements', 'Built', 'docker', 'inspect', 'build', 'push']
+           'stale_requirements', 'compile_requirements', 'Built', 'docker', 'inspect', 'build_image', 'push_image']
 
 # %% ../nbs/56_image.ipynb #7b061b67
 import hashlib
@@ -172,8 +172,8 @@ def inspect(tag: str) -> Built:
     pushed = [d for d in about.get('RepoDigests') or [] if d.startswith(tag.rpartition(':')[0] + '@')]
     return Built(tag, pushed[0].partition('@')[2] if pushed else about['Id'], about['Size'])
 
-# %% ../nbs/56_image.ipynb #405b26c1
-def build(
+# %% ../nbs/56_image.ipynb #ed533851
+def build_image(
     root: Path, # of the checkout
     dirty: bool = False # allow uncommitted files
 ) -> Built:
@@ -185,7 +185,7 @@ def build(
     docker('build', '--platform', 'linux/amd64', '--tag', tag, *given, str(root), show=True)
     return inspect(tag)
 
-def push(
+def push_image(
     root: Path, # of the checkout
     dirty: bool = False # push an image that is not to be deployed
 ) -> Built:
