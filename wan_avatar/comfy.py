@@ -67,6 +67,8 @@ def command(
 def lay_out(place: ComfyPlace) -> None:
     "Make the folders, the file that loads our nodes, and the extra-paths file (JSON is YAML)"
     for name in ('output', 'user', 'custom_nodes', 'avatar_nodes'): (place.home / name).mkdir(parents=True, exist_ok=True)
+    for node in place.comfy_dir.glob('custom_nodes/*/'): # those of the image
+        if not (link := place.home / 'custom_nodes' / node.name).exists(): link.symlink_to(node)
     (place.home / 'avatar_nodes/wan_avatar_nodes.py').write_text('from wan_avatar.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS\n')
     kinds = ('diffusion_models', 'loras', 'text_encoders', 'clip_vision', 'vae', 'detection', 'sam2')
     paths = {'avatar': {'custom_nodes': str(place.home / 'avatar_nodes')}, 'weights': {'base_path': str(place.models_dir.resolve())} | {k: k for k in kinds}}

@@ -8,6 +8,8 @@ __all__ = ['log', 'Background', 'identity', 'check_disk', 'boot', 'sdk_environme
 
 # %% ../nbs/42_worker.ipynb #f4c857b2
 import asyncio
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -18,6 +20,7 @@ import threading
 from collections.abc import Awaitable, Coroutine
 from concurrent.futures import Future
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from .avatar import Studio, sweep
 from .comfy import Comfy, ComfyPlace, ComfyProcess
@@ -53,14 +56,23 @@ async def _wind_up() -> None:
     for task in rest: task.cancel()
     if rest: await asyncio.wait(rest, timeout=15)
 
-# %% ../nbs/42_worker.ipynb #cd3fc050
+# %% ../nbs/42_worker.ipynb #5a1de7e1
 def identity(comfy_dir: Path) -> dict[str, str]:
-    "Who made a video, with what"
-    source = comfy_dir / 'ComfyUI/comfyui_version.py'
-    found = re.search(r"__version__ = ['\"]([^'\"]+)", source.read_text()) if source.exists() else None
-    return {'id': os.environ.get('RUNPOD_POD_ID', platform.node()), 'wan_avatar': version('wan_avatar'),
-            'comfyui': found[1] if found else 'unknown', 'python': platform.python_version()}
+    "Who made a video, with what: the image writes down where ComfyUI and nodes are from, and which commit of ours it is"
+    code = comfy_dir / 'ComfyUI/comfyui_version.py'
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", code.read_text()) if code.exists() else None
+    nodes = [_origin(path.parent) for path in sorted(comfy_dir.glob('custom_nodes/*/source.json'))]
+    lock = hashlib.sha256((files('wan_avatar') / 'models.lock.json').read_bytes()).hexdigest()
+    return {'id': os.environ.get('RUNPOD_POD_ID', platform.node()), 'wan_avatar': version('wan_avatar'), 'git_sha': os.environ.get('WAN_AVATAR_GIT_SHA', 'unknown'),
+            'comfyui': found[1] if found else 'unknown', 'comfyui_source': _origin(comfy_dir / 'ComfyUI'), 'custom_nodes': ' '.join(nodes) or 'none',
+            'lock': lock[:12], 'python': platform.python_version()}
 
+def _origin(folder: Path) -> str:
+    "What the installer wrote down: `repo@commit`, or a package"
+    note = folder / 'source.json'
+    return json.loads(note.read_text())['source'] if note.exists() else 'unknown'
+
+# %% ../nbs/42_worker.ipynb #cd3fc050
 def check_disk(
     settings: Settings,
     needed: int = 2 * 10**9, # bytes: two windows of raw frames and a long video

