@@ -6,12 +6,14 @@
 __all__ = ['log', 'Span', 'Open', 'BATCH', 'BATCH_S', 'PIECE', 'merged', 'gaps', 'journal_path', 'read_journal', 'arrived',
            'Part', 'Passing', 'Source', 'Address', 'origin', 'unreachable', 'Http', 'Ranged', 'Hub', 'hub_trouble',
            'XetFailed', 'Xet', 'xet_of', 'HubFile', 'Mirror', 'Arrival', 'Pool', 'Stopped', 'alone', 'Coming',
-           'hash_behind', 'Fetcher', 'disk_trouble', 'no_room', 'check_space', 'fetch']
+           'hash_behind', 'Fetcher', 'disk_trouble', 'no_room', 'check_space', 'fetch', 'moment', 'ProgressLines',
+           'places_of', 'sources_of', 'fetch_weights', 'pinned', 'changes']
 
 # %% ../nbs/12_fetch.ipynb #847a47dc
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import queue
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 import certifi
 import urllib3
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from .config import WeightSettings
 from .files import whole_file
 from .job import JobError
 from .models import LockedFile, Places, cached, link, misfit, part_path, plan, refuse_unknown, remember, remembered, state_path
@@ -174,7 +178,7 @@ class Http:
             try:
                 self.open.add(r)
                 _check_range(r, begin, end)
-                while begin < end and (chunk := r.read1(min(end - begin, 1 << 20))):
+                while begin < end and (chunk := r.read1(min(end - begin, 1 << 18))):
                     begin += len(chunk)
                     yield chunk
                 if begin == end: r.release_conn()
@@ -366,9 +370,9 @@ class Mirror:
         def locate() -> Address: return Address(self.store.client.presigned_get_object(bucket_name=self.store.bucket, object_name=self.key(file), expires=timedelta(hours=6)))
         return Ranged(self.http, locate)
 
-# %% ../nbs/12_fetch.ipynb #8829b7b6
+# %% ../nbs/12_fetch.ipynb #90884cfd
 BATCH, BATCH_S = 1 << 20, 0.02 # bytes, seconds: how much a kill may lose per connection
-PIECE = (4 << 20, 64 << 20) # bytes: smallest and largest
+PIECE = (4 << 20, 16 << 20) # bytes: smallest and largest
 
 class Arrival:
     "One file on its way; the pool's lock guards it"
@@ -624,7 +628,7 @@ class Fetcher(_Downloader):
                     why = unreachable(file, f'{source.name} gives bytes with sha256 {digest[:12]}…, not {file.sha256[:12]}…', 'the copy there is damaged, or the lock is wrong')
                     log.warning('%s; %s', why.message, again)
                     continue
-                log.warning('%s', why.message)
+                log.info('%s', why.message)
                 break
         raise why
 
@@ -685,3 +689,75 @@ def _until_done(running: list[Future], watch: Callable[[], None], cancelled: Cal
         for f in done: f.result()
         if not rest: return
         if cancelled(): raise JobError('cancelled', 'the fetch of the weights was cancelled')
+
+# %% ../nbs/12_fetch.ipynb #f82b84f3
+def moment(
+    files: list[Coming],
+    seconds: float # since the fetch began
+) -> dict: # JSON
+    "How far everything is"
+    total, done, fetched = (sum(v) for v in zip(*((f.file.bytes, f.done, f.fetched) for f in files), strict=True))
+    speed = fetched / seconds if seconds else 0
+    return {'event': 'fetch', 'files': len(files), 'done': sum(f.state == 'done' for f in files), 'bytes': done, 'total': total, 'mb_s': round(speed / 1e6, 1),
+            'eta_s': round((total - done) / speed) if speed else None, 'now': [f.file.place for f in files if f.state in ('checking', 'fetching')]}
+
+class ProgressLines:
+    "A watcher of `fetch`"
+    def __init__(self, say: Callable[[str], None] = print, every_s: float = 5, clock: Callable[[], float] = time.monotonic):
+        self.say, self.every_s, self.clock, self.began = say, every_s, clock, clock()
+        self.last = self.began
+
+    def __call__(self, files: list[Coming]) -> None:
+        now = self.clock()
+        if now - self.last < self.every_s: return
+        self.last = now
+        self.say(json.dumps(moment(files, now - self.began)))
+
+# %% ../nbs/12_fetch.ipynb #c06fa35c
+def places_of(settings: WeightSettings) -> Places:
+    "Where this machine may have files: RunPod's mount, then one's own cache"
+    from huggingface_hub import constants
+    return Places(settings.models_dir.absolute(), tuple(dict.fromkeys([settings.models_cache, Path(constants.HF_HUB_CACHE)])))
+
+def sources_of(
+    settings: WeightSettings,
+    http: Http,
+    store: Store | None = None # of MODELS_MIRROR
+) -> list[Source]:
+    "Where files come from, in the order they are asked"
+    mirror = [Mirror(store, settings.models_mirror, http)] if store and settings.models_mirror else []
+    return [*mirror, Hub(http, settings.hf_token.get_secret_value() if settings.hf_token else None)]
+
+def fetch_weights(
+    wanted: Sequence[LockedFile],
+    settings: WeightSettings,
+    store: Store | None = None,
+    **options: Any # of `fetch`
+) -> list[Coming]:
+    "`fetch` with everything the settings say"
+    http = Http(settings.fetch_connections)
+    return fetch(wanted, places_of(settings), sources_of(settings, http, store), http, settings.fetch_connections, **options)
+
+# %% ../nbs/12_fetch.ipynb #7ad3cc8c
+def pinned(
+    file: LockedFile,
+    hub: Hub,
+    latest: bool = False # look at main instead of the pinned revision
+) -> LockedFile:
+    "The same file with revision, size and hash as the hub has them; JobError says why not"
+    asked = replace(file, revision='main' if latest or not file.revision else file.revision)
+    patient = Retrying(retry=retry_if_exception_type(Passing), wait=wait_exponential_jitter(multiplier=0.2, max=4), stop=stop_after_attempt(6), reraise=True)
+    try: return patient(_pinned, asked, hub, '' if not file.known else file.note)
+    except Passing as e: raise unreachable(asked, str(e), 'try again later') from None
+
+def _pinned(file: LockedFile, hub: Hub, note: str) -> LockedFile:
+    found = hub.metadata(file)
+    found_file = replace(file, revision=found.commit_hash, bytes=found.size, sha256=found.etag, note=note)
+    if re.fullmatch('[0-9a-f]{64}', found.etag): return found_file
+    if found.size > 50_000_000: raise unreachable(file, f'the hub gives no sha256 for it, and it has {found.size:,} bytes', 'keep it in LFS')
+    data = b''.join(hub.http.get(hub.locate(found_file, found), 0, found.size))
+    return replace(found_file, sha256=hashlib.sha256(data).hexdigest())
+
+def changes(before: LockedFile, after: LockedFile) -> list[str]:
+    "What pinning changed, in words"
+    return [f'{after.place}: {k} {getattr(before, k)} -> {getattr(after, k)}' for k in ('revision', 'bytes', 'sha256') if getattr(before, k) != getattr(after, k)]
