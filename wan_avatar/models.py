@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Tick', 'LockedFile', 'Needs', 'Lock', 'LockDamaged', 'parse_lock', 'load_lock', 'dump_lock', 'needed',
            'refuse_unknown', 'state_path', 'remember', 'remembered', 'hash_file', 'misfit', 'Snapshot', 'snapshots',
-           'cached', 'link', 'Places', 'Step', 'part_path', 'plan', 'plan_table']
+           'cached', 'link', 'Places', 'Step', 'verified', 'part_path', 'plan', 'plan_table']
 
 # %% ../nbs/10_models.ipynb #11172feb
 import hashlib
@@ -262,6 +262,20 @@ class Step:
     def to_fetch(self) -> int: # bytes
         "What still has to come over the network"
         return (self.file.bytes or 0) - self.arrived if self.where in ('mirror', 'hub') else 0
+
+def verified(
+    file: LockedFile,
+    places: Places,
+    deep: bool = False # hash it even if it was hashed before
+) -> str | None: # what is wrong with it
+    "Is the file in MODELS_DIR the one in the lock?"
+    target = places.target(file)
+    if not file.known: return 'is not pinned in the lock'
+    if not deep and remembered(target, file.sha256): return None
+    why = misfit(target, file)
+    if why: state_path(target, 'verified').unlink(missing_ok=True)
+    else: remember(target, file.sha256)
+    return why
 
 def part_path(target: Path, sha256: str) -> Path:
     "Where a file grows; another version of it grows elsewhere"
