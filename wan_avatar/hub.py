@@ -157,7 +157,7 @@ class _Sending:
         "Send up to here, no faster than allowed"
         speed = self.handler.hub.speed
         while self.at < stop and not self.handler.hub.closing.is_set():
-            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 50), 1 << 10))
+            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 200), 1 << 10))
             try: self._count(os.sendfile(self.handler.connection.fileno(), f.fileno(), self.at, step))
             except OSError: # the reader is gone
                 self.handler.close_connection = True
