@@ -608,7 +608,7 @@ class Fetcher(_Downloader):
     def bring(self, urgency: int, coming: Coming) -> None:
         "One file, verified; JobError says why not"
         file, target = coming.file, self.places.target(coming.file)
-        with self.timeline.stage('weights', file=file.place, bytes=file.bytes) as stage:
+        with self.timeline.stage(f'weights/{file.name}', file=file.place, bytes=file.bytes) as stage:
             if remembered(target, file.sha256): coming.source = 'verified' # needs no lock: MODELS_DIR may be read-only
             else:
                 try:
