@@ -250,6 +250,7 @@ class _Writing(_Reading):
         for kind, value in ((entry['key'], entry['value']) for entry in lines):
             if kind == 'file': files[value['path']] = self.hub.keep(base64.b64decode(value['content']))
             if kind == 'lfsFile': files[value['path']] = Stored(value['oid'], value['size'])
+            if kind == 'deletedFile': self.hub.repos[repo].files.pop(value['path'], None)
         commit = self.hub.commit(repo, files)
         self.reply(200, {'success': True, 'commitOid': commit, 'commitUrl': f'{self.hub.endpoint}/{repo}/commit/{commit}', 'hookOutput': ''})
 
