@@ -15,12 +15,12 @@ from wan_avatar.job import JobError
 from wan_avatar.media import read_frames
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.track import load_track, parse_track, track_key
-from wan_avatar.workflow import CLIP_VISION, PROFILES, TINY, WAN, Weight, bind, load_graph, loaders, needed_files, profile_graph, slots, track_graph, validate
+from wan_avatar.workflow import CLIP_VISION, PROFILES, TINY, WAN, Weight, bind, check_weights, load_graph, loaders, needed_files, profile_graph, slots, track_graph, validate
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 FACE = replace(TINY, name='tiny-face', face=True, weights=tuple(replace(w, file='face.safetensors') if w.slot == 'dit' else w for w in TINY.weights), values={**TINY.values, 'steps': 1})
-BODY = replace(TINY, name='tiny-body', tracker='wholebody-sam2')
-PROMPTED = replace(TINY, name='tiny-prompted', encoder=Weight('text_encoder', 'text_encoders', 'never-there.safetensors', 6735906897))
+BODY = replace(TINY, name='tiny-body', tracker='wholebody-sam2', detectors=tuple(replace(w, bytes=None) for w in TINY.detectors))
+PROMPTED = replace(TINY, name='tiny-prompted', encoder=Weight('text_encoder', 'text_encoders', 'never-there.safetensors', 5))
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory) -> Path:
@@ -65,7 +65,7 @@ def test_several_windows_with_masks_tail_and_embedding(wan, made):
     assert (made['width'], made['height'], made['frames'], made['profile'], made['seed']) == (1280, 720, 20, 'wan22-animate-tiny', 7)
     manifest = wan.store.read_json('avatars/tiny.mp4.json')
     assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9), (3, 9)]
-    assert manifest['profile_values']['steps'] == 2 and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['weights']
+    assert manifest['profile_values']['steps'] == 2 and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
 
 def test_one_seed_one_video_another_seed_another(wan, made):
     assert wan.run('tiny-again', **JOB, seed=7)['sha256'] == made['sha256']
@@ -228,14 +228,14 @@ def test_out_of_memory_for_good_says_so_with_figures(wan, tmp_path):
 
 def test_a_prompt_of_ones_own_needs_the_encoder_once(wan, weights, monkeypatch, tmp_path):
     answer = wan.run('own', **BRIEF, profile='tiny-prompted', prompt='a person waves')
-    assert answer['error'].startswith('models_unavailable') and 'never-there.safetensors' in answer['error'] and '6,735,906,897' in answer['error']
+    assert answer['error'].startswith('models_unavailable') and 'never-there.safetensors' in answer['error'] and '(5 bytes)' in answer['error']
     wanted = Embedding('a person waves', TINY.encoder_sha256)
     # umT5 is 5.7 B parameters and cannot be had here: a node that says something in its place, everything around it is real
     graph = load_graph('prompt')
     graph['encode'] = {'class_type': 'SayPrompt', 'inputs': {'text': '{{prompt}}', 'encoder': '{{text_encoder}}'}}
     del graph['encoder']
     monkeypatch.setattr(avatar, 'load_graph', lambda name: graph if name == 'prompt' else load_graph(name))
-    (weights / 'text_encoders/never-there.safetensors').touch()
+    (weights / 'text_encoders/never-there.safetensors').write_bytes(b'umT5?')
     for job_id, source in (('own-made', None), ('own-again', 'here')):
         assert 'error' not in wan.run(job_id, **BRIEF, profile='tiny-prompted', prompt='a person waves')
         prompt = next(s for s in wan.store.read_json(f'avatars/{job_id}.mp4.json')['timeline'] if s['name'] == 'prompt')
@@ -268,11 +268,18 @@ def test_wholebody_tracker_in_comfyui(wan, tmp_path):
     assert again['sha256'] == answer['sha256']
     assert [s['facts']['cached'] for s in wan.store.read_json('avatars/body-again.mp4.json')['timeline'] if s['name'] == 'track'] == [True]
 
-def test_missing_files_are_named_with_their_bytes(wan, tmp_path):
-    with pytest.raises(JobError) as e:
-        from wan_avatar.workflow import check_weights
-        check_weights(WAN, tmp_path)
-    assert e.value.code == 'models_unavailable' and all(w.file in str(e.value) for w in needed_files(WAN)) and str(sum(w.bytes for w in needed_files(WAN)))[:2] in str(e.value)
+LACKS = [(WAN, {}, '8 files (21,041,', 'run: wan-avatar models fetch --profile wan22-animate'), (TINY, {}, '4 files (4 of unknown size)', 'run: wan-avatar tiny-weights MODELS_DIR'),
+         (WAN, {w: w.bytes or 1 for w in needed_files(WAN) if w.folder != 'sam2'}, '2 files (2 of unknown size)', 'sam2/config.json'),
+         (WAN, {w: (w.bytes or 1) - (w.slot == 'vae') for w in needed_files(WAN)}, '1 files (253,815,318 bytes)', 'vae/wan_2.1_vae.safetensors; run'),
+         (replace(TINY, name='mine'), {}, '4 files', 'vae/tiny-vae.safetensors; put them there')]
+
+@pytest.mark.parametrize('profile, there, size, words', LACKS, ids=['nothing there', 'tiny', 'masks alone', 'one cut short', 'of ones own'])
+def test_missing_files_are_named_with_their_bytes_and_what_to_run(tmp_path, profile, there, size, words):
+    for w, length in there.items():
+        (tmp_path / w.folder).mkdir(exist_ok=True)
+        with (tmp_path / w.folder / w.file).open('wb') as f: f.truncate(length) # sparse: no disk
+    with pytest.raises(JobError) as e: check_weights(profile, tmp_path)
+    assert e.value.code == 'models_unavailable' and size in e.value.message and words in e.value.message, e.value
 
 def test_slots_of_the_production_graph_are_what_windows_fill():
     assert slots(profile_graph(WAN)) == SLOTS.keys() and track_key('0' * 64, tracker='wholebody-sam2') != track_key('0' * 64)
