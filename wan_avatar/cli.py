@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOCAL', 'RUNPOD', 'app', 'Endpoint', 'AsJson', 'Folder', 'Site', 'find_site', 'note_site', 'job_inputs', 'describe',
            'remaining', 'Screen', 'JobScreen', 'Code', 'answer', 'told', 'follow', 'submit', 'status', 'cancel',
-           'fetch', 'local_environment', 'until_signal', 'local_site', 'run_up', 'worker', 'BootWatch', 'demo', 'bench',
-           'profiles', 'tiny_weights']
+           'fetch', 'local_environment', 'until_signal', 'local_site', 'run_up', 'worker', 'BootWatch', 'demo',
+           'some_site', 'checks_table', 'spread_table', 'smoke', 'bench', 'profiles', 'tiny_weights']
 
 # %% ../nbs/60_cli.ipynb #9106c5c0
 import json
@@ -34,6 +34,7 @@ from .files import whole_file
 from .job import JobError, shorten
 from .local import Local, up
 from .media import filmstrip
+from .smoke import Row, keep_summary, rows, run_smoke
 from .store import Store
 from .timeline import draw_timeline
 from .workflow import PROFILES
@@ -337,6 +338,61 @@ def _present(video: Path, driving: Path, manifest: dict, done: Status) -> None:
     console = Console()
     console.print(stages)
     for path in (video, strip, chart): console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+# %% ../nbs/60_cli.ipynb #5a0c0002
+@contextmanager
+def some_site(endpoint: str | None, folder: Path, on_event=None, **more) -> Iterator[Site]:
+    "The endpoint that is named, or that runs here, or one started for the block; `more` as `up` takes it"
+    if endpoint is None and not (folder / 'up.json').exists():
+        with local_site(folder, on_event, **more) as (_, site): yield site
+    else: yield find_site(endpoint, os.environ, folder)
+
+def checks_table(found: list[Row]) -> Table:
+    "Checks for people"
+    table = Table('check', 'passed', 'must be', 'is', box=None)
+    for r in found: table.add_row(r.name, f'{r.passed} of {r.of}', r.wanted, r.found, style=None if r.ok else 'bold red')
+    return table
+
+def spread_table(percentiles: dict) -> Table:
+    "Percentiles of a summary for people; a percentile that these few jobs can not carry is in brackets"
+    table = Table('jobs', 'seconds', 'n', 'p50', 'p90', 'p95', 'p99', box=None)
+    for name, kinds in percentiles.items():
+        for kind, ps in kinds.items():
+            if ps: table.add_row(name, kind.removesuffix('_s'), str(ps[0]['n']), *(f'{p["value"]:.2f}' if p['enough'] else f'({p["value"]:.2f})' for p in ps))
+    return table
+
+# %% ../nbs/60_cli.ipynb #5a0c0004
+@app.command()
+def smoke(
+    image: Annotated[str, typer.Option(help='picture of a person')] = 'runs/samples/astronaut.png',
+    driving: Annotated[str, typer.Option(help='video of a person: a file here')] = 'runs/samples/single_face.mp4',
+    endpoint: Endpoint = None, jobs: Annotated[int, typer.Option(min=1)] = 1, concurrency: Annotated[int, typer.Option(min=1, help='jobs at the same time')] = 1,
+    profile: str | None = None, prefix: Annotated[str, typer.Option(envvar='OUTPUT_PREFIX', help='OUTPUT_PREFIX of the workers')] = 'avatars/',
+    out: Annotated[Path | None, typer.Option(help='folder that keeps everything; default: runs/smoke-<time>')] = None, folder: Folder = LOCAL, as_json: AsJson = False
+) -> None:
+    "Gate an endpoint: run real jobs and check everything that comes back."
+    if not Path(driving).is_file(): _leave(f'--driving {shorten(driving)} is not a file here; the gate must see it to judge what was made of it', Code.USAGE)
+    stamp = time.strftime('%Y%m%d-%H%M%S')
+    out = out or Path(f'runs/smoke-{stamp}')
+    with told(), until_signal(), JobScreen() as screen:
+        watch = BootWatch(screen, folder)
+        with some_site(endpoint, folder, watch.event) as site:
+            store, one = site.store(), jobs == 1
+            job = job_inputs(image, driving, store) | {'user_id': 'smoke', 'avatar_id': stamp} | ({'profile': profile} if profile else {})
+            def count(done: int) -> None: screen.show('jobs', f'{jobs} jobs, {concurrency} at a time', done, jobs, f'{done} of {jobs}')
+            outcomes = run_smoke(Client(site.endpoint, site.api_key, pause=watch.show), store, job, Path(driving), out, jobs, concurrency, prefix,
+                                 screen.job if one else lambda status: None, (lambda done: None) if one else count)
+            summary = keep_summary(out, outcomes, site.endpoint)
+    if as_json: print(json.dumps(summary))
+    else: _show_gate(outcomes, summary, out)
+    raise typer.Exit(Code.OK if summary['ok'] else Code.JOB_FAILED)
+
+# %% ../nbs/60_cli.ipynb #5a0c0005
+def _show_gate(outcomes: list, summary: dict, out: Path) -> None:
+    console = Console()
+    console.print(checks_table(rows(outcomes)))
+    if len(outcomes) > 1: console.print(spread_table(summary['percentiles']))
+    console.print(f'{"passed" if summary["ok"] else "FAILED"}: {out}', style='green' if summary['ok'] else 'bold red', markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/60_cli.ipynb #335e065d
 @app.command()

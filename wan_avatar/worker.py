@@ -83,7 +83,7 @@ async def boot(settings: Settings, timeline: Timeline) -> Studio:
     except (JobError, asyncio.CancelledError):
         await comfy.close()
         raise
-    return Studio(settings.model_copy(update={'work_dir': place.work_dir}), store, comfy, identity(place.comfy_dir))
+    return Studio(settings.model_copy(update={'work_dir': place.work_dir}), store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:
