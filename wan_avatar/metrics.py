@@ -181,7 +181,7 @@ def kind_of(
 
 def named(stage: dict) -> str:
     "A stage by the file it is about"
-    return Path(str(stage.get('facts', {}).get('file', stage['name']))).name
+    return 'ComfyUI' if stage['name'] == 'comfy' else Path(str(stage.get('facts', {}).get('file', stage['name']))).name
 
 def cold_parts(
     record: JobRecord # a cold one
