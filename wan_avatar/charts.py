@@ -161,7 +161,7 @@ def draw_percentiles(records: Iterable[JobRecord], path: Path | str) -> Path: # 
                 y = row + (i - 1.5) * 0.17
                 if p.low is not None: axes.plot([p.low, p.high], [y, y], color=LINES[i], lw=2.5, alpha=0.45)
                 axes.plot(p.value, y, marks[p.q], color=LINES[i], ms=7, mfc=LINES[i] if p.enough else 'white')
-        axes.set(yticks=range(len(samples)), yticklabels=[f'{k}\nn = {len(v)}' for k, v in samples.items()], xlabel=label, ylim=(len(samples) - 0.5, -0.5))
+        axes.set(yticks=range(len(samples)), yticklabels=[f'{k}\nn = {len(v)}' for k, v in samples.items()], xlabel=label, ylim=(max(len(samples), 1) - 0.5, -0.5))
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
         axes.grid(axis='x', color='#eeeeee')
     figure.legend(handles=_marks(marks), loc='outside lower center', ncols=5, fontsize=9, frameon=False)
@@ -183,7 +183,7 @@ def draw_distribution(records: Iterable[JobRecord], path: Path | str) -> Path: #
         axes.step([0, *times, longest * 1.05], [0, *(np.arange(1, len(times) + 1) / len(times) * 100), 100], where='post', color=LINES[i % len(LINES)], lw=2.4, ls=('-', '--')[i % 2], label=f'{name} (n = {len(jobs)})')
     axes.set(xlabel='seconds from submit to result', ylabel='jobs done, %', xlim=(0, longest * 1.05), ylim=(0, 103))
     axes.grid(color='#eeeeee')
-    figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=9)
+    if samples: figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     return save(figure, path)
 
 def draw_download(records: Iterable[JobRecord], path: Path | str) -> Path: # `path`

@@ -45,9 +45,10 @@ def report_path(name: str) -> Path:
 
 # %% ../nbs/59_reports.ipynb #48574810
 def report_parameters(path: Path) -> dict[str, Any]: # name -> default
-    "What a report takes"
-    import papermill # of the development requirements
-    return {name: ast.literal_eval(p['default']) for name, p in papermill.inspect_notebook(str(path)).items()}
+    "What a report takes; read as Python, since papermill's own reader drops a line whose comment holds a `=`"
+    cells = json.loads(path.read_text())['cells']
+    source = ''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', ())))
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
 
 def read_parameters(path: Path, given: Iterable[str]) -> dict[str, Any]: # each `name=value`
     "Check and convert; ReportError names what is wrong and what there is"
