@@ -34,12 +34,13 @@ def test_a_job_without_a_report_is_not_guessed():
 @pytest.mark.parametrize('stages, begin, end, wanted', [
     ([], 0, 2, {None: 2}), ([stage('a', 0, 5)], 0, 6, {0: 5, None: 1}), ([stage('a', 0, 5), stage('b', 1, 3)], 0, 5, {0: 5}),
     ([stage('a', 0, 2), stage('b', 1, 5)], 0, 5, {0: 1, 1: 4}), ([stage('a', 0, 2), stage('b', 3, 4)], 0, 4, {0: 2, None: 1, 1: 1}),
-    ([stage('a', 0, 3), stage('b', 0, 3)], 0, 3, {0: 3}), ([stage('a', 0, 9)], 1, 3, {0: 2}), ([stage('a', 1, 1)], 0, 2, {None: 2})])
+    ([stage('a', 0, 3), stage('b', 0, 3)], 0, 3, {0: 3}), ([stage('a', 0, 4), stage('a/b', 1, 3)], 0, 4, {0: 2, 1: 2}), ([stage('a', 0, 9)], 1, 3, {0: 2}), ([stage('a', 1, 1)], 0, 2, {None: 2})])
 def test_each_moment_waits_for_one_stage(stages, begin, end, wanted):
     assert dict(waited_for(stages, begin, end)) == wanted
 
 def test_parts_add_up_to_the_wait_for_the_first_segment():
-    files = [stage('weights', 0.1, 7.0, file='loras/a.safetensors', bytes=70), stage('weights', 0.1, 8.0, file='vae/b.safetensors', bytes=80), stage('verify', 8.0, 8.4), stage('warm-up', 8.4, 9.0)]
+    files = [stage('weights', 0.1, 8.4, files=3), stage('weights/a', 0.1, 7.0, file='loras/a.safetensors', fetched=70), stage('weights/b', 0.1, 8.0, file='vae/b.safetensors', fetched=80),
+             stage('weights/c', 8.0, 8.4, file='vae/c.safetensors', fetched=0), stage('warm-up', 8.4, 9.0)]
     cold = record(taken_s=9.2, delay_s=10.0, boot_stages=[stage('comfy', 0.1, 4.8), *files])
     parts = cold_parts(cold)
     assert sum(p.seconds for p in parts) == pytest.approx(10.0 + 2.0, abs=0.002)
@@ -47,9 +48,12 @@ def test_parts_add_up_to_the_wait_for_the_first_segment():
     assert by_kind(parts) == pytest.approx({'queue': 0.3, 'process': 0.5, 'weights': 7.9, 'verify': 0.4, 'warm-up': 0.6, 'other boot': 0.1, 'hand-over': 0.2, 'inputs': 0.5, 'first segment': 1.5})
     assert 'weights' not in by_kind(cold_parts(record())), 'a part that did not occur is not invented'
 
-@pytest.mark.parametrize('source, counted', [('hub', True), ('mirror', True), (None, True), ('cache', False), ('verified', False), ('here', False)])
-def test_only_what_travelled_is_a_download(source, counted):
-    assert bool(download_speed([stage('weights', 0, 2, bytes=100, **({'source': source} if source else {}))])) == counted
+@pytest.mark.parametrize('facts, kind', [
+    ({'file': 'vae/b.safetensors', 'bytes': 100, 'from': 'hub', 'fetched': 100}, 'weights'), ({'file': 'vae/b.safetensors', 'bytes': 100, 'from': 'hub', 'fetched': 40}, 'weights'),
+    ({'file': 'vae/b.safetensors', 'bytes': 100, 'from': 'cache', 'fetched': 0}, 'verify'), ({'files': 0, 'bytes': 0, 'fetched': 0}, 'other boot')])
+def test_only_what_travelled_is_a_download(facts, kind):
+    boot_stages = [stage('weights/vae', 0, 2, **facts)]
+    assert bool(download_speed(boot_stages)) == (kind == 'weights') and kind in by_kind(cold_parts(record(boot_stages=boot_stages)))
 
 def test_percentiles_are_numpys_and_the_same_every_time():
     values = np.random.default_rng(5).lognormal(1, 0.4, 40)

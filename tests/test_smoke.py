@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import replace
 
-import av
 import numpy as np
 import pytest
 from conftest import ROOT, cut

@@ -188,7 +188,7 @@ def draw_distribution(records: Iterable[JobRecord], path: Path | str) -> Path: #
 
 def draw_download(records: Iterable[JobRecord], path: Path | str) -> Path: # `path`
     "Download speed over the seconds of a boot"
-    series = [(f'phase {r.group}, start {r.job_id[:6]}', download_speed(r.boot['stages']), sum(s['facts'].get('bytes', 0) for s in r.boot['stages']))
+    series = [(f'phase {r.group}, start {r.job_id[:6]}', download_speed(r.boot['stages']), sum(s['facts']['fetched'] for s in r.boot['stages'] if kind_of(s) == 'weights'))
               for r in records if r.boot and start_of(r) == 'cold']
     figure, axes = canvas(9, 3.6, 'Download speed while a worker boots')
     for i, (name, speeds, size) in enumerate(s for s in series if s[1]):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'LEAST', 'JobRecord', 'ready_s', 'start_of', 'RecordsError',
            'write_records', 'read_records', 'make_record', 'measured_job', 'Percentile', 'percentiles', 'waited_for',
-           'Part', 'kind_of', 'named', 'cold_parts', 'by_kind', 'download_speed', 'was_downloaded', 'Price',
-           'PricesError', 'load_prices', 'price_of', 'billed_s', 'Cost', 'costs', 'cold_share_at', 'monthly',
-           'cold_share', 'FullSize', 'full_weights', 'full_size_start', 'Difference', 'difference', 'figures_of',
-           'compare_runs', 'Sourced', 'health_figures', 'billing_figures', 'mean_parts', 'what_dominates',
-           'what_is_saved', 'what_full_size_saves', 'summarise']
+           'Part', 'kind_of', 'named', 'cold_parts', 'by_kind', 'download_speed', 'Price', 'PricesError', 'load_prices',
+           'price_of', 'billed_s', 'Cost', 'costs', 'cold_share_at', 'monthly', 'cold_share', 'FullSize',
+           'full_weights', 'full_size_start', 'Difference', 'difference', 'figures_of', 'compare_runs', 'Sourced',
+           'health_figures', 'billing_figures', 'mean_parts', 'what_dominates', 'what_is_saved', 'what_full_size_saves',
+           'summarise']
 
 # %% ../nbs/54_metrics.ipynb #3ffc0930
 import json
@@ -154,7 +154,8 @@ def waited_for(
     sums: dict[int | None, float] = {}
     for a, b in zip(cuts, cuts[1:], strict=False):
         running = [i for i, s in enumerate(stages) if s['begin_s'] <= a and s['end_s'] >= b]
-        who = max(running, key=lambda i: (stages[i]['end_s'], -i)) if running else None
+        inner = [i for i in running if not any(stages[j]['name'].startswith(f'{stages[i]["name"]}/') for j in running)]
+        who = max(inner, key=lambda i: (stages[i]['end_s'], -i)) if inner else None
         sums[who] = sums.get(who, 0.0) + b - a
     return [(who, round(seconds, 3)) for who, seconds in sums.items()]
 
@@ -172,15 +173,15 @@ KINDS = ('queue', 'process', 'ComfyUI', 'weights', 'verify', 'warm-up', 'other b
 def kind_of(
     stage: dict # of a boot
 ) -> str: # one of KINDS
-    "What a stage of a boot is drawn as"
+    "What a stage of a boot is drawn as; a file that was already on the host is only verified"
     name, facts = stage['name'], stage.get('facts', {})
     if name == 'comfy': return 'ComfyUI'
-    if 'verif' in name: return 'verify'
-    if 'warm' in name: return 'warm-up'
-    return 'weights' if name.startswith('weights') or 'bytes' in facts else 'other boot'
+    if name.startswith('warm-up'): return 'warm-up'
+    if 'file' in facts: return 'weights' if facts.get('fetched') else 'verify'
+    return 'other boot'
 
 def named(stage: dict) -> str:
-    "A stage by the file it is about"
+    "A stage by what it is about"
     return 'ComfyUI' if stage['name'] == 'comfy' else Path(str(stage.get('facts', {}).get('file', stage['name']))).name
 
 def cold_parts(
@@ -207,13 +208,9 @@ def download_speed(
     stages: list[dict] # of a boot
 ) -> list[tuple[float, float]]: # (second, bytes per second from then on)
     "Speed over time; empty when nothing was downloaded"
-    came = [(s['begin_s'], s['end_s'], s['facts']['bytes']) for s in stages if s.get('facts', {}).get('bytes') and s['end_s'] > s['begin_s'] and was_downloaded(s)]
+    came = [(s['begin_s'], s['end_s'], s['facts']['fetched']) for s in stages if kind_of(s) == 'weights' and s['end_s'] > s['begin_s']]
     cuts = sorted({t for begin, end, _ in came for t in (begin, end)})
     return [(t, sum(size / (end - begin) for begin, end, size in came if begin <= t < end)) for t in cuts]
-
-def was_downloaded(stage: dict) -> bool:
-    "Did these bytes travel? Files found in a cache or on the disk did not"
-    return stage.get('facts', {}).get('source') not in ('here', 'verified', 'cache', 'not pinned')
 
 # %% ../nbs/54_metrics.ipynb #7e9b1581
 @dataclass(frozen=True)
