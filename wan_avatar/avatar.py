@@ -31,9 +31,11 @@ import psutil
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
+from .fetch import fetch_weights
 from .files import whole_file
 from .job import Job, JobError, Result, manifest_key, output_key
 from .media import SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
+from .models import load_lock
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
@@ -362,20 +364,23 @@ def embedding_key(wanted: Embedding) -> str:
     return f'embeddings/{wanted.name}'
 
 # %% ../nbs/40_avatar.ipynb #225ea522
-async def prompt_embedding(job: Job, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
-    "The job's prompt as a file for `AvatarPrompt`; nothing when the profile reads no prompt"
+async def prompt_embedding(prompt: str | None, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
+    "A job's own prompt, or the profile's, as a file for `AvatarPrompt`; nothing when the profile reads none"
     if profile.prompt is None: return {}
-    settings, wanted = studio.settings, Embedding(job.prompt or profile.prompt, profile.encoder_sha256)
+    settings, wanted = studio.settings, Embedding(prompt or profile.prompt, profile.encoder_sha256)
     target = settings.work_dir / 'embeddings' / wanted.name
     with timeline.stage('prompt') as stage:
         stage.facts['from'] = await asyncio.to_thread(find_embedding, wanted, target, settings.models_dir, studio.store)
         if stage.facts['from'] is None:
-            await make_embedding(wanted, target, studio, profile, restarts)
+            await make_embedding(wanted, target, studio, profile, timeline, restarts)
             await asyncio.to_thread(studio.store.write_bytes, embedding_key(wanted), target.read_bytes(), 'application/octet-stream')
     return {'embedding': relative(target, settings.work_dir)}
 
-async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, restarts: Restarts) -> None:
-    "Ask the text encoder"
+async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> None:
+    "Ask the text encoder, which is fetched when a prompt needs it for the first time"
+    lock = load_lock(studio.settings.models_lock)
+    if (needs := lock.profiles.get(profile.name)) and needs.text_encoder:
+        await in_thread(fetch_weights, [lock.files[needs.text_encoder]], studio.settings, studio.store, timeline=timeline)
     check_weights(replace(profile, weights=(profile.encoder,), clip_vision=None), studio.settings.models_dir)
     graph = bind(load_graph('prompt'), {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': relative(target, studio.settings.work_dir)})
     await run(studio.comfy, graph, restarts=restarts)
@@ -447,7 +452,7 @@ async def make_avatar(
             with timeline.stage('track picture'):
                 reference_track = await track_file(studio.comfy, inputs.reference, 'image', profile, settings.work_dir, lambda *a: None, restarts)
             track = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
-            values = {'seed': seed} | await prompt_embedding(job, studio, profile, timeline, restarts)
+            values = {'seed': seed} | await prompt_embedding(job.prompt, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, video, timeline, report)
         finally: studio.renderer.release()
         result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})

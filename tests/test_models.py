@@ -1,0 +1,308 @@
+"""Weights from a local hub through the real huggingface_hub: every fault alone, all at once, kills, caches, mirror"""
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_settings
+
+import wan_avatar.fetch as fetching
+from wan_avatar.fetch import Http, Hub, Mirror, ProgressLines, arrived, fetch, merged, pinned, read_journal
+from wan_avatar.hub import Fault, model_hub
+from wan_avatar.job import JobError
+from wan_avatar.models import Lock, LockedFile, Needs, Places, dump_lock, load_lock, needed, part_path, remembered, verified
+from wan_avatar.store import Store
+
+def some_bytes(n: int, seed: int = 0) -> bytes: return random.Random(seed).randbytes(n)
+
+@pytest.fixture
+def hub(tmp_path):
+    with model_hub(tmp_path / 'hub') as served:
+        yield served
+        assert not [r for r in served.requests if r.server == 'storage' and r.authorised], 'the token went to another origin'
+
+class Site:
+    "One MODELS_DIR and a client with little patience"
+    def __init__(self, hub, folder: Path, caches: tuple[Path, ...] = (), connections: int = 4, stall_s: float = 0.5, token: str | bool = 'hf_secret', mirror=()):
+        self.hub, self.places, self.http, self.connections = hub, Places(folder, caches), Http(connections, stall_s), connections
+        self.sources = [*mirror, Hub(self.http, token, hub.endpoint)]
+
+    def fetch(self, *files: LockedFile, **more):
+        return fetch(files, self.places, self.sources, self.http, self.connections, **{'patience_s': 5, **more})
+
+    def path(self, file: LockedFile) -> Path: return self.places.target(file)
+
+@pytest.fixture
+def site(hub, tmp_path): return Site(hub, tmp_path / 'models')
+
+FAULTS = [Fault('reset', after=100_000), Fault('reset'), Fault('cut', after=300_000), Fault('stall', after=70_000), Fault('corrupt', after=1234), Fault('status', status=429, retry_after=0),
+          Fault('status', status=500), Fault('status', status=503), Fault('status', status=403), Fault('status', status=200)]
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda f: f'{f.kind}-{f.status if f.kind == "status" else f.after}')
+def test_each_fault_alone(hub, site, fault):
+    data = some_bytes(1_000_000)
+    file = hub.put('org/w', 'a.safetensors', data)
+    hub.faults = iter([fault, fault])
+    (came,) = site.fetch(file)
+    assert site.path(file).read_bytes() == data and came.source == 'hub'
+    again = 3 if fault.kind == 'corrupt' else 1 # equal size, other bytes: the whole file comes again
+    assert came.fetched <= again * len(data) and remembered(site.path(file), file.sha256)
+
+def test_all_faults_at_once(hub, site):
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(400_000 + n, n)) for n in range(6)]
+    dice = random.Random(1)
+    hub.faults = iter([replace(dice.choice(FAULTS), after=dice.randrange(300_000)) for _ in range(40)])
+    site.fetch(*files)
+    assert [hub.blob(f.sha256).read_bytes() == site.path(f).read_bytes() for f in files] == [True] * 6
+
+def test_no_files_but_whole_ones_under_their_names(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(600_000))
+    hub.faults = (Fault('reset', after=50_000) if n < 4 else Fault('status', status=503) for n in range(10**6))
+    with pytest.raises(JobError, match='HTTP 503, and nothing else for 1 s; run it again: what has arrived is kept'): site.fetch(file, patience_s=1)
+    assert not site.path(file).exists() and not list(site.places.models_dir.rglob('*.safetensors'))
+    have = arrived(part_path(site.path(file), file.sha256), file.bytes)
+    assert 0 < have < file.bytes
+    hub.faults = iter(())
+    (came,) = site.fetch(file)
+    assert came.fetched == file.bytes - have
+
+def test_a_source_that_keeps_lying_is_named(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(200_000))
+    hub.faults = (Fault('corrupt', after=5) for _ in range(10**6))
+    with pytest.raises(JobError, match='hub gives bytes with sha256'): site.fetch(file)
+    assert not site.path(file).exists() and hub.sent == fetching.TRIES * file.bytes
+
+REFUSALS = [
+    ('gated, no token', {'gated': True}, False, {}, r'org/w@.*gated; accept its licence at https://huggingface.co/org/w and set HF_TOKEN'),
+    ('wrong token', {}, 'hf_wrong', {}, 'HTTP 401.*check HF_TOKEN'),
+    ('private', {'private': True}, False, {}, 'HTTP 401.*check HF_TOKEN'),
+    ('revision', {}, 'hf_secret', {'revision': 'b' * 40}, 'there is no revision b{40}; correct the lock'),
+    ('file', {}, 'hf_secret', {'path': 'nowhere'}, 'no such file; correct the lock'),
+    ('size', {}, 'hf_secret', {'bytes': 5}, 'the hub has 100 bytes.*the lock says 5 bytes'),
+    ('hash', {}, 'hf_secret', {'sha256': 'c' * 64}, 'the hub has 100 bytes, etag'),
+    ('not pinned', {}, 'hf_secret', {'sha256': None}, 'pins no revision, size or sha256 for vae/a'),
+]
+
+@pytest.mark.parametrize(('repo', 'token', 'change', 'said'), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+def test_what_waiting_does_not_cure(hub, tmp_path, repo, token, change, said):
+    file = replace(hub.put('org/w', 'a.safetensors', some_bytes(100), **repo), **change)
+    with pytest.raises(JobError, match=said) as e: Site(hub, tmp_path / 'models', token=token).fetch(file)
+    assert e.value.code == 'models_unavailable' and 'hf_' not in str(e.value).replace('https', '') and hub.sent == 0
+
+def test_gated_with_a_token(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(100), gated=True)
+    assert site.fetch(file)[0].source == 'hub'
+
+def test_disk_that_is_too_small(hub, site, monkeypatch):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(5_000_000))
+    with pytest.raises(JobError, match='do not fit in MODELS_DIR'): fetching.check_space(10**18, site.places.models_dir)
+    write, left = os.pwritev, [3_000_000]
+    def full(fd, chunks, at):
+        left[0] -= sum(map(len, chunks))
+        if left[0] < 0: raise OSError(errno.ENOSPC, 'No space left on device')
+        return write(fd, chunks, at)
+    monkeypatch.setattr(os, 'pwritev', full)
+    with pytest.raises(JobError, match='no space in MODELS_DIR') as e: site.fetch(file)
+    assert e.value.code == 'storage_failed' and e.value.worker_unfit
+    monkeypatch.undo()
+    assert site.fetch(file)[0].fetched < file.bytes
+
+def test_damaged_file_of_equal_size_is_the_only_one_fetched_again(hub, site):
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(100_000, n)) for n in range(3)]
+    site.fetch(*files)
+    with site.path(files[1]).open('r+b') as f: f.write(b'x')
+    os.utime(site.path(files[1]), ns=(1, 1))
+    assert [verified(f, site.places) is None for f in files] == [True, False, True]
+    before = hub.sent
+    assert [c.source for c in site.fetch(*files)] == ['verified', 'hub', 'verified'] and hub.sent == before + files[1].bytes
+
+def test_silent_rot_is_found_by_verify_deep_only(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(100_000))
+    site.fetch(file)
+    stat = site.path(file).stat()
+    with site.path(file).open('r+b') as f: f.write(b'x')
+    os.utime(site.path(file), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert verified(file, site.places) is None and 'sha256' in verified(file, site.places, deep=True)
+    assert site.fetch(file)[0].source == 'hub' and verified(file, site.places, deep=True) is None
+
+# Processes
+
+CLIENT = '''
+import sys
+from wan_avatar.config import WeightSettings, load_settings
+from wan_avatar.fetch import fetch_weights
+from wan_avatar.models import load_lock, needed
+settings = load_settings(kind=WeightSettings)
+print([c.fetched for c in fetch_weights(needed(load_lock(settings.models_lock), 'wan22-animate'), settings)])
+'''
+
+def client(hub, folder: Path, *files: LockedFile, connections: int = 4) -> subprocess.Popen:
+    "A process that fetches these files"
+    lock = replace(load_lock(), profiles={'wan22-animate': Needs(renderer=tuple(f.name for f in files))}, files={f.name: f for f in files})
+    (folder / 'lock.json').write_text(dump_lock(lock))
+    env = os.environ | {'HF_ENDPOINT': hub.endpoint, 'HF_TOKEN': hub.token, 'HF_HOME': str(folder / 'hf'), 'MODELS_LOCK': str(folder / 'lock.json'), 'MODELS_DIR': str(folder / 'models'),
+                        'MODELS_CACHE': str(folder / 'none'), 'FETCH_CONNECTIONS': str(connections)}
+    return subprocess.Popen([sys.executable, '-c', CLIENT], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def test_ten_kills_lose_little(hub, tmp_path):
+    hub.speed = 2e6
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(size, n)) for n, size in enumerate((12_000_000, 9_000_000, 3_000_000))]
+    total, dice = sum(f.bytes for f in files), random.Random(3)
+    for _ in range(10):
+        until, child = hub.sent + dice.randrange(total // 20, total // 12), client(hub, tmp_path, *files)
+        deadline = time.monotonic() + 30
+        while hub.sent < until and child.poll() is None and time.monotonic() < deadline: time.sleep(0.002)
+        assert child.poll() is None and hub.sent >= until, child.communicate()
+        child.kill()
+        child.communicate()
+    assert hub.sent < total
+    hub.speed = None
+    out, err = (last := client(hub, tmp_path, *files)).communicate(timeout=60)
+    assert last.returncode == 0, err
+    assert all((tmp_path / 'models' / f.place).read_bytes() == hub.blob(f.sha256).read_bytes() for f in files)
+    assert total <= hub.sent <= 1.05 * total, f'{hub.sent / total - 1:.1%} came twice'
+
+def test_two_processes_fetch_once(hub, tmp_path):
+    hub.speed = 1.5e6
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(2_000_000, n)) for n in range(3)]
+    both = [client(hub, tmp_path, *files) for _ in range(2)]
+    said = [p.communicate(timeout=60) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert hub.sent == sum(f.bytes for f in files)
+
+def test_cancelled_fetch_ends_soon_and_goes_on_later(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(2_000_000))
+    hub.speed, began = 1e5, time.monotonic()
+    with pytest.raises(JobError, match='cancelled'): site.fetch(file, cancelled=lambda: hub.sent > 100_000)
+    assert time.monotonic() - began < 10
+    hub.speed = None
+    assert site.fetch(file)[0].fetched < file.bytes
+
+# What is here already
+
+def cache_of(folder: Path, repo: str, files: dict[str, bytes], commit: str = 'c0ffee', ref: str | None = 'c0ffee') -> Path:
+    "A cache as huggingface_hub lays it out: snapshots of links to blobs"
+    root = folder / repo
+    (root / 'blobs').mkdir(parents=True)
+    (root / 'refs').mkdir()
+    if ref is not None: (root / 'refs/main').write_text(ref)
+    for n, (path, data) in enumerate(files.items()):
+        (root / f'blobs/{n}').write_bytes(data)
+        link = root / 'snapshots' / commit / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(root / f'blobs/{n}', link.parent))
+    return folder
+
+def tree(folder: Path) -> list: return sorted((str(p), p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob('*'))
+
+CACHES = {
+    'complete': dict(repo='models--org--w'), 'bundle layout': dict(repo='models--me--bundle', prefix='vae/'), 'other case': dict(repo='Models--ORG--W'),
+    'newline in refs/main': dict(repo='models--org--w', ref='c0ffee\n'), 'no refs': dict(repo='models--org--w', ref=None), 'stale refs': dict(repo='models--org--w', ref='0' * 40),
+}
+
+@pytest.mark.parametrize('name', CACHES)
+def test_a_whole_cache_costs_no_request_and_is_not_written_to(hub, tmp_path, name):
+    spec, data = CACHES[name], {f'{n}.safetensors': some_bytes(50_000, n) for n in range(2)}
+    files = [hub.put('org/w', path, d) for path, d in data.items()]
+    cache = cache_of(tmp_path / 'mount', spec['repo'], {spec.get('prefix', '') + p: d for p, d in data.items()}, ref=spec.get('ref', 'c0ffee'))
+    before, site = tree(cache), Site(hub, tmp_path / 'models', (tmp_path / 'no mount', cache))
+    assert [c.source for c in site.fetch(*files)] == ['cache'] * 2 and (hub.requests, hub.sent) == ([], 0)
+    assert all(site.path(f).is_symlink() and site.path(f).read_bytes() == data[f.path] for f in files) and tree(cache) == before
+    assert [c.source for c in site.fetch(*files)] == ['verified'] * 2
+
+DEFECTS = {
+    'absent': lambda p: p.unlink(), 'dangling': lambda p: p.resolve().unlink(), 'cut short': lambda p: p.resolve().write_bytes(b'x'),
+    'flipped bit': lambda p: p.resolve().write_bytes(bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:]),
+}
+
+@pytest.mark.parametrize('defect', DEFECTS)
+def test_a_cache_with_a_defect_costs_that_file_only(hub, tmp_path, defect, caplog):
+    caplog.set_level('INFO')
+    data = {f'{n}.safetensors': some_bytes(50_000, n) for n in range(2)}
+    files = [hub.put('org/w', path, d) for path, d in data.items()]
+    cache = cache_of(tmp_path / 'mount', 'models--org--w', data)
+    DEFECTS[defect](cache / 'models--org--w/snapshots/c0ffee/1.safetensors')
+    site = Site(hub, tmp_path / 'models', (cache,))
+    assert [c.source for c in site.fetch(*files)] == ['cache', 'hub'] and hub.sent == files[1].bytes
+    assert site.path(files[1]).read_bytes() == data['1.safetensors'] and '1.safetensors' in ' '.join(r.message for r in caplog.records if r.message.startswith('cache'))
+
+def test_a_mount_that_can_not_be_written_is_enough(hub, tmp_path):
+    "An unprivileged worker with a mount of root's; nothing is attempted on it that could fail"
+    data = some_bytes(50_000)
+    file, cache = hub.put('org/w', 'a.safetensors', data), cache_of(tmp_path / 'mount', 'models--org--w', {'a.safetensors': data})
+    for p in [cache, *cache.rglob('*')]: p.chmod(0o555, follow_symlinks=True)
+    child = client(hub, tmp_path, file)
+    child.communicate(timeout=60)
+    env = {'HF_HOME': str(tmp_path / 'mount'), 'MODELS_CACHE': str(cache)}
+    before, requests = tree(cache), len(hub.requests)
+    (tmp_path / 'models' / file.place).unlink()
+    done = subprocess.run([sys.executable, '-c', CLIENT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+                          env=os.environ | {'MODELS_LOCK': str(tmp_path / 'lock.json'), 'MODELS_DIR': str(tmp_path / 'models'), 'HF_ENDPOINT': hub.endpoint} | env)
+    assert (done.returncode, done.stdout.strip()) == (0, '[0]'), done.stderr
+    assert len(hub.requests) == requests and tree(cache) == before
+
+def test_mirror_in_the_bucket_before_the_hub(hub, bucket, tmp_path):
+    store = Store(make_settings(bucket, tmp_path))
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(3_000_000, n)) for n in range(3)]
+    for n, f in enumerate(files[:2]):
+        (tmp_path / 'up').write_bytes(hub.blob(f.sha256).read_bytes() if n == 0 else bytes(f.bytes)) # the second is damaged there, the third missing
+        store.upload(tmp_path / 'up', f'mirror/{f.place}', 'application/octet-stream')
+    site = Site(hub, tmp_path / 'models', mirror=())
+    site.sources.insert(0, Mirror(store, 'mirror', site.http))
+    assert [c.source for c in site.fetch(*files)] == ['mirror', 'hub', 'hub'] and hub.sent == 2 * files[0].bytes
+    assert not [r for r in hub.requests if '0.safetensors' in r.path]
+
+# The lock
+
+def test_lock_pins_what_was_not_known(hub, site):
+    small, large = hub.put('org/w', 'config.json', b'{}', small=True), hub.put('org/w', 'model.safetensors', some_bytes(1000))
+    for file in (small, large):
+        assert pinned(replace(file, revision=None, bytes=None, sha256=None, note='unknown'), site.sources[0]) == file
+
+def test_the_order_files_arrive_in():
+    lock = load_lock()
+    names = [f.name for f in needed(lock, 'wan22-animate', text_encoder=True)]
+    assert names[:len(lock.profiles['wan22-animate'].tracker)] == list(lock.profiles['wan22-animate'].tracker) and names[-1] == 'text_encoder'
+    assert 'text_encoder' not in [f.name for f in needed(lock, 'wan22-animate')] and needed(lock, 'draft') == ()
+    assert isinstance(lock, Lock)
+
+def test_urgent_files_arrive_first(hub, site):
+    hub.speed = 2e6
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(1_000_000, n)) for n in range(3)]
+    ended: list[str] = []
+    def watch(coming): ended.extend(c.file.name for c in coming if c.state == 'done' and c.file.name not in ended)
+    site.fetch(*files, watch=watch)
+    assert ended == [f.name for f in files]
+
+def test_xet_that_fails_falls_back_to_ranges(hub, site, caplog):
+    data = some_bytes(1_000_000)
+    file = hub.put('org/w', 'a.safetensors', data)
+    hub.xet_headers = lambda stored: {'X-Xet-Hash': 'd' * 64, 'X-Xet-Refresh-Route': f'{hub.endpoint}/api/models/org/w/xet-read-token/main'}
+    (came,) = site.fetch(file)
+    assert site.path(file).read_bytes() == data and came.fetched == len(data) and 'Xet failed' in caplog.text
+    assert [r for r in hub.requests if 'xet-read-token' in r.path], 'Xet was asked'
+
+def test_the_real_client_takes_the_hub_for_one(hub, tmp_path):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(100_000))
+    code = f'from huggingface_hub import snapshot_download; print(snapshot_download("org/w", cache_dir={str(tmp_path / "hf")!r}))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60, check=True, env=os.environ | {'HF_ENDPOINT': hub.endpoint, 'HF_TOKEN': hub.token})
+    assert (Path(done.stdout.strip()) / 'a.safetensors').read_bytes() == hub.blob(file.sha256).read_bytes()
+
+@pytest.mark.parametrize(('records', 'expected'), [(b'', []), (b'\x00' * 15, []), (fetching._RECORD.pack(5, 9) + fetching._RECORD.pack(0, 5) + b'torn', [(0, 9)]),
+                                                   (fetching._RECORD.pack(0, 99), []), (fetching._RECORD.pack(7, 3), [])])
+def test_a_torn_journal_promises_nothing_it_should_not(tmp_path, records, expected):
+    part = tmp_path / 'a.part'
+    part.write_bytes(bytes(10))
+    fetching.journal_path(part).write_bytes(records)
+    assert read_journal(part, 10) == expected and read_journal(part, 11) == []
+
+def test_progress_lines_tell_how_far_it_is(hub, site):
+    lines: list[str] = []
+    site.fetch(hub.put('org/w', 'a.safetensors', some_bytes(10_000)), watch=ProgressLines(lines.append, every_s=0))
+    assert json.loads(lines[-1])['done'] == 1 and merged([]) == []
