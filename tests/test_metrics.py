@@ -110,10 +110,11 @@ def test_runs_are_compared_by_what_both_have():
     assert compare_runs(b, a) == [] and {d.what for d in compare_runs(b, b + a)} >= {'B, cold: total', 'B, cold: start: ComfyUI', 'B, cold: job: render'}
     assert all(d.ratio == 1 for d in compare_runs(b, b + a)) and compare_runs([record(state='FAILED')], b) == []
 
-@pytest.mark.parametrize('parts, words', [
-    ({'B': {'weights': 8.0, 'ComfyUI': 2.0}, 'A': {'ComfyUI': 5.0}}, 'saves 5.0 s of 10.0 s (50 %): waiting for weights falls from 8.0 s to 0.0 s'),
-    ({'B': {'ComfyUI': 5.0}, 'A': {'ComfyUI': 4.0}}, 'says nothing about cached models'), ({'B': {'weights': 8.0}}, 'Only one phase'), ({'B': {'weights': 8.0}, 'A': {}}, 'Only one phase')])
-def test_what_is_said_about_phase_a(parts, words): assert words in what_is_saved(parts)
+@pytest.mark.parametrize('parts, fetched, words', [
+    ({'B': {'weights': 8.0, 'ComfyUI': 2.0}, 'A': {'ComfyUI': 5.0}}, 9e6, 'saves 5.0 s of 10.0 s (50 %): waiting for 9 MB of weights falls from 8.0 s to 0.0 s'),
+    ({'B': {'weights': 8.0, 'ComfyUI': 2.0}, 'A': {'ComfyUI': 12.0}}, 9e6, 'loses 2.0 s of 10.0 s'), ({'B': {'weights': 0.1, 'ComfyUI': 5.0}, 'A': {'ComfyUI': 4.0}}, 9e6, 'nobody waited for them'),
+    ({'B': {'ComfyUI': 5.0}, 'A': {'ComfyUI': 4.0}}, 0, 'says nothing about cached models'), ({'B': {'weights': 8.0}}, 9e6, 'Only one phase'), ({'B': {'weights': 8.0}, 'A': {}}, 9e6, 'Only one phase')])
+def test_what_is_said_about_phase_a(parts, fetched, words): assert words in what_is_saved(parts, fetched)
 
 def test_runpods_bill():
     asked = []

@@ -50,7 +50,8 @@ def gantt_rows(record: JobRecord) -> list[tuple[str, float, float, str]]: # (lab
         began = taken - record.boot['taken_s']
         process = max(began - record.boot['process_s'], 0.0)
         rows = [('queue', 0.0, process, COLOURS['queue']), ('process starts', process, max(began, 0.0), COLOURS['process'])]
-        rows += [(named(s), began + s['begin_s'], began + s['end_s'], COLOURS[kind_of(s)]) for s in record.boot['stages']]
+        inner = [s for s in record.boot['stages'] if not any(t['name'].startswith(f'{s["name"]}/') for t in record.boot['stages'])]
+        rows += [(named(s), began + s['begin_s'], began + s['end_s'], COLOURS[kind_of(s)]) for s in inner]
     rows += [(s['name'], taken + s['begin_s'], taken + s['end_s'], colour_of_stage(s['name'])) for s in record.stages]
     return [r for r in rows if r[2] - r[1] > 0.0005 and r[2] > 0]
 

@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'LEAST', 'JobRecor
            'Part', 'kind_of', 'named', 'cold_parts', 'by_kind', 'download_speed', 'Price', 'PricesError', 'load_prices',
            'price_of', 'billed_s', 'Cost', 'costs', 'cold_share_at', 'monthly', 'cold_share', 'FullSize',
            'full_weights', 'full_size_start', 'Difference', 'difference', 'figures_of', 'compare_runs', 'Sourced',
-           'health_figures', 'billing_figures', 'mean_parts', 'what_dominates', 'what_is_saved', 'what_full_size_saves',
-           'summarise']
+           'health_figures', 'billing_figures', 'mean_parts', 'what_dominates', 'fetched_bytes', 'what_is_saved',
+           'what_full_size_saves', 'summarise']
 
 # %% ../nbs/54_metrics.ipynb #3ffc0930
 import json
@@ -414,12 +414,18 @@ def what_dominates(parts: dict[str, float], group: str, n: int) -> str:
     total, largest = sum(parts.values()), max(parts, key=parts.get)
     return f'In phase {group} the first segment is there {total:.1f} s after submit (mean of {n} cold start{"s" * (n != 1)}); most of it is {largest}: {parts[largest]:.1f} s, {100 * parts[largest] / total:.0f} %.'
 
-def what_is_saved(parts: dict[str, dict[str, float]]) -> str: # phase -> seconds by kind
+def fetched_bytes(records: Iterable[JobRecord], group: str) -> float: # per cold start, mean
+    "What travelled during the cold starts of a group"
+    starts = [sum(s.get('facts', {}).get('fetched', 0) for s in r.boot['stages'] if kind_of(s) == 'weights') for r in records if r.group == group and start_of(r) == 'cold']
+    return sum(starts) / len(starts) if starts else 0.0
+
+def what_is_saved(parts: dict[str, dict[str, float]], fetched: float) -> str: # phase -> seconds by kind; bytes that travel in a cold start of B
     "Phase A against phase B, in words"
     if not {'A', 'B'} <= set(parts) or not all(parts[p] for p in 'AB'): return 'Only one phase was measured, so nothing can be said about what phase A saves.'
-    a, b = (sum(parts[p].values()) for p in 'AB')
-    if not parts['B'].get('weights'): return f'No weights were downloaded in phase B of this run, so its difference to phase A ({b - a:+.1f} s) is noise and says nothing about cached models.'
-    return f'Phase A saves {b - a:.1f} s of {b:.1f} s ({100 * (b - a) / b:.0f} %): waiting for weights falls from {parts["B"]["weights"]:.1f} s to {parts["A"].get("weights", 0):.1f} s.'
+    (a, b), waited = (sum(parts[p].values()) for p in 'AB'), parts['B'].get('weights', 0.0)
+    if not fetched: return f'No weights were downloaded in phase B of this run, so its difference to phase A ({b - a:+.1f} s) is noise and says nothing about cached models.'
+    if waited < 0.05 * b: return f'The {fetched / 1e6:.0f} MB of phase B arrived while ComfyUI started, and nobody waited for them: the difference to phase A ({b - a:+.1f} s) has other reasons.'
+    return f'Phase A {"saves" if b > a else "loses"} {abs(b - a):.1f} s of {b:.1f} s ({100 * abs(b - a) / b:.0f} %): waiting for {fetched / 1e6:.0f} MB of weights falls from {waited:.1f} s to {parts["A"].get("weights", 0):.1f} s.'
 
 def what_full_size_saves(full: FullSize, price: Price, weights: tuple[tuple[str, int], ...] | None = None) -> str:
     "The model's answer, in words"

@@ -4,26 +4,31 @@
 
 # %% auto #0
 __all__ = ['ReportError', 'project_root', 'report_path', 'report_parameters', 'read_parameters', 'ReportFailed', 'run_report',
-           'write_summary', 'markdown_table', 'Phase', 'read_phases', 'local_phases', 'until_no_worker', 'empty',
-           'measure_phase', 'wrong_starts', 'compare_folders']
+           'write_summary', 'markdown_table', 'Phase', 'read_phases', 'tiny_phases', 'local_phases', 'until_no_worker',
+           'empty', 'measure_phase', 'wrong_starts', 'compare_folders']
 
 # %% ../nbs/59_reports.ipynb #4522e3d4
 import ast
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from .charts import draw_compare
 from .client import Client, EndpointError
 from .files import whole_file
+from .hub import ModelHub, model_hub
 from .metrics import Difference, JobRecord, compare_runs, measured_job, read_records, start_of
+from .models import Needs, dump_lock, link, load_lock
+from .prompt import Embedding
 from .store import Store
+from .workflow import TINY
 
 # %% ../nbs/59_reports.ipynb #6046252a
 class ReportError(ValueError):
@@ -110,6 +115,7 @@ class Phase:
     endpoint: str = '' # address or RunPod id; empty: workers of this machine
     environment: Mapping[str, str] = field(default_factory=dict) # of those workers
     fresh: tuple[Path, ...] = () # emptied before each cold start here
+    objects: Mapping[str, Path] = field(default_factory=dict) # put into the bucket first, by key
 
 def read_phases(
     phases: str, # names with commas: `B,A`
@@ -122,14 +128,41 @@ def read_phases(
     if wrong := (set(names) ^ set(given) if endpoint else set(names) - set(here)): raise ReportError(f'phase {", ".join(sorted(wrong))}: phases are {phases}, endpoints {endpoint or "of this machine: " + ", ".join(here)}')
     return [Phase(n, given[n]) if given[n] else here[n] for n in names]
 
+# %% ../nbs/59_reports.ipynb #531ebb88
+def tiny_phases(folder: Path, hub: ModelHub, comfy_dir: Path) -> dict[str, Phase]:
+    "Phases B and A of the tiny profile, with a hub and a cached model of this machine"
+    weights, mount, embedding = folder / 'weights', folder / 'mount', Embedding(TINY.prompt, TINY.encoder_sha256)
+    subprocess.run([comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', weights, comfy_dir / 'ComfyUI'], check=True, capture_output=True)
+    places = [f'{w.folder}/{w.file}' for w in TINY.weights]
+    pinned = [replace(hub.put('local/tiny', p, weights / p), name=w.slot, folder=w.folder, file=w.file) for w, p in zip(TINY.weights, places, strict=True)]
+    shipped = f'embeddings/{embedding.name}'
+    for place in [*places, shipped]: link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
+    lock = replace(load_lock(), profiles={TINY.name: Needs(tuple(f.name for f in pinned), prompt=TINY.prompt)}, files={f.name: f for f in pinned})
+    (folder / 'lock.json').write_text(dump_lock(lock))
+    both = {'PROFILE': TINY.name, 'MODELS_LOCK': str(folder / 'lock.json'), 'HF_TOKEN': hub.token, 'FETCH_CONNECTIONS': '2'}
+    return {'B': _phase('B', folder, both | {'HF_ENDPOINT': hub.endpoint, 'MODELS_CACHE': str(folder / 'none')}, {shipped: weights / shipped}),
+            'A': _phase('A', folder, both | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'MODELS_CACHE': str(mount)}, {})}
+
+def _phase(name: str, folder: Path, environment: Mapping[str, str], objects: Mapping[str, Path]) -> Phase:
+    models = folder / f'models-{name}'
+    return Phase(name, environment={**environment, 'MODELS_DIR': str(models)}, fresh=(models,), objects=objects)
+
 # %% ../nbs/59_reports.ipynb #5d72ab16
 @contextmanager
 def local_phases(
-    folder: Path # for models and caches of both
+    folder: Path, # for models and caches of both
+    profile: str, # draft: no weights; wan22-animate-tiny: made here; others as the environment says
+    link_mb_s: float = 0.5, # of the hub made here
+    comfy_dir: Path = Path('.comfy')
 ) -> Iterator[dict[str, Phase]]:
-    "What the phases are on this machine"
-    models = {name: folder / name / 'models' for name in 'BA'}
-    yield {name: Phase(name, environment={'MODELS_DIR': str(path.absolute())}, fresh=(path,)) for name, path in models.items()}
+    "What the phases are on this machine, for the length of a block"
+    folder = folder.absolute()
+    if profile == TINY.name:
+        shutil.rmtree(folder / 'hub', ignore_errors=True)
+        with model_hub(folder / 'hub', speed=link_mb_s * 1e6 / 2) as hub: yield tiny_phases(folder, hub, comfy_dir.absolute())
+    else:
+        without = {'PROFILE': profile, 'MODELS_CACHE': str(folder / 'none')}
+        yield {'B': _phase('B', folder, without, {}), 'A': _phase('A', folder, {'PROFILE': profile}, {})}
 
 # %% ../nbs/59_reports.ipynb #c54f8c7f
 def until_no_worker(client: Client, limit_s: float = 300, pause: Callable[[float], None] = time.sleep) -> None:
@@ -151,16 +184,19 @@ def measure_phase(
     phase: Phase,
     cold: int, warm: int, # jobs
     clock: Callable[[], float], # seconds since the run began
+    ahead: bool = False, # one more job first, that counts for nothing
     on_record: Callable[[JobRecord], None] = lambda record: None
 ) -> list[JobRecord]:
     "Cold jobs one by one, each against an endpoint without workers, then warm ones"
     records = []
-    for n in range(cold + warm):
+    for key, path in phase.objects.items(): store.upload(path, key, 'application/octet-stream')
+    for n in range(-int(ahead), cold + warm):
         if n < cold:
             until_no_worker(client)
             empty(phase.fresh)
-        records.append(measured_job(client, store, job, phase.name, clock)[0])
-        on_record(records[-1])
+        record = measured_job(client, store, job, phase.name, clock)[0]
+        if n >= 0: records.append(record)
+        on_record(record)
     return records
 
 # %% ../nbs/59_reports.ipynb #4f251163
