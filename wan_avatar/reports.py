@@ -77,14 +77,16 @@ def run_report(
     limit_s: int = 7200 # longest a cell may take
 ) -> Path: # the folder with everything
     "Execute a report; ReportFailed says which assert did not hold"
-    import papermill
+    import papermill # of the development requirements
+    from traitlets.config import Config
     path = report_path(name)
     values = report_parameters(path) | read_parameters(path, given)
     out = Path(values['out']).absolute()
     out.mkdir(parents=True, exist_ok=True)
     target, values['out'] = out / path.name, str(out)
     say(f'{path.stem}: {target}')
-    try: papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3', language='python', progress_bar=False, execution_timeout=limit_s, log_output=False)
+    private = Config(KernelManager={'transport': 'ipc'}) # no port of the kernel that others on this machine could reach
+    try: papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3', language='python', progress_bar=False, execution_timeout=limit_s, config=private)
     except papermill.PapermillExecutionError as e: raise ReportFailed(f'{path.stem}, cell {e.exec_count}: {e.ename}: {e.evalue or e.source.strip().splitlines()[-1]}') from None
     finally:
         if target.exists(): _as_html(target)
