@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
-           'Turnstile', 'Studio', 'work_folder', 'sweep', 'StageProgress', 'Inputs', 'sha256_of', 'take_image',
-           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
-           'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
+           'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'sha256_of',
+           'take_image', 'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
+           'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
            'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
 
@@ -14,13 +14,15 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
 import asyncio
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +102,8 @@ class Studio:
     identity: dict[str, str] # versions, and who this worker is
     renderer: asyncio.Lock = field(default_factory=asyncio.Lock)
     in_hand: Turnstile = field(default_factory=Turnstile) # by output key
+    boot: Timeline = field(default_factory=Timeline) # of this worker's start
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # which of this worker's jobs one is
 
 @asynccontextmanager
 async def work_folder(
@@ -120,6 +124,17 @@ def sweep(
     left = [f for f in (work_dir / 'jobs').glob('*-*') if f.name.split('-')[0] == str(os.getpid()) or not alive(int(f.name.split('-')[0]))]
     for folder in left: shutil.rmtree(folder, ignore_errors=True)
     return [f.name for f in left]
+
+# %% ../nbs/40_avatar.ipynb #b0075702
+def boot_report(
+    studio: Studio,
+    wall: Callable[[], float] = time.time # seconds, the clock of `create_time`
+) -> dict: # {'job_number', 'process_s', 'taken_s', 'stages'}
+    "A worker's start as the job taken now sees it"
+    taken = studio.boot.elapsed() # since the boot's timeline began
+    process = wall() - psutil.Process().create_time() - taken # Python's own start, before there was a timeline
+    return {'job_number': next(studio.numbers), 'process_s': round(max(process, 0.0), 3), 'taken_s': taken,
+            'stages': [s for s in studio.boot.records() if s['end_s'] is not None]}
 
 # %% ../nbs/40_avatar.ipynb #d3c13dfe
 Report = Callable[[dict], None] # takes {'stage', 'done', 'total', 'percent', 'eta_s', …}
@@ -441,7 +456,7 @@ async def make_avatar(
     timeline: Timeline | None = None # of this job
 ) -> Result:
     "Person of the picture into the video; JobError says why not"
-    settings, timeline, restarts = studio.settings, timeline or Timeline(), Restarts()
+    settings, timeline, restarts, started = studio.settings, timeline or Timeline(), Restarts(), boot_report(studio)
     profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
     profile = with_tracker(profile, settings.tracker)
     async with deadline(settings.job_seconds), studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
@@ -458,9 +473,10 @@ async def make_avatar(
             values = {'seed': seed} | await prompt_embedding(job.prompt, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, video, timeline, report)
         finally: studio.renderer.release()
-        result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity)
+        result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})
         with timeline.stage('upload', bytes=result.bytes):
-            await in_thread(deliver, video, result, {'job_id': job_id, 'profile_values': dict(profile.values), 'timeline': timeline.records()}, studio, StageProgress(report, 'upload', timeline))
+            extra = {'job_id': job_id, 'profile_values': dict(profile.values), 'timeline': timeline.records(), 'boot': started}
+            await in_thread(deliver, video, result, extra, studio, StageProgress(report, 'upload', timeline))
         return sign(result, studio.store, job.presign_seconds)
 
 # %% ../nbs/40_avatar.ipynb #f4a3b3f1

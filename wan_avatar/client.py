@@ -80,6 +80,10 @@ class Client(_Calls):
         "Stop a job"
         return read_status(self.call('POST', f'/cancel/{job_id}'))
 
+    def health(self) -> dict: # {'jobs': counts, 'workers': counts}
+        "How the endpoint is"
+        return self.call('GET', '/health')
+
     def follow(self, job_id: str, limit_s: float = 7200, every_s: float = 0.5) -> Iterator[Status]:
         "Statuses of a job as they change, until it is over; EndpointError after `limit_s`"
         until, last = time.monotonic() + limit_s, None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ComfyPlace', 'has_gpu', 'command', 'lay_out', 'die_with_parent', 'free_port', 'tail', 'ComfyDied',
-           'sage_importable', 'ComfyProcess', 'Progress', 'node_error', 'refused', 'Restarts', 'Comfy', 'run',
-           'running_comfy']
+           'sage_importable', 'ComfyProcess', 'Progress', 'node_error', 'refused', 'device_name', 'Restarts', 'Comfy',
+           'run', 'running_comfy']
 
 # %% ../nbs/31_comfy.ipynb #34fa157a
 import asyncio
@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -193,6 +194,14 @@ def refused(
     errors = [f'node "{i}" ({n.get("class_type")}): {e["message"]} ({e["details"]})' for i, n in (answer.get('node_errors') or {}).items() for e in n['errors']]
     return JobError('comfy_failed', 'ComfyUI refused the graph: ' + ('; '.join(errors) or str(answer.get('error'))))
 
+# %% ../nbs/31_comfy.ipynb #31de0002
+def device_name(
+    stats: dict # ComfyUI's `/system_stats`
+) -> str: # `NVIDIA H100 80GB HBM3`, or `cpu`
+    "The GPU's own name"
+    devices = stats.get('devices') or [{}]
+    return re.sub(r'^cuda:\d+ | : \w+$', '', str(devices[0].get('name', 'unknown')))
+
 # %% ../nbs/31_comfy.ipynb #e997164a
 @dataclass
 class Restarts:
@@ -208,6 +217,7 @@ class _Requests:
         self.starting, self.revival = asyncio.Lock(), None
         self.heard: dict[str, asyncio.Queue] = {} # prompt id -> its messages
         self.object_info: dict[str, dict] = {}
+        self.device = 'unknown' # what ComfyUI computes on
 
     @asynccontextmanager
     async def _asked(self, method: str, path: str, **more) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -251,6 +261,7 @@ class Comfy(_Api):
         if self.http is None: self.http = aiohttp.ClientSession()
         await self.process.start(self.http)
         self.object_info = await self._get('/object_info')
+        self.device = device_name(await self._get('/system_stats'))
         await self._connect()
 
     async def ensure(self) -> None:

@@ -186,7 +186,7 @@ async def boot(settings: Settings, timeline: Timeline) -> Studio:
         await comfy.close()
         raise
     keep_timeline(timeline, place.work_dir)
-    return Studio(settings, store, comfy, identity(place.comfy_dir))
+    return Studio(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:

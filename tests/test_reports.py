@@ -1,0 +1,101 @@
+"The reports as CI runs them: real endpoint, real worker, the draft profile on a second of video"
+import json
+import os
+import subprocess
+
+import nbformat
+import pytest
+from conftest import ROOT, cut
+from PIL import Image
+from typer.testing import CliRunner
+
+from wan_avatar.cli import app
+from wan_avatar.metrics import JobRecord, read_records, start_of, write_records
+from wan_avatar.reports import report_parameters, report_path
+
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
+
+def report(folder, *args, timeout=240) -> subprocess.CompletedProcess:
+    return subprocess.run([ROOT / '.venv/bin/wan-avatar', 'report', *map(str, args)], cwd=folder, env=ENV, capture_output=True, text=True, timeout=timeout)
+
+@pytest.fixture(scope='module')
+def place(samples, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('reports')
+    (folder / 'ana.png').write_bytes((samples / 'astronaut.png').read_bytes())
+    cut(samples / 'pexels.mp4', 24, folder)
+    return folder
+
+INPUTS = ('-p', 'image=ana.png', '-p', 'driving=cut.mp4')
+
+@pytest.fixture(scope='module')
+def smoke(place):
+    done = report(place, 'smoke', *INPUTS, '-p', 'out=smoke')
+    assert done.returncode == 0, done.stderr
+    return place / 'smoke'
+
+@pytest.fixture(scope='module')
+def cold_start(place):
+    done = report(place, 'cold-start', *INPUTS, '-p', 'out=cold', '-p', 'cold=1', '-p', 'warm=1')
+    assert done.returncode == 0, done.stderr
+    return place / 'cold'
+
+def pictures(folder) -> set[str]:
+    "PNGs that hold a picture, not an empty sheet"
+    return {p.stem for p in folder.glob('*.png') if len(Image.open(p).convert('RGB').resize((200, 100)).getcolors(20000)) > 20}
+
+def test_smoke(smoke):
+    summary, (record,) = json.loads((smoke / 'summary.json').read_text()), read_records(smoke / 'records.jsonl')
+    assert summary['ok'] and len(summary['checks']) == 13 and all(c['ok'] for c in summary['checks'])
+    assert pictures(smoke) == {'filmstrip', 'gantt-1', 'jobs'} and start_of(record) == 'cold' and record.gpu == 'cpu' and record.frames == 24
+    page = (smoke / 'smoke.html').read_text()
+    assert 'data:video/mp4;base64' in page and page.count('data:image/png;base64') >= 3 and 'Traceback' not in page
+
+def test_cold_start(cold_start):
+    records, summary = read_records(cold_start / 'records.jsonl'), json.loads((cold_start / 'summary.json').read_text())
+    assert [(r.group, start_of(r)) for r in records] == [('B', 'cold'), ('B', 'warm'), ('A', 'cold'), ('A', 'warm')] and len({r.worker for r in records}) == 2
+    assert all({'cached': True} == s['facts'] for r in records for s in r.stages if s['name'] == 'track'), 'tracking is no part of a start'
+    assert pictures(cold_start) == {'jobs', 'cold_starts', 'gantt', 'percentiles', 'distribution', 'costs', 'months', 'full_size_model'} | ({'download'} & pictures(cold_start))
+    assert summary['cold_starts'] == 2 and summary['cold_start_parts_s']['B']['ComfyUI'] > 0.5 and 'Model, not measured' in summary['sentences'][2]
+    cold = records[0]
+    assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(cold.delay_s + next(s['end_s'] for s in cold.stages if s['name'] == 'render'), abs=0.05)
+    assert {f['name'] for f in summary['endpoint_figures']} >= {'jobs: completed', 'workers: idle'} and all(f['source'].startswith('/health') for f in summary['endpoint_figures'])
+
+def test_a_recorded_run_is_drawn_again_and_a_failed_assert_is_exit_code_1(cold_start, place):
+    failed = JobRecord(job_id='j1', group='B', at='2026-01-01T00:00:00+00:00', submitted_s=0, done_s=9, state='FAILED', error='no_person: nobody')
+    write_records(place / 'more.jsonl', [*read_records(cold_start / 'records.jsonl'), failed])
+    done = report(place, 'cold-start', '-p', 'records=more.jsonl', '-p', 'out=again')
+    assert done.returncode == 1 and 'job j1 is FAILED: no_person: nobody' in done.stderr and 'Traceback' not in done.stderr
+    assert 'AssertionError' in (place / 'again/cold_start.html').read_text(), 'a report that failed is kept to be looked at'
+    first, again = (json.loads((folder / 'summary.json').read_text()) for folder in (cold_start, place / 'again'))
+    assert {k for k in first if first[k] != again[k]} == {'jobs', 'endpoint_figures'}, 'a failed job is counted, and changes nothing else'
+    assert all((place / f'again/{name}.png').read_bytes() == (cold_start / f'{name}.png').read_bytes() for name in ('cold_starts', 'percentiles', 'costs'))
+
+@pytest.mark.parametrize('args, words', [
+    (('smoke', '-p', 'jobz=2'), "no parameter 'jobz'; it takes endpoint, image, driving, jobs, profile, out"), (('cold-start', '-p', 'cold=many'), 'must be a whole number'),
+    (('smoke', '-p', 'jobs'), 'name=value'), (('compare', 'nowhere', 'nowhere'), 'can not be read')])
+def test_nothing_runs_when_a_name_is_wrong(tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ['report', *args])
+    assert done.exit_code == 2 and words in ' '.join(done.output.split()) and list(tmp_path.iterdir()) == []
+
+def test_two_runs_side_by_side(place):
+    def run(name, execution_s): return write_records(place / f'{name}.jsonl', [JobRecord(job_id=f'j{n}', group='smoke', at='2026-01-01T00:00:00+00:00', submitted_s=0, done_s=execution_s + n / 40,
+                                                                                         state='COMPLETED', execution_s=execution_s + n / 40) for n in range(8)])
+    done = CliRunner().invoke(app, ['report', 'compare', str(run('main', 3.0)), str(run('branch', 2.0)), '--out', str(place / 'compared'), '--json'])
+    assert done.exit_code == 0, done.output
+    assert {d['what']: (round(d['ratio'], 2), d['verdict']) for d in json.loads(done.stdout)['differences']} == {'smoke, unknown: total': (0.68, 'faster'), 'smoke, unknown: execution': (0.68, 'faster')}
+    assert pictures(place / 'compared') == {'compare'}
+
+@pytest.mark.parametrize('name, parameters', [
+    ('smoke', {'endpoint', 'image', 'driving', 'jobs', 'profile', 'out'}), ('cold-start', {'endpoint', 'cold', 'warm', 'phases', 'prices', 'out', 'records'})])
+def test_report_notebooks_read_well_un_run(name, parameters):
+    notebook = nbformat.read(report_path(name), 4)
+    assert parameters <= set(report_parameters(report_path(name))) and all(not c.get('outputs') for c in notebook.cells)
+    assert notebook.cells[0].source.startswith('# ') and sum(c.cell_type == 'markdown' for c in notebook.cells) >= 5
+
+@pytest.mark.parametrize('name', ['smoke', 'cold_start'])
+def test_the_recorded_example_is_whole(name):
+    folder = ROOT / 'runs' / name
+    assert json.loads((folder / 'summary.json').read_text())['report'] == name and all(r.state == 'COMPLETED' for r in read_records(folder / 'records.jsonl')) and pictures(folder)
+    tracked = subprocess.run(['git', 'ls-files', '--', f'runs/{name}'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert tracked and all(p.endswith(('.png', '.json', '.jsonl')) for p in tracked)
