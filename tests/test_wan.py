@@ -65,7 +65,7 @@ def test_several_windows_with_masks_tail_and_embedding(wan, made):
     assert (made['width'], made['height'], made['frames'], made['profile'], made['seed']) == (1280, 720, 20, 'wan22-animate-tiny', 7)
     manifest = wan.store.read_json('avatars/tiny.mp4.json')
     assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9), (3, 9)]
-    assert manifest['profile_values']['steps'] == 2 and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
+    assert (manifest['rendered_with']['steps'], manifest['rendered_with']['tracker'], manifest['rendered_with']['prompt']) == (2, 'mediapipe-1', 'a person') and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
 
 def test_one_seed_one_video_another_seed_another(wan, made):
     assert wan.run('tiny-again', **JOB, seed=7)['sha256'] == made['sha256']

@@ -8,7 +8,7 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'take_image', 'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
            'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
-           'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
+           'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
@@ -27,6 +27,8 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+# %% ../nbs/40_avatar.ipynb #a4a8ec0d
 import numpy as np
 import psutil
 from pydantic import ConfigDict, ValidationError
@@ -41,8 +43,8 @@ from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
-from .track import TrackDamaged, parse_track, track_key
-from .workflow import Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, profile_graph, slots, track_graph, with_tracker
+from .track import TRACKERS, TrackDamaged, parse_track, track_key
+from .workflow import Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots, track_graph, with_tracker
 
 log = logging.getLogger(__name__)
 
@@ -447,6 +449,15 @@ def deliver(video: Path, result: Result, extra: dict, studio: Studio, progress: 
         except JobError as e: log.warning('%s may be left without a manifest: %s', key, e) # the first failure is the one to tell
         raise
 
+# %% ../nbs/40_avatar.ipynb #47a9ad5e
+def rendered_with(
+    profile: Profile,
+    prompt: str | None # of the job, or the profile's
+) -> dict: # JSON
+    "Everything but the versions of programs, which `worker` has"
+    return {**profile.values, 'prompt': prompt, 'graph': str(profile.graph), 'tracker': TRACKERS[profile.tracker], 'length': profile.length, 'overlap': profile.overlap,
+            'face': profile.face, 'clip_vision': bool(profile.clip_vision), 'files': [w.file for w in needed_files(profile)]}
+
 # %% ../nbs/40_avatar.ipynb #b92a29bb
 async def make_avatar(
     job_id: str, # RunPod's
@@ -475,7 +486,7 @@ async def make_avatar(
         finally: studio.renderer.release()
         result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})
         with timeline.stage('upload', bytes=result.bytes):
-            extra = {'job_id': job_id, 'profile_values': dict(profile.values), 'timeline': timeline.records(), 'boot': started}
+            extra = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'timeline': timeline.records(), 'boot': started}
             await in_thread(deliver, video, result, extra, studio, StageProgress(report, 'upload', timeline))
         return sign(result, studio.store, job.presign_seconds)
 
