@@ -34,7 +34,7 @@ ENV COMFY_DIR=/opt/comfy WORKER_DIR=/opt/worker PATH=/opt/worker/bin:$PATH \
     MODELS_DIR=/var/lib/wan-avatar/models WORK_DIR=/var/lib/wan-avatar/work \
     HF_HOME=/var/lib/wan-avatar/huggingface HF_HUB_ENABLE_HF_TRANSFER=0 HF_XET_HIGH_PERFORMANCE=0 HF_HUB_DISABLE_TELEMETRY=1
 
-# from what changes least to what changes most: a change of code pushes the last layer, a few megabytes at most
+# from what changes least to what changes most: a change of code pushes the last layers, a few megabytes
 COPY --from=build /opt/comfy/env /opt/comfy/env
 COPY --from=build /opt/worker /opt/worker
 COPY --from=build /opt/comfy/ComfyUI /opt/comfy/ComfyUI

@@ -25,11 +25,11 @@ class CreateGpu(Strict):
     excludedTypes: list[str] = []
     count: Annotated[int, Field(ge=1)] = 1
     allowedCudaVersions: list[Cuda] = []
-    minCudaVersion: Cuda | None = None
+    minCudaVersion: Cuda = None # absent is fine, null is not
 
 class UpdateGpu(CreateGpu):
-    pools: Annotated[list[str], Field(min_length=1)] | None = None
-    minCudaVersion: Annotated[str, Field(pattern=r'^$|^\d+\.\d+$')] | None = None
+    pools: Annotated[list[str], Field(min_length=1)] = None
+    minCudaVersion: Annotated[str, Field(pattern=r'^$|^\d+\.\d+$')] = None
 
 class Workers(Strict):
     min: Annotated[int, Field(ge=0)] = 0
@@ -64,10 +64,10 @@ class Create(Common):
     gpu: CreateGpu
 
 class Update(Common):
-    name: Annotated[str, Field(min_length=3)] | None = None
-    image: str | None = None
-    scaling: QueueDelay | RequestCount | None = None
-    gpu: UpdateGpu | None = None
+    name: Annotated[str, Field(min_length=3)] = None
+    image: str = None
+    scaling: QueueDelay | RequestCount = None
+    gpu: UpdateGpu = None
 
 GRAPHQL_FIELDS = {'id', 'name', 'templateId', 'gpuIds', 'gpuCount', 'instanceIds', 'workersMin', 'workersMax', 'locations', 'networkVolumeId', 'networkVolumeIds', 'idleTimeout',
                   'scalerType', 'scalerValue', 'executionTimeoutMs', 'minCudaVersion', 'flashBootType', 'modelReferences', 'template'}

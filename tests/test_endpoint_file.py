@@ -227,11 +227,11 @@ def test_from_plan_to_destroy(operator, plane):
     assert made.exit_code == 0 and made.stdout.strip() == id and 'REST v2 takes whichever has capacity' in made.stderr.replace('\n', ' ')
     assert operator('plan', '--image', IMAGE, '--exit-code').exit_code == 0 and operator('apply', '--image', IMAGE).stdout.strip() == id and len(plane.writes()) == 1
     plane.workers[id] = [{'id': 'w1', 'status': 'UNHEALTHY', 'isStale': True, 'gpuCount': 1, 'gpuTypeId': 'NVIDIA L40S', 'uptimeSeconds': 80, 'image': IMAGE}]
-    plane.logs['w1'] = [{'source': 'container', 'line': 'fine'}, {'source': 'container', 'line': f'this worker is not configured: {OPERATOR["MINIO_SECRET_KEY"]}'}]
+    plane.logs['w1'] = [{'source': 'container', 'line': 'fine'}, {'source': 'container', 'line': f'[error] [/x] this worker is not configured: {OPERATOR["MINIO_SECRET_KEY"]}'}]
     plane.health['jobs']['inQueue'] = 7
     status = operator('status')
-    assert all(t in status.stdout for t in ('UNHEALTHY (of an older release)', 'NVIDIA L40S', 'inQueue', '7', 'this worker is not configured: ••••')) and 'fine' not in status.stdout
-    assert json.loads(operator('status', '--json').stdout)['errors'] == [['w1', 'this worker is not configured: ••••']]
+    assert all(t in status.stdout for t in ('UNHEALTHY (of an older release)', 'NVIDIA L40S', 'inQueue', '7', '[error] [/x] this worker is not configured: ••••')) and 'fine' not in status.stdout
+    assert json.loads(operator('status', '--json').stdout)['errors'] == [['w1', '[error] [/x] this worker is not configured: ••••']]
     kept = operator('destroy', answer='n\n')
     assert kept.exit_code == 3 and 'nothing was deleted' in kept.stderr and plane.endpoints
     assert operator('destroy', answer='y\n').stdout.endswith(f'{id} deleted\n') and not plane.endpoints

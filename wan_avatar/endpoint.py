@@ -9,7 +9,7 @@ __all__ = ['PRICED', 'POOLS', 'RATE', 'API', 'JOBS', 'FileError', 'Gpu', 'Worker
            'Unclear', 'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look', 'apply', 'delete',
            'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
-# %% ../nbs/52_endpoint.ipynb #9f421fd8
+# %% ../nbs/52_endpoint.ipynb #d6b45330
 import json
 import re
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.markup import escape
 from rich.table import Table
 from .client import EndpointError
 from .config import Settings
@@ -274,7 +275,7 @@ def plan_for(
     if there.get('type') != file.type or 'gpu' not in there: return replace(plan, action='replace', models=(), order=()) # neither can be changed
     return replace(plan, action='update') if differences or plan.by_graphql else plan
 
-# %% ../nbs/52_endpoint.ipynb #d4c450f9
+# %% ../nbs/52_endpoint.ipynb #c6b87c7c
 def difference_table(plan: Plan) -> Table:
     "A plan for people"
     title = {'nothing': f'{plan.file.name} ({plan.endpoint_id}) is as the file says', 'create': f'{plan.file.name} will be created', 'update': f'{plan.file.name} ({plan.endpoint_id}) will be changed',
@@ -288,7 +289,7 @@ def _shown(plan: Plan, name: str, value: Any) -> str:
     if value in (None, '', ()): return '-'
     open_values = {*plan.file.env, 'PROFILE', 'RUNPOD_INIT_TIMEOUT'}
     if name.startswith('env.') and name.removeprefix('env.') not in open_values: return '••••'
-    return ', '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return escape(', '.join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 # %% ../nbs/52_endpoint.ipynb #3bc3bced
 API = 'https://api.runpod.io' # RUNPOD_API_BASE_URL
@@ -486,7 +487,7 @@ def read_log(
     except httpx.TransportError: pass # it has said what it had to say
     return said
 
-# %% ../nbs/52_endpoint.ipynb #efa15e74
+# %% ../nbs/52_endpoint.ipynb #9e420564
 def read_state(
     control: Control,
     endpoint_id: str
@@ -508,7 +509,7 @@ def state_tables(state: State) -> list[Table]:
     releases = Table('release', 'when', 'workers', 'changed', title='releases', title_justify='left', box=None)
     for r in state.releases[:5]: releases.add_row(str(r.get('version')), r['createdAt'], str(r['workerCount']), ', '.join(d['field'] for d in r['diff']) or '-')
     errors = Table('worker', 'line', title='last errors', title_justify='left', box=None)
-    for worker, line in state.errors: errors.add_row(worker, line[:160])
+    for worker, line in state.errors: errors.add_row(worker, escape(line[:160])) # a log's brackets are not ours
     return [workers, queue, releases, *([errors] if state.errors else [])]
 
 # %% ../nbs/52_endpoint.ipynb #c708acb8

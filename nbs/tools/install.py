@@ -19,10 +19,10 @@ def pip(env, *argv):
     "This Python's pip, at work in another environment: those that ship have none"
     run(sys.executable, '-m', 'pip', '--python', Path(env) / 'bin/python', '--disable-pip-version-check', '--no-input', *argv)
 
-def settle(folder, source, version=None):
+def settle(folder, source, version):
     "ComfyUI's source as the worker wants it: the version that was asked for, no paths of others, and a note where it is from"
     found = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / 'comfyui_version.py').read_text())
-    if version and (not found or found[1] != version): raise ValueError(f'{source} holds ComfyUI {found and found[1]}; the lock says {version}')
+    if not found or found[1] != version: raise ValueError(f'{source} holds ComfyUI {found and found[1]}; the lock says {version}')
     (folder / 'extra_model_paths.yaml').unlink(missing_ok=True) # names folders of another program
     (folder / 'source.json').write_text(json.dumps({'source': source}))
 
@@ -40,7 +40,7 @@ def checkout(repo, commit, folder):
     got = subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
     if got != commit: raise ValueError(f'{repo} gave {got} for {commit}')
     shutil.rmtree(folder / '.git')
-    run(sys.executable, '-m', 'compileall', '-q', folder, stdout=subprocess.DEVNULL) # workers start cold: not a second more
+    run(sys.executable, '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash', folder, stdout=subprocess.DEVNULL) # workers start cold
 
 def comfyui(repo, commit, version, folder):
     "ComfyUI's source"
@@ -80,5 +80,6 @@ def package(folder, *environments):
 COMMANDS = {'comfyui': comfyui, 'nodes': nodes, 'environment': environment, 'wheel': wheel, 'package': package}
 
 if __name__ == '__main__':
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS: sys.exit(f'install.py {"|".join(COMMANDS)} ...; see the Dockerfile')
     try: COMMANDS[sys.argv[1]](*sys.argv[2:])
     except (ValueError, OSError, subprocess.SubprocessError) as e: sys.exit(f'install.py {" ".join(sys.argv[1:])}: {e}')
