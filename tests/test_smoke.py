@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from conftest import ROOT, cut
 from wan_avatar.client import Status
 from wan_avatar.local import up
 from wan_avatar.media import Encoder, check_mp4, normalise_video, read_frames
-from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, until_refused
+from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, run_smoke, until_refused
 
 ANSWER = {'minio_key': 'avatars/smoke/now/j1.mp4', 'frames': 58, 'width': 1280, 'height': 720, 'bytes': 5, 'sha256': 'ab', 'has_audio': True, 'presigned_url': 'http://h/x'}
 MANIFEST = {k: v for k, v in ANSWER.items() if k != 'presigned_url'} | {'job_id': 'j1', 'timeline': [1], 'boot': {'job_number': 1}, 'worker': {'id': 'w'}}
@@ -94,6 +95,26 @@ def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples,
 def test_waiting_for_the_end_of_an_address_is_bounded():
     began = time.monotonic()
     assert until_refused('http://127.0.0.1:9/none', 0.6) == 0 and time.monotonic() - began < 5
+
+class Endless:
+    "An endpoint whose first job fails at once and whose second never ends"
+    def __init__(self): self.jobs, self.cancelled, self.running = iter(('fails', 'goes on')), [], threading.Event()
+    def submit(self, job): return Status(next(self.jobs), 'IN_QUEUE')
+    def cancel(self, job_id): self.cancelled.append(job_id)
+    def follow(self, job_id, every_s):
+        if job_id == 'fails':
+            self.running.wait(10)
+            yield Status(job_id, 'FAILED', error='no_person: nobody')
+        while job_id != 'fails':
+            yield Status(job_id, 'IN_PROGRESS')
+            self.running.set()
+            time.sleep(0.01)
+
+def test_a_run_that_is_interrupted_cancels_its_jobs(clips, tmp_path):
+    endless = Endless()
+    def interrupt(done: int): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_smoke(endless, None, {'input_image_minio_path': 'a.png'}, clips[1], tmp_path, jobs=2, concurrency=2, on_done=interrupt)
+    assert endless.cancelled == ['goes on'], 'what nobody waits for would only be billed'
 
 CHEAT = '''
 import os, time, runpod
