@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 from conftest import ROOT, cut
@@ -67,9 +68,10 @@ def clips(samples, tmp_path_factory):
     write('silent', painted)
     write('small', [np.ascontiguousarray(p[::2, ::2]) for p in painted], audio=clip.audio, size=(640, 360))
     write('slow', painted, audio=clip.audio, fps=23)
-    data = bytearray((folder / 'avatar.mp4').read_bytes())
-    data[len(data) // 2:len(data) // 2 + 400] = os.urandom(400)
-    (folder / 'damaged.mp4').write_bytes(data)
+    data = (folder / 'avatar.mp4').read_bytes()
+    with av.open(str(folder / 'avatar.mp4')) as container: at = [p.pos for p in container.demux(container.streams.video[0]) if p.size]
+    for n in (10, 23): (folder / f'frame {n}.mp4').write_bytes(data[:at[n]] + b'\xff' * 64 + data[at[n] + 64:])
+    (folder / 'cut off.mp4').write_bytes(data[:-2000])
     return folder, driving
 
 def judge(clips, name: str) -> dict[str, bool]:
@@ -85,7 +87,8 @@ def test_real_files_with_one_thing_wrong(clips, name, failing):
     form = {'every frame decodes', 'size', 'frame rate', 'frames: driving video\'s seconds x 24', 'sound as in the driving video', 'not the driving video unchanged'}
     assert {c for c, ok in judge(clips, name).items() if not ok and c in form} == failing
 
-def test_damage_is_found(clips): assert not judge(clips, 'damaged')['every frame decodes']
+@pytest.mark.parametrize('name', ['frame 10', 'frame 23', 'cut off'])
+def test_damage_is_found(clips, name): assert not judge(clips, name)['every frame decodes']
 
 def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples, tmp_path):
     for source in (clips[1], samples / 'single_face.mp4', samples / 'pexels.mp4'):
