@@ -1,17 +1,19 @@
 "The reports as CI runs them: real endpoint, real worker, the draft profile on a second of video"
 import json
 import os
+import re
 import subprocess
 
 import nbformat
 import pytest
+import yaml
 from conftest import ROOT, cut
 from PIL import Image
 from typer.testing import CliRunner
 
 from wan_avatar.cli import app
 from wan_avatar.metrics import JobRecord, read_records, start_of, write_records
-from wan_avatar.reports import report_parameters, report_path
+from wan_avatar.reports import Phase, ReportError, read_phases, report_parameters, report_path
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
 
@@ -92,6 +94,22 @@ def test_report_notebooks_read_well_un_run(name, parameters):
     notebook = nbformat.read(report_path(name), 4)
     assert parameters <= set(report_parameters(report_path(name))) and all(not c.get('outputs') for c in notebook.cells)
     assert notebook.cells[0].source.startswith('# ') and sum(c.cell_type == 'markdown' for c in notebook.cells) >= 5
+
+HERE = {'B': Phase('B'), 'A': Phase('A')}
+
+@pytest.mark.parametrize('phases, endpoint, wanted', [
+    ('B,A', '', [HERE['B'], HERE['A']]), ('A', '', [HERE['A']]), ('B', 'abc123', [Phase('B', 'abc123')]), (' B , A ', 'B=x,A=http://h/v2/y', [Phase('B', 'x'), Phase('A', 'http://h/v2/y')]),
+    ('C', '', 'phase C'), ('B,A', 'B=x', 'phase A'), ('B', 'B=x,A=y', 'phase A')])
+def test_phases_and_their_endpoints(phases, endpoint, wanted):
+    if not isinstance(wanted, str): assert read_phases(phases, endpoint, HERE) == wanted
+    else:
+        with pytest.raises(ReportError, match=wanted): read_phases(phases, endpoint, HERE)
+
+def test_the_workflow_runs_make_test_pinned_and_without_secrets():
+    text = (ROOT / '.github/workflows/test.yml').read_text()
+    steps = yaml.safe_load(text)['jobs']['test']['steps']
+    assert any(str(s.get('run', '')).startswith('make test') for s in steps) and 'secrets.' not in text
+    assert all(re.fullmatch(r'actions/[\w-]+@v\d+\.\d+\.\d+', s['uses']) for s in steps if 'uses' in s)
 
 @pytest.mark.parametrize('name', ['smoke', 'cold_start'])
 def test_the_recorded_example_is_whole(name):

@@ -3,9 +3,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 from conftest import ROOT, cut
@@ -13,7 +15,7 @@ from conftest import ROOT, cut
 from wan_avatar.client import Status
 from wan_avatar.local import up
 from wan_avatar.media import Encoder, check_mp4, normalise_video, read_frames
-from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, until_refused
+from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, run_smoke, until_refused
 
 ANSWER = {'minio_key': 'avatars/smoke/now/j1.mp4', 'frames': 58, 'width': 1280, 'height': 720, 'bytes': 5, 'sha256': 'ab', 'has_audio': True, 'presigned_url': 'http://h/x'}
 MANIFEST = {k: v for k, v in ANSWER.items() if k != 'presigned_url'} | {'job_id': 'j1', 'timeline': [1], 'boot': {'job_number': 1}, 'worker': {'id': 'w'}}
@@ -66,9 +68,10 @@ def clips(samples, tmp_path_factory):
     write('silent', painted)
     write('small', [np.ascontiguousarray(p[::2, ::2]) for p in painted], audio=clip.audio, size=(640, 360))
     write('slow', painted, audio=clip.audio, fps=23)
-    data = bytearray((folder / 'avatar.mp4').read_bytes())
-    data[len(data) // 2:len(data) // 2 + 400] = os.urandom(400)
-    (folder / 'damaged.mp4').write_bytes(data)
+    data = (folder / 'avatar.mp4').read_bytes()
+    with av.open(str(folder / 'avatar.mp4')) as container: at = [p.pos for p in container.demux(container.streams.video[0]) if p.size]
+    for n in (10, 23): (folder / f'frame {n}.mp4').write_bytes(data[:at[n]] + b'\xff' * 64 + data[at[n] + 64:])
+    (folder / 'cut off.mp4').write_bytes(data[:-2000])
     return folder, driving
 
 def judge(clips, name: str) -> dict[str, bool]:
@@ -84,7 +87,8 @@ def test_real_files_with_one_thing_wrong(clips, name, failing):
     form = {'every frame decodes', 'size', 'frame rate', 'frames: driving video\'s seconds x 24', 'sound as in the driving video', 'not the driving video unchanged'}
     assert {c for c, ok in judge(clips, name).items() if not ok and c in form} == failing
 
-def test_damage_is_found(clips): assert not judge(clips, 'damaged')['every frame decodes']
+@pytest.mark.parametrize('name', ['frame 10', 'frame 23', 'cut off'])
+def test_damage_is_found(clips, name): assert not judge(clips, name)['every frame decodes']
 
 def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples, tmp_path):
     for source in (clips[1], samples / 'single_face.mp4', samples / 'pexels.mp4'):
@@ -94,6 +98,26 @@ def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples,
 def test_waiting_for_the_end_of_an_address_is_bounded():
     began = time.monotonic()
     assert until_refused('http://127.0.0.1:9/none', 0.6) == 0 and time.monotonic() - began < 5
+
+class Endless:
+    "An endpoint whose first job fails at once and whose second never ends"
+    def __init__(self): self.jobs, self.cancelled, self.running = iter(('fails', 'goes on')), [], threading.Event()
+    def submit(self, job): return Status(next(self.jobs), 'IN_QUEUE')
+    def cancel(self, job_id): self.cancelled.append(job_id)
+    def follow(self, job_id, every_s):
+        if job_id == 'fails':
+            self.running.wait(10)
+            yield Status(job_id, 'FAILED', error='no_person: nobody')
+        while job_id != 'fails':
+            yield Status(job_id, 'IN_PROGRESS')
+            self.running.set()
+            time.sleep(0.01)
+
+def test_a_run_that_is_interrupted_cancels_its_jobs(clips, tmp_path):
+    endless = Endless()
+    def interrupt(done: int): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_smoke(endless, None, {'input_image_minio_path': 'a.png'}, clips[1], tmp_path, jobs=2, concurrency=2, on_done=interrupt)
+    assert endless.cancelled == ['goes on'], 'what nobody waits for would only be billed'
 
 CHEAT = '''
 import os, time, runpod

@@ -98,7 +98,8 @@ def _stack(axes: Any, row: float, parts: Iterable[Part], width_s: float, hatch: 
         if p.seconds > width_s * 0.075:
             dark = p.kind in ('process', 'ComfyUI', 'first segment', 'other boot')
             fits = int(p.seconds / width_s * 120)
-            axes.text(left + p.seconds / 2, row, '\n'.join(line[:fits] for line in text.splitlines()), ha='center', va='center', fontsize=8.5, color='white' if dark else 'black')
+            axes.text(left + p.seconds / 2, row, '\n'.join(line[:fits] for line in text.splitlines()), ha='center', va='center', fontsize=8.5, color='white' if dark else 'black',
+                      bbox={'facecolor': COLOURS[p.kind], 'edgecolor': 'none', 'pad': 1.5} if hatch else None)
         left += p.seconds
 
 def mean_of(starts: Sequence[list[Part]]) -> list[Part]: # same parts, mean seconds

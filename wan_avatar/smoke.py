@@ -45,7 +45,7 @@ def decode(path: Path) -> Decoded:
     try:
         with av.open(str(path), options={'err_detect': 'explode'}) as container:
             video, times, audio_s = container.streams.video[0], [], None
-            video.thread_type, video.codec_context.options = 'AUTO', {'err_detect': 'explode'}
+            video.codec_context.thread_count, video.codec_context.options = 1, {'err_detect': 'explode'} # frames decoded ahead would hide an error in the last ones
             for frame in container.decode(*container.streams.video[:1], *container.streams.audio[:1]):
                 if isinstance(frame, av.AudioFrame): audio_s = frame.time + frame.samples / frame.sample_rate
                 else: times.append((frame.time, float((frame.duration or 0) * frame.time_base)))
