@@ -14,20 +14,17 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
 import asyncio
 import errno
 import hashlib
-import itertools
 import logging
 import shutil
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
-import psutil
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
@@ -44,6 +41,12 @@ from .track import TrackDamaged, parse_track, track_key
 from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots
 
 log = logging.getLogger(__name__)
+
+# %% ../nbs/40_avatar.ipynb #b0075700
+import itertools
+import time
+from collections.abc import Iterator
+import psutil
 
 # %% ../nbs/40_avatar.ipynb #9c64a8bf
 async def in_thread(

@@ -214,6 +214,7 @@ class _Run:
             for job_id in list(self.open): self.client.cancel(job_id)
         except EndpointError: pass # it is gone, or does not know the job any more
 
+# %% ../nbs/57_smoke.ipynb #315e1f1a
 def run_smoke(
     client: Client, store: Store,
     job: dict, # `Job` fields; `presign` is added
