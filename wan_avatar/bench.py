@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'PICTURES', 'BENCHES', 'Figure', 'table', 'bench_site', 'timed_job', 'sample_job', 'bench_job',
            'bench_pictures', 'covered', 'heavy_video', 'bench_handler', 'delivery_s', 'looped', 'PeakMemory',
-           'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot', 'run_bench']
+           'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot', 'hub_site', 'fetched', 'write_weights',
+           'bench_fetch', 'unthrottled', 'timed_boot', 'tiny_site', 'tiny_lock', 'boot_with_weights', 'boot_figures',
+           'run_bench']
 
 # %% ../nbs/55_bench.ipynb #b6fbeaa0
 import asyncio
@@ -36,6 +38,14 @@ from .job import manifest_key
 from .local import Local, up
 from .media import FPS, SIZE, bench_media, read_frames
 from .store import Store
+
+# %% ../nbs/55_bench.ipynb #b6fbeaa1
+import subprocess
+import sys
+from dataclasses import replace
+from .local import bucket_server
+from .models import LockedFile, Needs, dump_lock, load_lock
+from .workflow import TINY
 
 # %% ../nbs/55_bench.ipynb #11ee2aa9
 @dataclass(frozen=True)
@@ -253,11 +263,165 @@ def bench_boot(say: Callable[[str], None], rounds: int = 5) -> list[Figure]:
             whole.append(worker_boot())
     ratio = statistics.median(whole) / statistics.median(bare)
     return [Figure('worker start to ready, of ComfyUI alone', round(ratio, 3), 'x', 1.15), Figure('worker, median', round(statistics.median(whole), 2), 's'),
-            Figure('ComfyUI alone, median', round(statistics.median(bare), 2), 's')]
+            Figure('ComfyUI alone, median', round(statistics.median(bare), 2), 's'), *boot_with_weights(say)]
+
+# %% ../nbs/55_bench.ipynb #f4ab4979
+_OURS = '''
+import sys, json, time, os; from pathlib import Path
+from wan_avatar.fetch import Http, Hub, fetch
+from wan_avatar.models import LockedFile, Places
+files, endpoint, out, connections = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
+import huggingface_hub.file_download
+began, before, http = time.perf_counter(), os.times(), Http(connections)
+fetch([LockedFile(**f) for f in files], Places(Path(out)), [Hub(http, 'hf_secret', endpoint)], http, connections, settle=False)
+'''
+_THEIRS = '''
+import sys, json, time, os; from concurrent.futures import ThreadPoolExecutor
+from huggingface_hub import hf_hub_download
+files, endpoint, out, connections = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
+import huggingface_hub.file_download
+began, before = time.perf_counter(), os.times()
+with ThreadPoolExecutor(connections) as threads: list(threads.map(lambda f: hf_hub_download(f['repo'], f['path'], revision=f['revision'], cache_dir=out, token='hf_secret', endpoint=endpoint), files))
+'''
+_REPORT = '''
+seconds, used = time.perf_counter() - began, os.times()
+peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))
+print(json.dumps({'seconds': seconds, 'cpu': used.user + used.system - before.user - before.system, 'peak_mb': peak / 1e3}))
+'''
+
+# %% ../nbs/55_bench.ipynb #6da1776d
+@contextmanager
+def hub_site(
+    folder: Path, # folder/org/name/…: what it serves
+    speed: float | None = None # bytes per second of each connection
+) -> Iterator[dict]: # 'endpoint', 'files' as a lock pins them
+    "A hub in a process of its own"
+    argv = [sys.executable, '-m', 'wan_avatar.hub', folder, *([str(speed)] if speed else [])]
+    with subprocess.Popen([str(a) for a in argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try: yield json.loads(child.stdout.readline())
+        finally: child.stdin.close()
+
+def fetched(code: str, site: dict, repo: str, connections: int) -> dict: # 'seconds', 'cpu', 'peak_mb'
+    "One run in a process of its own"
+    files = [f for f in site['files'] if f['repo'] == repo]
+    with tempfile.TemporaryDirectory(dir='runs') as out:
+        done = subprocess.run([sys.executable, '-c', code + _REPORT, json.dumps(files), site['endpoint'], out, str(connections)], capture_output=True, text=True, check=False,
+                              env=os.environ | {'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_XET': '1'})
+    if done.returncode: raise EndpointError(f'a fetch of this bench failed: {done.stderr[-500:]}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+# %% ../nbs/55_bench.ipynb #82ae5063
+def write_weights(folder: Path, gigabytes: float = 1.0) -> None:
+    "The same bytes as one file and as eight"
+    for repo, count in (('one', 1), ('eight', 8)):
+        for n in range(count):
+            path = folder / f'bench/{repo}/{n}.safetensors'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open('wb') as f:
+                for _ in range(round(gigabytes * 1000 / count)): f.write(os.urandom(10**6))
+
+def bench_fetch(say: Callable[[str], None], rounds: int = 3) -> list[Figure]:
+    "A gigabyte, against one connection and against hf_hub_download"
+    figures, runs = [], {}
+    with tempfile.TemporaryDirectory(dir='runs') as d:
+        write_weights(folder := Path(d))
+        with hub_site(folder, 40e6) as site:
+            say('fetch: one connection at 40 MB/s')
+            single = fetched(_THEIRS, site, 'bench/one', 1)['seconds']
+            for repo in ('one', 'eight'):
+                say(f'fetch: {repo}, 40 MB/s per connection')
+                ours = statistics.median(fetched(_OURS, site, f'bench/{repo}', 16)['seconds'] for _ in range(rounds))
+                figures.append(Figure(f'{repo} at 40 MB/s a connection, of one connection\'s time', round(ours / single, 3), 'x', 0.2))
+        with hub_site(folder) as site:
+            for repo, threads in (('one', 1), ('eight', 8)):
+                for n in range(rounds): # one after the other, so that both see the same machine
+                    say(f'fetch: {repo}, unthrottled, round {n + 1} of {rounds}')
+                    for who, code in (('ours', _OURS), ('theirs', _THEIRS)): runs.setdefault((repo, who), []).append(fetched(code, site, f'bench/{repo}', 16 if who == 'ours' else threads))
+    return figures + unthrottled(runs)
+
+# %% ../nbs/55_bench.ipynb #ad4a3c8d
+def unthrottled(runs: dict[tuple[str, str], list[dict]]) -> list[Figure]: # by (which files, who)
+    "Medians of the fastest way there is"
+    def median(repo: str, who: str, what: str) -> float: return statistics.median(r[what] for r in runs[repo, who])
+    ratios = [Figure(f'{repo} unthrottled, of hf_hub_download\'s time', round(median(repo, 'ours', 'seconds') / median(repo, 'theirs', 'seconds'), 3), 'x', 0.333) for repo in ('one', 'eight')]
+    more = [Figure(f'{repo} unthrottled, {name}', round(median(repo, who, what), 2), unit) for repo in ('one', 'eight') for who, label in (('ours', 'ours'), ('theirs', 'hf_hub_download'))
+            for name, what, unit in ((label, 'seconds', 's'), (f'{label}, CPU', 'cpu', 's/GB'), (f'{label}, peak memory', 'peak_mb', 'MB'))]
+    return ratios + more
+
+# %% ../nbs/55_bench.ipynb #3b48f153
+_BOOT = '''
+import asyncio, json
+from wan_avatar.config import load_settings
+from wan_avatar.timeline import Timeline
+from wan_avatar.worker import boot
+async def main(timeline):
+    studio = await boot(load_settings(), timeline)
+    seconds = timeline.elapsed()
+    await studio.comfy.close()
+    return seconds
+timeline = Timeline()
+print(json.dumps({'seconds': asyncio.run(main(timeline)), 'stages': timeline.records()}))
+'''
+
+def timed_boot(environment: dict[str, str]) -> tuple[float, dict[str, float]]: # seconds, those of each stage
+    "A worker's boot in a process of its own"
+    done = subprocess.run([sys.executable, '-c', _BOOT], capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode: raise EndpointError(f'a boot of this bench failed: {done.stderr[-800:]}')
+    said = json.loads(done.stdout.splitlines()[-1])
+    return said['seconds'], {s['name']: s['end_s'] - s['begin_s'] for s in said['stages']}
+
+def tiny_site(folder: Path, comfy: Path) -> dict[str, list[str]]: # files of the tiny profile, by what needs them
+    "Tiny checkpoints, and 300 MB beside them, as a repository"
+    made = folder / 'bench/tiny'
+    subprocess.run([comfy / 'env/bin/python', '-m', 'wan_avatar.tiny', made, comfy / 'ComfyUI'], check=True, capture_output=True)
+    (made / 'detection').mkdir()
+    with (made / 'detection/large.onnx').open('wb') as f:
+        for _ in range(300): f.write(os.urandom(10**6))
+    return {'renderer': [w.slot for w in TINY.weights], 'tracker': ['large']}
+
+# %% ../nbs/55_bench.ipynb #44f294a6
+def tiny_lock(site: dict, needs: dict[str, list[str]]) -> str: # JSON
+    "The lock of that repository"
+    names = {w.file: w.slot for w in TINY.weights} | {'large.onnx': 'large'}
+    files = {names[p.name]: LockedFile(**f | {'name': names[p.name], 'folder': p.parts[0], 'file': p.name}) for f in site['files'] if (p := Path(f['path'])).name in names}
+    return dump_lock(replace(load_lock(), profiles={TINY.name: Needs(tuple(needs['renderer']), tuple(needs['tracker']), None, TINY.prompt)}, files=files))
+
+def boot_with_weights(say: Callable[[str], None], rounds: int = 3) -> list[Figure]:
+    "Stages beside each other against one after the other, and a full mount against ComfyUI alone"
+    comfy, spent = Path('.comfy').resolve(), {}
+    def note(what: str, seconds: float) -> None: spent.setdefault(what, []).append(seconds)
+    with tempfile.TemporaryDirectory(dir='runs') as d, bucket_server(Path(d) / 'bucket') as bucket:
+        needs = tiny_site(folder := Path(d).resolve() / 'site', comfy)
+        with hub_site(folder, 5e6) as site:
+            (lock := folder.parent / 'lock.json').write_text(tiny_lock(site, needs))
+            base = bucket.environment() | {'COMFY_DIR': str(comfy), 'PROFILE': TINY.name, 'MODELS_LOCK': str(lock), 'HF_ENDPOINT': site['endpoint'], 'HF_TOKEN': 'hf_secret', 'LOG_LEVEL': 'WARNING'}
+            mount = folder.parent / 'mount'
+            (mount / 'models--bench--tiny/snapshots').mkdir(parents=True)
+            (mount / 'models--bench--tiny/snapshots/c0ffee').symlink_to(folder / 'bench/tiny')
+            for n in range(rounds):
+                say(f'boot: with weights, round {n + 1} of {rounds}')
+                with tempfile.TemporaryDirectory(dir=folder.parent) as w:
+                    fresh = {'WORK_DIR': f'{w}/work', 'MODELS_CACHE': str(mount)}
+                    note('alone', asyncio.run(comfy_boot(ComfyPlace(comfy, Path(w) / 'alone', Path(w) / 'none'))))
+                    note('mounted', timed_boot(base | fresh | {'MODELS_DIR': f'{w}/a', 'WARMUP': '0'})[0])
+                    seconds, stages = timed_boot(base | fresh | {'MODELS_DIR': f'{w}/b', 'MODELS_CACHE': f'{w}/none'})
+                    for name, value in {'whole': seconds, **{k: stages[k] for k in ('weights', 'comfy', 'warm-up', 'warm-up tracker')}}.items(): note(name, value)
+    m = {k: statistics.median(v) for k, v in spent.items()}
+    return boot_figures(m)
+
+# %% ../nbs/55_bench.ipynb #ade3c146
+def boot_figures(m: dict[str, float]) -> list[Figure]: # `m`: median seconds
+    "What the stages say"
+    warm = m['warm-up tracker'] + m['warm-up']
+    least, row = max(m['weights'], m['alone']) + warm, m['weights'] + m['alone'] + warm
+    return [Figure('with weights, of the larger of download and ComfyUI, plus warm-up', round(m['whole'] / least, 3), 'x', 1.1),
+            Figure('with weights, of the same stages one after the other', round(m['whole'] / row, 3), 'x'),
+            Figure('weights in a cached mount, of ComfyUI alone', round(m['mounted'] / m['alone'], 3), 'x', 1.05),
+            *(Figure(f'with weights: {k}', round(v, 2), 's') for k, v in m.items())]
 
 # %% ../nbs/55_bench.ipynb #5711db68
 BENCHES: dict[str, Callable[[Callable[[str], None]], list[Figure]]] = {
-    'job': bench_job, 'media': bench_pictures, 'handler': bench_handler, 'memory': bench_memory, 'boot': bench_boot}
+    'job': bench_job, 'media': bench_pictures, 'handler': bench_handler, 'memory': bench_memory, 'boot': bench_boot, 'fetch': bench_fetch}
 
 def run_bench(
     name: str,

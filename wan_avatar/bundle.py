@@ -63,6 +63,7 @@ def default_embedding(profile: Profile, models_dir: Path) -> Path | None:
     except (FileNotFoundError, EmbeddingDamaged): return None
     return path
 
+# %% ../nbs/53_bundle.ipynb #14371abc
 def build(
     folder: Path, # gets the bundle; what does not belong to it is removed
     profile: Profile,

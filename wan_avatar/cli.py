@@ -20,30 +20,37 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from .bench import BENCHES, run_bench, table
-from .bundle import build, bundle_revision, check, push, relocated
 from .client import Client, EndpointError, Status, fetch_result, upload_file
 from .comfy import tail
-from .config import SettingsError, WeightSettings, load_settings
-from .fetch import Coming, Http, Hub, Mirror, ProgressLines, arrived, changes, fetch_weights, pinned, places_of, sources_of
+from .config import SettingsError, load_settings
 from .files import whole_file
 from .job import JobError, shorten
 from .local import Local, up
 from .media import filmstrip
-from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, needed, plan, plan_table, verified
 from .store import Store
 from .timeline import draw_timeline
-from .workflow import PROFILES, get_profile
+from .workflow import PROFILES
+
+# %% ../nbs/60_cli.ipynb #9106c5c1
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from .bundle import build, bundle_revision, check, push, relocated
+from .config import WeightSettings
+from .fetch import Coming, Http, Hub, Mirror, ProgressLines, arrived, changes, fetch_weights, pinned, places_of, sources_of
+from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, needed, plan, plan_table, verified
+from .workflow import get_profile
 
 # %% ../nbs/60_cli.ipynb #5a0c0000
 from .metrics import Difference, RecordsError

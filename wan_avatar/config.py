@@ -34,6 +34,7 @@ class WeightSettings(BaseModel):
     fetch_connections: Annotated[int, Field(ge=1, le=64, description='connections that fetch weights')] = 16
     hf_token: SecretStr | None = None
 
+# %% ../nbs/01_config.ipynb #115880f1
 class Settings(WeightSettings):
     "What the environment says to a worker"
     minio_endpoint: Annotated[Address, Field(description='S3 server, `host[:port]` or with http(s)://')]

@@ -41,6 +41,8 @@ from .files import whole_file
 from .job import JobError
 from .models import LockedFile, Places, cached, link, misfit, part_path, plan, refuse_unknown, remember, remembered, state_path
 from .store import Store
+
+# %% ../nbs/12_fetch.ipynb #f02a6c30
 from .timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -80,22 +82,17 @@ def read_journal(
     whole = data[:len(data) // _RECORD.size * _RECORD.size] # a kill may cut the last record
     return merged(s for s in _RECORD.iter_unpack(whole) if s[0] < s[1] <= size) if there else []
 
+# %% ../nbs/12_fetch.ipynb #8052a331
 def arrived(part: Path, size: int) -> int: # bytes
     "How much of a file is on disk"
     return sum(e - b for b, e in read_journal(part, size))
 
-# %% ../nbs/12_fetch.ipynb #d161582c
-class Part:
-    "A file while it arrives; the pool's lock guards it"
-    def __init__(self, path: Path, size: int):
-        self.path, self.size = path, size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = read_journal(path, size)
-        self.missing, self.have, self.moving = gaps(have, size), sum(e - b for b, e in have), {}
-        with whole_file(journal_path(path)) as fresh: fresh.write_bytes(b''.join(_RECORD.pack(*s) for s in have)) # as short as it can be
-        self.journal = os.open(journal_path(path), os.O_WRONLY | os.O_APPEND)
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self.file, size)
+# %% ../nbs/12_fetch.ipynb #7304dfb2
+class _Spans:
+    "Which bytes of a file are there, claimed, on their way"
+    size: int
+    missing: list[Span] # nobody has claimed them
+    moving: dict[Any, int] # who brings a claimed span -> the next byte it will bring
 
     def claim(self, most: int) -> Span:
         "Take bytes from the front of what is missing"
@@ -115,6 +112,19 @@ class Part:
     def front(self) -> int: # bytes
         "Up to here everything has arrived"
         return min([s[0] for s in self.missing[:1]] + list(self.moving.values()), default=self.size)
+
+# %% ../nbs/12_fetch.ipynb #d23d1fa8
+class Part(_Spans):
+    "A file while it arrives; the pool's lock guards it"
+    def __init__(self, path: Path, size: int):
+        self.path, self.size = path, size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = read_journal(path, size)
+        self.missing, self.have, self.moving = gaps(have, size), sum(e - b for b, e in have), {}
+        with whole_file(journal_path(path)) as fresh: fresh.write_bytes(b''.join(_RECORD.pack(*s) for s in have)) # as short as it can be
+        self.journal = os.open(journal_path(path), os.O_WRONLY | os.O_APPEND)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self.file, size)
 
     def write(self, at: int, chunks: Sequence[bytes]) -> int: # bytes
         "Bytes first, then the note that they are there; needs no lock"
@@ -302,6 +312,7 @@ class Xet:
                     token_refresh_url=self.data.refresh_route, token_refresh_headers=headers, custom_headers=xet_headers_without_auth(headers))
         return self.group.download_stream(hf_xet.XetFileInfo(self.data.file_hash, self.size), begin, end)
 
+# %% ../nbs/12_fetch.ipynb #e3c3f92e
 def _pump(stream: Callable, begin: int, end: int, chunks: queue.Queue, over: threading.Event) -> None:
     def put(item) -> None:
         while not over.is_set():
@@ -508,6 +519,7 @@ def _locked(f) -> bool:
     except BlockingIOError: return False
     return True
 
+# %% ../nbs/12_fetch.ipynb #a1850bc6
 @dataclass
 class Coming:
     "How far one file is"
@@ -561,6 +573,7 @@ class _Finder:
         self.settling.append(thread := threading.Thread(target=_sync_and_remember, args=(target, sha256), name=f'settle {target.name}'))
         thread.start()
 
+# %% ../nbs/12_fetch.ipynb #eb7f7127
 def _sync_and_remember(target: Path, sha256: str) -> None:
     try:
         with target.open('rb') as f: os.fsync(f.fileno())
@@ -684,6 +697,7 @@ def fetch(
     for thread in fetcher.settling if settle else (): thread.join()
     return files
 
+# %% ../nbs/12_fetch.ipynb #d0990557
 def _until_done(running: list[Future], watch: Callable[[], None], cancelled: Callable[[], bool]) -> None:
     while True:
         done, rest = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)

@@ -125,16 +125,34 @@ class _Answers(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'GET': _Sending(self, stored, begin, end, fault)()
 
-# %% ../nbs/13_hub.ipynb #fa58e0a2
+# %% ../nbs/13_hub.ipynb #52b7f92c
 @dataclass
-class _Sending:
-    "One body on its way"
+class _Body:
+    "Bytes on their way, no faster than allowed, counted"
     handler: _Answers
     stored: Stored
     at: int
     end: int
     fault: Fault | None
 
+    def _until(self, f, stop: int) -> None:
+        "Send up to here, no faster than allowed"
+        speed = self.handler.hub.speed
+        while self.at < stop and not self.handler.hub.closing.is_set():
+            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 200), 1 << 10))
+            try: self._count(os.sendfile(self.handler.connection.fileno(), f.fileno(), self.at, step))
+            except OSError: # the reader is gone
+                self.handler.close_connection = True
+                return
+            if speed: self.handler.hub.closing.wait(step / speed)
+
+    def _count(self, n: int) -> None:
+        self.at += n
+        with self.handler.hub.lock: self.handler.hub.sent += n
+
+# %% ../nbs/13_hub.ipynb #158f810e
+class _Sending(_Body):
+    "One body, with what goes wrong"
     def __call__(self) -> None:
         hub, fault = self.handler.hub, self.fault
         stop = self.end if fault is None else min(self.end, self.at + fault.after)
@@ -153,26 +171,11 @@ class _Sending:
                 self.handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 self.handler.connection.close()
 
-    def _until(self, f, stop: int) -> None:
-        "Send up to here, no faster than allowed"
-        speed = self.handler.hub.speed
-        while self.at < stop and not self.handler.hub.closing.is_set():
-            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 200), 1 << 10))
-            try: self._count(os.sendfile(self.handler.connection.fileno(), f.fileno(), self.at, step))
-            except OSError: # the reader is gone
-                self.handler.close_connection = True
-                return
-            if speed: self.handler.hub.closing.wait(step / speed)
-
-    def _count(self, n: int) -> None:
-        self.at += n
-        with self.handler.hub.lock: self.handler.hub.sent += n
-
 # %% ../nbs/13_hub.ipynb #82fb7073
 _FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
 
-class _Reading(_Answers):
-    "The hub's reading side"
+class _Gate(_Answers):
+    "Who may read"
     role = 'hub'
     def may_read(self, repo: str) -> Repository | None: # None: it was refused
         held, token = self.hub.repos.get(repo), self.headers.get('Authorization', '').removeprefix('Bearer ')
@@ -181,6 +184,9 @@ class _Reading(_Answers):
         if held.gated and not token: return self.reply(401, {'error': f'Access to model {repo} is restricted'}, {'X-Error-Code': 'GatedRepo'})
         return held
 
+# %% ../nbs/13_hub.ipynb #d4818240
+class _Reading(_Gate):
+    "The hub's reading side"
     def do_HEAD(self) -> None: self.do_GET()
 
     def do_GET(self) -> None:
@@ -207,22 +213,10 @@ class _Reading(_Answers):
                     **({} if s.small else {'lfs': {'oid': s.sha256, 'size': s.bytes, 'pointerSize': 130}})} for p, s in sorted(held.files.items())]
         self.reply(200, entries if what == 'tree' else {'id': repo, 'sha': held.commit, 'private': held.private, 'siblings': [{'rfilename': p} for p in held.files]})
 
-# %% ../nbs/13_hub.ipynb #20831d65
-class _Writing(_Reading):
-    "The hub's writing side"
+# %% ../nbs/13_hub.ipynb #e5598eec
+class _Objects(_Reading):
+    "What an upload does"
     def body(self) -> bytes: return self.rfile.read(int(self.headers.get('Content-Length', 0)))
-
-    def do_POST(self) -> None:
-        self.note()
-        path, body = unquote(urlsplit(self.path).path), self.body()
-        if self.headers.get('Authorization') != f'Bearer {self.hub.token}': return self.reply(401, {'error': 'Invalid credentials in Authorization header'})
-        if path == '/api/repos/create': return self.create(json.loads(body))
-        if path == '/api/validate-yaml': return self.reply(200, {'errors': [], 'warnings': []})
-        if m := re.fullmatch(r'/api/models/([^/]+/[^/]+)/preupload/.+', path): return self.reply(200, {'files': [
-            {'path': f['path'], 'uploadMode': 'lfs' if f['size'] > 1000 or not f['path'].endswith(('.json', '.md')) else 'regular', 'shouldIgnore': False, 'oid': None} for f in json.loads(body)['files']]})
-        if m := re.fullmatch(r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', path): return self.reply(200, {'transfer': 'basic', 'objects': [self.wanted(o) for o in json.loads(body)['objects']]}, {'Content-Type': 'application/vnd.git-lfs+json'})
-        if m := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/.+', path): return self.commit(m[1], [json.loads(line) for line in body.splitlines()])
-        self.reply(200 if path == '/lfs/verify' else 404, {})
 
     def create(self, said: dict) -> None:
         repo = f'{said["organization"]}/{said["name"]}' if said.get('organization') else f'tester/{said["name"]}'
@@ -253,6 +247,21 @@ class _Writing(_Reading):
             if kind == 'deletedFile': self.hub.repos[repo].files.pop(value['path'], None)
         commit = self.hub.commit(repo, files)
         self.reply(200, {'success': True, 'commitOid': commit, 'commitUrl': f'{self.hub.endpoint}/{repo}/commit/{commit}', 'hookOutput': ''})
+
+# %% ../nbs/13_hub.ipynb #50019c26
+class _Writing(_Objects):
+    "The hub's writing side"
+    def do_POST(self) -> None:
+        self.note()
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        if self.headers.get('Authorization') != f'Bearer {self.hub.token}': return self.reply(401, {'error': 'Invalid credentials in Authorization header'})
+        if path == '/api/repos/create': return self.create(json.loads(body))
+        if path == '/api/validate-yaml': return self.reply(200, {'errors': [], 'warnings': []})
+        if m := re.fullmatch(r'/api/models/([^/]+/[^/]+)/preupload/.+', path): return self.reply(200, {'files': [
+            {'path': f['path'], 'uploadMode': 'lfs' if f['size'] > 1000 or not f['path'].endswith(('.json', '.md')) else 'regular', 'shouldIgnore': False, 'oid': None} for f in json.loads(body)['files']]})
+        if m := re.fullmatch(r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', path): return self.reply(200, {'transfer': 'basic', 'objects': [self.wanted(o) for o in json.loads(body)['objects']]}, {'Content-Type': 'application/vnd.git-lfs+json'})
+        if m := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/.+', path): return self.commit(m[1], [json.loads(line) for line in body.splitlines()])
+        self.reply(200 if path == '/lfs/verify' else 404, {})
 
 # %% ../nbs/13_hub.ipynb #7464496e
 class _Storage(_Answers):
@@ -297,6 +306,7 @@ class ModelHub(Shelf):
         "An address at storage; it is good until the signature is changed"
         return f'{self.storage}/blobs/{stored.sha256}?sig={self.signature}'
 
+# %% ../nbs/13_hub.ipynb #2deefba5
 @contextmanager
 def model_hub(folder: Path, **options: Any) -> Iterator[ModelHub]: # `options` of ModelHub
     "A hub for the length of a block"

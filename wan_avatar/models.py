@@ -263,6 +263,7 @@ class Step:
         "What still has to come over the network"
         return (self.file.bytes or 0) - self.arrived if self.where in ('mirror', 'hub') else 0
 
+# %% ../nbs/10_models.ipynb #321031c1
 def verified(
     file: LockedFile,
     places: Places,
