@@ -10,6 +10,12 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
            'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'make_avatar', 'deadline', 'seed_of']
 
+# %% ../nbs/40_avatar.ipynb #b0075700
+import itertools
+import time
+from collections.abc import Iterator
+import psutil
+
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
 import errno
@@ -41,12 +47,6 @@ from .track import TrackDamaged, parse_track, track_key
 from .workflow import Graph, Profile, bind, check_weights, get_profile, load_graph, profile_graph, slots
 
 log = logging.getLogger(__name__)
-
-# %% ../nbs/40_avatar.ipynb #b0075700
-import itertools
-import time
-from collections.abc import Iterator
-import psutil
 
 # %% ../nbs/40_avatar.ipynb #9c64a8bf
 async def in_thread(
