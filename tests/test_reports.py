@@ -17,7 +17,7 @@ from wan_avatar.reports import Phase, ReportError, read_phases, report_parameter
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
 
-def report(folder, *args, timeout=240) -> subprocess.CompletedProcess:
+def report(folder, *args, timeout=400) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / '.venv/bin/wan-avatar', 'report', *map(str, args)], cwd=folder, env=ENV, capture_output=True, text=True, timeout=timeout)
 
 @pytest.fixture(scope='module')

@@ -10,19 +10,23 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
            'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
 
+# %% ../nbs/40_avatar.ipynb #b0075700
+import itertools
+import time
+from collections.abc import Iterator
+import psutil
+
 # %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
 import errno
 import hashlib
-import itertools
 import logging
 import os
 import shutil
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +34,6 @@ from typing import Any
 
 # %% ../nbs/40_avatar.ipynb #a4a8ec0d
 import numpy as np
-import psutil
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings

@@ -108,6 +108,7 @@ def mean_of(starts: Sequence[list[Part]]) -> list[Part]: # same parts, mean seco
     order.sort(key=lambda k: [*COLOURS].index(k[0])) # stable: files keep their order
     return [Part(name, kind, sum(p.seconds for s in starts for p in s if (p.kind, p.name) == (kind, name)) / len(starts)) for kind, name in order]
 
+# %% ../nbs/58_charts.ipynb #4d4ad1e2
 def draw_cold_starts(records: Iterable[JobRecord], path: Path | str) -> Path: # `path`
     "Cold starts by phase, stacked"
     phases: dict[str, list[list[Part]]] = {}

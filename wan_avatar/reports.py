@@ -180,6 +180,7 @@ def empty(folders: Iterable[Path]) -> None:
     "What a new worker's disk looks like"
     for folder in folders: shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/59_reports.ipynb #fd520df8
 def measure_phase(
     client: Client, store: Store,
     job: dict, # `Job` fields

@@ -60,7 +60,7 @@ def _described(video: av.VideoStream, times: list[tuple[float, float]], audio_s:
     return Decoded(video.width, video.height, fps, len(times), even, end, None if audio_s is None else audio_s - first)
 
 # %% ../nbs/57_smoke.ipynb #7d5b5d08
-LEAST_CHANGE = 16 # levels of 255; encoding a copy again changes less, a new person more
+LEAST_CHANGE = 16 # levels of 255; measured: a copy 3, a copy encoded badly (crf 40) 11, a draft avatar 200
 
 def change(
     driving: Path,
@@ -214,6 +214,7 @@ class _Run:
             for job_id in list(self.open): self.client.cancel(job_id)
         except EndpointError: pass # it is gone, or does not know the job any more
 
+# %% ../nbs/57_smoke.ipynb #315e1f1a
 def run_smoke(
     client: Client, store: Store,
     job: dict, # `Job` fields; `presign` is added
