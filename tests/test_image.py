@@ -207,11 +207,6 @@ def blocks() -> list[str]:
     cells = json.loads((ROOT / 'nbs/guide_deploy.ipynb').read_text())['cells']
     return [b for c in cells if c['cell_type'] == 'markdown' for b in re.findall(r'^```sh\n(.*?)^```', ''.join(c['source']), re.M | re.S)]
 
-def is_there(block: str) -> bool:
-    "The smoke gate comes with another change; a guide without any other of its commands fails here"
-    if 'wan-avatar smoke' not in block: return True
-    return CliRunner().invoke(app, ['smoke', '--help']).exit_code == 0
-
 @pytest.fixture
 def checkout(tmp_path, samples):
     "A committed copy of this repository's sources, and the stand-in for docker"
@@ -236,7 +231,7 @@ def test_every_command_of_the_guide(tree, checkout, tmp_path):
     """In its order and in one shell, as it stands there. Stand-ins: RunPod's control plane, and an executable called docker that only
     writes down how it was called. Real: the shell, git, `wan-avatar`, the local endpoint under the id that `apply` printed, and the
     image's worker with its ComfyUI, which writes nothing where the image's user may not write"""
-    script = 'set -eu\n' + ''.join(f'echo "## block {n}" >&2\n{b}' for n, b in enumerate(blocks()) if is_there(b)) + 'echo "$TAG $ENDPOINT"\n'
+    script = 'set -eu\n' + ''.join(f'echo "## block {n}" >&2\n{b}' for n, b in enumerate(blocks())) + 'echo "$TAG $ENDPOINT"\n'
     before, home = snapshot(tree.root / 'opt'), tree.root / 'var/lib/wan-avatar'
     command = ['env', '-u', 'PYTHONPATH', *(f'{k}={v}' for k, v in tree.env.items() if not k.startswith('PIP')), str(tree.root / 'opt/worker/bin/python'), '-m', 'wan_avatar.worker']
     with control_plane() as plane, up(tmp_path / 'local', command, {'PROFILE': 'draft'}, endpoint_id='ep0001') as local:
@@ -266,8 +261,6 @@ def check_versions(worker: dict, built: dict[str, str]) -> None:
 def test_commands_in_the_prose_exist():
     "Inline code that begins with wan-avatar names a command of ours"
     text = (ROOT / 'nbs/guide_deploy.ipynb').read_text() + (ROOT / 'endpoint.toml').read_text()
-    later = {'smoke', 'bundle'} # come with other changes
     for words in sorted({tuple(found.split()) for found in re.findall(r'`wan-avatar ((?:[a-z]+ ?){1,2})', text)}):
-        if words[0] in later: continue
         done = CliRunner().invoke(app, [*words[:2 if words[0] in ('image', 'endpoint') else 1], '--help'])
         assert done.exit_code == 0, (words, done.output)

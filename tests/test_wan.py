@@ -197,9 +197,9 @@ def test_mask_rows(wan, window, later, wrong, right):
 # the close-up of the face
 
 def test_face_branch(wan):
-    answer = wan.run('face', **BRIEF, profile='tiny-face', seed=1)
-    assert 'error' not in answer and rendered(wan, 'face') == [(0, 5)]
-    without = wan.run('no-face', **BRIEF, profile='wan22-animate-tiny', seed=1)
+    answer = wan.run('close-up', **BRIEF, profile='tiny-face', seed=1)
+    assert 'error' not in answer and rendered(wan, 'close-up') == [(0, 5)]
+    without = wan.run('no-close-up', **BRIEF, profile='wan22-animate-tiny', seed=1)
     assert answer['sha256'] != without['sha256'], 'the close-up changes the picture'
 
 # memory

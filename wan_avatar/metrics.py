@@ -25,6 +25,7 @@ import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from .client import Client, Status
+from .endpoint import API, POOLS, PRICED
 from .files import whole_file
 from .job import manifest_key
 from .store import Store
@@ -220,12 +221,8 @@ class Price:
     gpus: tuple[str, ...] # as RunPod names them
     usd_per_s: float # flex workers
 
-PRICES_DATE, PRICES_SOURCE = '2026-08-20', 'docs.runpod.io, serverless pricing, flex workers'
-PRICES = (Price('ADA_80_PRO', ('NVIDIA H100 80GB HBM3', 'NVIDIA H100 PCIe', 'NVIDIA H100 NVL'), 0.00116),
-          Price('AMPERE_80', ('NVIDIA A100 80GB PCIe', 'NVIDIA A100-SXM4-80GB'), 0.00076),
-          Price('ADA_48_PRO', ('NVIDIA L40', 'NVIDIA L40S', 'NVIDIA RTX 6000 Ada Generation'), 0.00053),
-          Price('AMPERE_48', ('NVIDIA RTX A6000', 'NVIDIA A40'), 0.00034),
-          Price('HOPPER_141', ('NVIDIA H200',), 0.00155))
+PRICES_DATE, PRICES_SOURCE = PRICED, 'docs.runpod.io, serverless pricing, flex workers'
+PRICES = tuple(Price(name, pool.types, pool.dollars_per_s) for name, pool in POOLS.items())
 
 class PricesError(ValueError):
     "A price table that can not be used"
@@ -393,7 +390,7 @@ def health_figures(
 def billing_figures(
     endpoint_id: str, api_key: str,
     hours: int = 24,
-    base: str = 'https://api.runpod.io'
+    base: str = API
 ) -> list[Sourced]: # empty when nothing was billed
     "What RunPod charged in the last hours, by hour"
     source = '/v2/billing/serverless'

@@ -160,7 +160,7 @@ WAN = Profile('wan22-animate', graph='wan22-animate', tracker='wholebody-sam2', 
 
 # %% ../nbs/30_workflow.ipynb #c0a868c6
 TINY = replace(WAN, name='wan22-animate-tiny', tracker='mediapipe', other_trackers=('wholebody-sam2',), length=9, face=False, encoder_sha256='tiny', prompt='a person',
-               weights=tuple(replace(w, file=f'tiny-{w.slot}.safetensors', bytes=None) for w in WAN.weights), values={**WAN.values, 'width': 64, 'height': 48, 'steps': 2})
+               weights=tuple(replace(w, file=f'tiny-{w.slot}.safetensors', bytes=None) for w in WAN.weights), encoder=replace(ENCODER, bytes=None), values={**WAN.values, 'width': 64, 'height': 48, 'steps': 2})
 
 PROFILES = {p.name: p for p in [
     # the window says how much is rendered at once; the draft carries nothing over from the window before, but keeps production's plan
