@@ -12,6 +12,7 @@ __all__ = ['log', 'Span', 'Open', 'BATCH', 'BATCH_S', 'PIECE', 'TRIES', 'merged'
 # %% ../nbs/12_fetch.ipynb #847a47dc
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -40,9 +41,9 @@ from .config import WeightSettings
 from .files import whole_file
 from .job import JobError
 from .models import LockedFile, Places, cached, link, misfit, part_path, plan, refuse_unknown, remember, remembered, state_path
-from .store import Store
 
-# %% ../nbs/12_fetch.ipynb #f02a6c30
+# %% ../nbs/12_fetch.ipynb #b708500c
+from .store import Store
 from .timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,10 @@ class Part(_Spans):
     def close(self) -> None:
         for descriptor in (self.file, self.journal): os.close(descriptor)
 
-    def drop(self) -> None:
+    @staticmethod
+    def drop(path: Path) -> None:
         "Forget what has arrived"
-        for path in (journal_path(self.path), self.path): path.unlink(missing_ok=True)
+        for gone in (journal_path(path), path): gone.unlink(missing_ok=True)
 
 # %% ../nbs/12_fetch.ipynb #02db5d4e
 class Passing(Exception):
@@ -594,9 +596,11 @@ class _Downloader(_Finder):
         if digest == file.sha256:
             os.replace(part.path, target)
             self._settle(target, file.sha256, written=True)
-        part.drop()
+            for old in state_path(target, 'verified').parent.glob(f'{glob.escape(target.name)}.*.part'): Part.drop(old) # of versions the lock no longer names
+        Part.drop(part.path)
         return digest
 
+# %% ../nbs/12_fetch.ipynb #4bb9f936
 def hash_behind(pool: Pool, arrival: Arrival) -> str: # hex
     "SHA-256 of a file while it arrives: the hash follows the front, and is there soon after the last byte"
     part, digest, at, buffer = arrival.part, hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
