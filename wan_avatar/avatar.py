@@ -210,11 +210,11 @@ async def fetch_inputs(job: Job, studio: Studio, folder: Path, timeline: Timelin
     return Inputs(folder, reference, clip, digest)
 
 # %% ../nbs/40_avatar.ipynb #66ec10d2
-async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, work_dir: Path, progress: Callable, restarts: Restarts) -> Path:
-    "Track a picture or a video in ComfyUI; JobError `no_person` when there is nobody to replace"
+async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, work_dir: Path, progress: Callable, restarts: Restarts, others: bool = True) -> Path:
+    "Track a picture or a video in ComfyUI, the renderer's models staying loaded unless `others` says they are not there yet; JobError `no_person` when there is nobody to replace"
     target = source.with_suffix('.track')
     graph = bind(track_graph(profile), {'source': relative(source, work_dir), 'kind': kind, 'track': relative(target, work_dir)})
-    await run(comfy, graph | loaders(profile), lambda p: progress(p.value, p.maximum), restarts)
+    await run(comfy, graph | (loaders(profile) if others else {}), lambda p: progress(p.value, p.maximum), restarts)
     return target
 
 def relative(path: Path, work_dir: Path) -> str:

@@ -139,7 +139,7 @@ async def warm_up_tracker(studio: Studio, profile: Profile) -> None:
     "Load the models of the tracker; that it finds nobody is as it should be"
     async with work_folder(studio.settings.work_dir) as folder:
         Image.new('RGB', (640, 360)).save(folder / 'empty.png')
-        try: await track_file(studio.comfy, folder / 'empty.png', 'image', profile, studio.settings.work_dir, lambda *a: None, Restarts(0))
+        try: await track_file(studio.comfy, folder / 'empty.png', 'image', profile, studio.settings.work_dir, lambda *a: None, Restarts(0), others=False)
         except JobError as e:
             if e.code != 'no_person': raise
 
