@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
-           'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'sha256_of',
-           'take_image', 'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
-           'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
+           'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'take_image',
+           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
+           'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
            'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
 
@@ -38,7 +38,7 @@ from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
 from .fetch import fetch_weights
-from .files import whole_file
+from .files import sha256_of, whole_file
 from .job import Job, JobError, Result, manifest_key, output_key
 from .media import SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
 from .models import load_lock
@@ -126,7 +126,7 @@ def sweep(
     alive: Callable[[int], bool] = psutil.pid_exists
 ) -> list[str]: # names of what was removed
     "Remove folders of workers that were killed in mid-job; called before this process has any of its own"
-    left = [f for f in (work_dir / 'jobs').glob('*-*') if f.name.split('-')[0] == str(os.getpid()) or not alive(int(f.name.split('-')[0]))]
+    left = [f for f in (work_dir / 'jobs').glob('*-*') if (pid := f.name.split('-')[0]).isdigit() and (int(pid) == os.getpid() or not alive(int(pid)))]
     for folder in left: shutil.rmtree(folder, ignore_errors=True)
     return [f.name for f in left]
 
@@ -165,10 +165,6 @@ class Inputs:
     sha256: str # of the driving video's own bytes
 
 MAX_VIDEO_BYTES, MAX_IMAGE_BYTES, MAX_TRACK_BYTES = 2 * 10**9, 20 * 10**6, 200 * 10**6
-
-def sha256_of(path: Path) -> str:
-    "SHA-256 of a file, hex"
-    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/40_avatar.ipynb #989bb08a
 def take_image(job: Job, studio: Studio, folder: Path, cancelled: Callable[[], bool]) -> Path:

@@ -34,11 +34,10 @@ import av
 import numpy as np
 import psutil
 from PIL import Image
-from .avatar import sha256_of
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import Comfy, ComfyPlace, ComfyProcess, run, running_comfy
 from .config import load_settings
-from .files import whole_file
+from .files import sha256_of, whole_file
 from .job import manifest_key
 from .local import Local, bucket_server, up
 from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames

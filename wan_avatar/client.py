@@ -6,13 +6,13 @@
 __all__ = ['FINAL', 'Status', 'read_status', 'EndpointError', 'Client', 'upload_file', 'fetch_result']
 
 # %% ../nbs/51_client.ipynb #eddd1925
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import httpx
+from .files import sha256_of
 from .job import manifest_key
 from .store import Store
 
@@ -101,8 +101,7 @@ def upload_file(
     store: Store
 ) -> str: # its key
     "Put a local file where a job can name it"
-    with path.open('rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    key = f'uploads/{digest}{path.suffix.lower()}'
+    key = f'uploads/{sha256_of(path)}{path.suffix.lower()}'
     if store.stat(key) is None: store.upload(path, key, 'application/octet-stream')
     return key
 

@@ -20,7 +20,7 @@ import av
 import httpx
 import numpy as np
 from .client import Client, EndpointError, Status, fetch_result
-from .files import whole_file
+from .files import sha256_of, whole_file
 from .job import JobError, output_key, parse_job
 from .media import FPS, SIZE, filmstrip, pictures_at
 from .metrics import JobRecord, measured_job, summarise, write_records
@@ -173,7 +173,7 @@ def _judged(status: Status, job: dict, prefix: str, driving: Path, wanted: Decod
     except JobError as e: return Delivery(job, prefix, status, wanted, video=Decoded(trouble=str(e)), link=link)
     found = decode(video)
     moved = change(driving, video, found.end_s) if found.trouble is None else 0.0
-    with video.open('rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = sha256_of(video)
     if manifest is not None: _keep(folder, manifest, driving, video, found)
     return Delivery(job, prefix, status, wanted, manifest, found, video.stat().st_size, digest, moved, link, until_refused(url, 3 * PRESIGN_S) if url else 0)
 
