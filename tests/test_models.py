@@ -56,10 +56,28 @@ def test_each_fault_alone(hub, site, fault):
 
 def test_all_faults_at_once(hub, site):
     files = [hub.put('org/w', f'{n}.safetensors', some_bytes(400_000 + n, n)) for n in range(6)]
-    dice = random.Random(1)
-    hub.faults = iter([replace(dice.choice(FAULTS), after=dice.randrange(300_000)) for _ in range(40)])
-    site.fetch(*files)
+    dice = random.Random(5)
+    faults = [replace(dice.choice(FAULTS), after=dice.randrange(300_000)) for _ in range(40)]
+    assert sum(f.kind == 'corrupt' for f in faults) < fetching.TRIES and sum(f.kind == 'status' and f.status == 403 for f in faults) <= fetching.REFUSALS, 'else one file may rightly be given up'
+    hub.faults = iter(faults)
+    site.fetch(*files, patience_s=60)
     assert [hub.blob(f.sha256).read_bytes() == site.path(f).read_bytes() for f in files] == [True] * 6
+
+def test_addresses_that_expire_on_the_way(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, 'PIECE', (20_000, 20_000))
+    file = hub.put('org/w', 'a.safetensors', some_bytes(1_500_000))
+    def expire():
+        for n in range(10**6):
+            if n % 10 == 9: hub.signature = f'{n}' # 7 times, under the hands of 16 connections
+            yield None
+    hub.faults = expire()
+    (came,) = Site(hub, tmp_path / 'models', connections=16).fetch(file, patience_s=60)
+    assert came.fetched == file.bytes and sum(r.method == 'HEAD' for r in hub.requests) >= 7
+
+def test_addresses_that_are_never_good(hub, site):
+    file = hub.put('org/w', 'a.safetensors', some_bytes(600_000))
+    hub.faults = (Fault('status', status=403) for _ in range(10**6))
+    with pytest.raises(JobError, match='HTTP 403 from storage, from 5 addresses in a row; run it again'): site.fetch(file, patience_s=60)
 
 def test_no_files_but_whole_ones_under_their_names(hub, site):
     file = hub.put('org/w', 'a.safetensors', some_bytes(600_000))

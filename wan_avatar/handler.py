@@ -31,13 +31,12 @@ async def progress_feed(
     fresh, closed = asyncio.Event(), asyncio.Event()
 
     async def pump() -> None:
-        while True:
+        while newest or not closed.is_set(): # also what was reported while an earlier update was on its way
             await fresh.wait()
             fresh.clear()
             update = dict(newest)
             newest.clear()
-            if update: await _send_one(send, event, update, drain_s) # also the last one, when the job is over already
-            if closed.is_set(): return
+            if update: await _send_one(send, event, update, drain_s)
             try: await asyncio.wait_for(closed.wait(), interval_s)
             except TimeoutError: pass
 
