@@ -1,5 +1,6 @@
 # Everything a newcomer runs; `make help` lists it
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 
 help: ## these lines
@@ -11,9 +12,9 @@ setup: ## environments, ComfyUI and sample pictures; goes on where it was interr
 demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your own
 	@$(BIN)/wan-avatar demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIDEO),--driving "$(VIDEO)")
 
-test: setup ## everything CI runs
+test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests/test_job.py -x" for a part
 	@$(BIN)/ruff check wan_avatar tests nbs/tools
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lab: setup ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir nbs

@@ -15,6 +15,13 @@ from wan_avatar.worker import Background, boot
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
+def pytest_collection_modifyitems(items) -> None:
+    "What runs in one process when `make test` uses several: a file, since its fixtures boot things; all that share `service`; each notebook by itself"
+    for item in items:
+        notebook = getattr(item, 'callspec', None) and item.callspec.params.get('nb')
+        group = 'service' if 'service' in item.fixturenames else notebook.stem if notebook else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 @pytest.fixture(scope='session')
 def samples() -> Path:
     assert (SAMPLES / 'pexels.mp4').exists(), 'run make setup first'

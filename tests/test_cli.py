@@ -27,7 +27,8 @@ def place(samples, tmp_path_factory):
     folder = tmp_path_factory.mktemp('cli')
     cut(samples / 'pexels.mp4', 30, folder)
     (folder / 'ana.png').write_bytes((samples / 'astronaut.png').read_bytes())
-    with (folder / 'up.log').open('wb') as log: child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log)
+    def heed() -> None: signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background jobs ignore Ctrl-C, and these tests may be one
+    with (folder / 'up.log').open('wb') as log: child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log, preexec_fn=heed)
     until = time.monotonic() + 60
     while not (folder / 'runs/local/up.json').exists():
         assert child.poll() is None and time.monotonic() < until, (folder / 'up.log').read_text()
