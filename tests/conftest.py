@@ -15,6 +15,7 @@ from wan_avatar.worker import Background, boot
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
+@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
     "What runs in one process when `make test` uses several: a file, since its fixtures boot things; all that share `service`; each notebook by itself"
     for item in items:

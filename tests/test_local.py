@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import socket
 import threading
 import time
 from collections import deque
@@ -432,6 +433,17 @@ def test_bucket_keeps_data_and_ports_over_an_outage(tmp_path):
         assert (tmp_path / 'again.txt').read_text() == 'kept'
         assert (tmp_path / 'b/s3.json').stat().st_mode & 0o777 == 0o600
     assert not psutil.pid_exists(bucket.pid)
+
+def test_a_port_that_is_taken_before_the_bucket_listens(tmp_path):
+    bucket = Bucket(tmp_path)
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', bucket.ports[0]))
+        other.listen()
+        taken = bucket.ports
+        try:
+            bucket.start()
+            assert bucket.ports != taken and str(bucket.ports[3]) in bucket.environment()['MINIO_ENDPOINT']
+        finally: bucket.stop()
 
 def test_a_bucket_that_cannot_start_says_why(tmp_path):
     bucket = Bucket(tmp_path)

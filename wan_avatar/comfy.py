@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -81,11 +82,12 @@ def die_with_parent() -> None:
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 def free_port() -> int:
-    "A loopback port nobody listens on now; below 55535, because some servers add 10000 for a second one"
+    "A loopback port nobody listens on now; it and the 10000 some servers add for a second one stay below those the kernel gives to connections (32768 and up), which may take one before a slow server does"
     while True:
         with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            if (port := s.getsockname()[1]) < 55535: return port
+            try: s.bind(('127.0.0.1', port := 10000 + secrets.randbelow(12768)))
+            except OSError: continue
+            return port
 
 def tail(
     path: Path, # a log

@@ -360,7 +360,7 @@ class Bucket:
         self.folder, self.bucket, self.start_seconds = Path(folder).resolve(), bucket, start_seconds
         (self.folder / 'data').mkdir(parents=True, exist_ok=True)
         self.access_key, self.secret_key = _keys(self.folder / 's3.json')
-        self.log_path, self.ports, self.child = self.folder / 'weed.log', _ports(5), None
+        self.log_path, self.ports, self.child, self.served = self.folder / 'weed.log', _ports(5), None, False
 
     @property
     def endpoint(self) -> str: return f'http://127.0.0.1:{self.ports[3]}'
@@ -375,8 +375,15 @@ class Bucket:
 
     def start(self) -> None:
         "Start and wait until objects can be written; JobError `storage_failed` with the end of its log"
-        _launch_weed(self)
-        _await_weed(self)
+        for left in reversed(range(5)):
+            _launch_weed(self)
+            try: _await_weed(self)
+            except JobError as e:
+                if self.served or not left or 'Port allocation failed' not in e.message: raise
+                self.ports = _ports(5) # somebody was faster, and nobody knows these yet
+            else:
+                self.served = True
+                return
 
     def stop(self) -> None:
         "SIGTERM, then SIGKILL after 3 s: SeaweedFS may take half a minute over its farewell"
