@@ -14,7 +14,7 @@ demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your 
 
 test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests/test_job.py -x" for a part
 	@$(BIN)/ruff check wan_avatar tests nbs/tools
-	@$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: setup ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir nbs

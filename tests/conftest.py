@@ -15,13 +15,11 @@ from wan_avatar.worker import Background, boot
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
-@pytest.hookimpl(tryfirst=True) # before xdist reads the groups
+LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store']
+
 def pytest_collection_modifyitems(items) -> None:
-    "What runs in one process when `make test` uses several: a file, since its fixtures boot things; all that share `service`; each notebook by itself"
-    for item in items:
-        notebook = getattr(item, 'callspec', None) and item.callspec.params.get('nb')
-        group = 'service' if 'service' in item.fixturenames else notebook.stem if notebook else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    "Files that take longest come first, so that the processes of `make test` end together"
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 @pytest.fixture(scope='session')
 def samples() -> Path:
@@ -80,8 +78,8 @@ def service(bucket, samples, tmp_path_factory):
     "One service for all tests that do not break its settings; inputs are in its bucket"
     made = Service(bucket, tmp_path_factory.mktemp('work'))
     for name in ('astronaut.png', 'pexels.mp4', 'single_face.mp4', 'no_face.mp4'): made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-    cut(samples / 'pexels.mp4', 120, folder := tmp_path_factory.mktemp('cut'))
-    made.store.upload(folder / 'cut.mp4', 'in/five.mp4', 'video/mp4') # two windows
+    cut(samples / 'pexels.mp4', 96, folder := tmp_path_factory.mktemp('cut'))
+    made.store.upload(folder / 'cut.mp4', 'in/four.mp4', 'video/mp4') # seconds: two windows
     face = next(read_frames(samples / 'single_face.mp4', start=10))
     Image.fromarray(face).save(folder / 'face.png')
     made.store.upload(folder / 'face.png', 'in/face.png', 'image/png')

@@ -50,12 +50,6 @@ def test_from_submit_to_fetch(place):
         fetched = json.loads(run(folder, 'fetch', what, '--json').stdout)
         assert (folder / fetched['video']).stat().st_size == said['output']['bytes'] and fetched['manifest']['sha256'] == said['output']['sha256']
 
-def test_detach_then_cancel(place):
-    folder, _ = place
-    job = json.loads(run(folder, 'submit', '--image', 'ana.png', '--driving', 'cut.mp4', '--detach', '--json').stdout)['id']
-    assert json.loads(run(folder, 'cancel', job, '--json').stdout) == {'id': job, 'status': 'CANCELLED'}
-    assert run(folder, 'status', job).returncode == 1
-
 @pytest.mark.parametrize('args, code, words', [
     (['submit', '--image', 'people/nobody.png', '--driving', 'cut.mp4'], 1, 'input_missing'), (['submit', '--image', '../ana', '--driving', 'cut.mp4'], 1, 'bad_input'),
     (['submit'], 2, '--image'), (['status', 'no-such-job'], 3, '404'), (['fetch', 'avatars/none.mp4'], 1, 'input_missing'),
@@ -63,6 +57,12 @@ def test_detach_then_cancel(place):
 def test_exit_codes(place, args, code, words):
     done = run(place[0], *args)
     assert done.returncode == code and words in done.stdout + done.stderr and 'Traceback' not in done.stderr, done
+
+def test_detach_then_cancel(place):
+    folder, _ = place
+    job = json.loads(run(folder, 'submit', '--image', 'ana.png', '--driving', 'cut.mp4', '--detach', '--json').stdout)['id']
+    assert json.loads(run(folder, 'cancel', job, '--json').stdout) == {'id': job, 'status': 'CANCELLED'}
+    assert run(folder, 'status', job).returncode == 1
 
 def test_ctrl_c_leaves_nothing(place):
     folder, child = place

@@ -21,10 +21,12 @@ def local(samples, tmp_path_factory):
     with up(folder, worker_env=env) as started:
         store = Store(load_settings(started.bucket.environment()))
         store.upload(samples / 'astronaut.png', 'in/ana portrait.png', 'image/png')
-        store.upload(cut(samples / 'pexels.mp4', 120, folder), 'in/five.mp4', 'video/mp4')
+        store.upload(cut(samples / 'pexels.mp4', 96, folder), 'in/four.mp4', 'video/mp4')
+        store.upload(cut(samples / 'pexels.mp4', 12, folder), 'in/half.mp4', 'video/mp4')
         yield started, store, Client(f'{started.endpoint.url}/{started.endpoint.endpoint_id}', started.endpoint.api_key)
 
-JOB = {'input_image_minio_path': 'in/ana portrait.png', 'driving_video_path': 'in/five.mp4'}
+JOB = {'input_image_minio_path': 'in/ana portrait.png', 'driving_video_path': 'in/four.mp4'}
+BRIEF = JOB | {'driving_video_path': 'in/half.mp4'}
 
 def worker_processes() -> list[psutil.Process]:
     "The endpoint's worker, and everything under it"
@@ -40,13 +42,13 @@ def test_run_to_mp4_with_the_sdk_client(local, tmp_path):
     assert output['minio_key'] == f'avatars/u1/host/{request.job_id}.mp4'
     video, manifest = fetch_result(output, tmp_path, store)
     figures = check_mp4(video, output['frames'], has_audio=True)
-    assert (figures.width, figures.height, figures.frames, manifest['sha256']) == (1280, 720, 120, output['sha256'])
+    assert (figures.width, figures.height, figures.frames, manifest['sha256']) == (1280, 720, 96, output['sha256'])
     status = client.status(request.job_id)
     assert status.state == 'COMPLETED' and status.delay_s > 1 and status.execution_s > 1, 'a cold start is part of delayTime'
 
 def test_handler_process_never_imports_torch(local):
     client = local[2]
-    assert list(client.follow(client.submit(JOB).id))[-1].state == 'COMPLETED'
+    assert list(client.follow(client.submit(BRIEF).id))[-1].state == 'COMPLETED'
     assert not [m.path for m in worker_processes()[0].memory_maps() if '/torch/' in m.path]
 
 def test_cancel_in_mid_job(local):
@@ -56,7 +58,7 @@ def test_cancel_in_mid_job(local):
         if isinstance(status.output, dict) and status.output.get('stage') == 'render': break
     assert client.cancel(job.id).state == 'CANCELLED'
     began = time.monotonic()
-    after = list(client.follow(client.submit(JOB).id))[-1]
+    after = list(client.follow(client.submit(BRIEF).id))[-1]
     assert after.state == 'COMPLETED' and time.monotonic() - began < 60 and client.status(job.id).state == 'CANCELLED'
 
 def test_sigterm_finishes_the_job_and_leaves_nothing(local):

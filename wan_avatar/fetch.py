@@ -223,6 +223,7 @@ def _plainly(error: Exception) -> str: # without addresses: signed ones are secr
     if isinstance(error, urllib3.exceptions.ReadTimeoutError): return 'no byte came for too long'
     return type(getattr(error, 'reason', None) or error).__name__
 
+# %% ../nbs/12_fetch.ipynb #f13b9c17
 REFUSALS = 4 # addresses in a row
 
 class Ranged:
@@ -237,13 +238,15 @@ class Ranged:
                 self.refused = 0
                 yield chunk
         except Passing as e:
-            if e.stale: self._renew(address, e)
-            raise
+            if not e.stale or self._renew(address, e): raise
+            yield from self(begin, end) # nothing had come: the refusal was the answer
 
-    def _renew(self, address: Address, why: Passing) -> None: # all connections are refused when an address expires: that counts once
+    def _renew(self, address: Address, why: Passing) -> bool: # is this the first refusal? all connections are refused when an address expires: that counts once
         with self.lock:
-            if self.address is address: self.address, self.refused = None, self.refused + 1
+            first = self.address is address
+            if first: self.address, self.refused = None, self.refused + 1
             if self.refused > REFUSALS: raise GivenUp(f'{why}, from {self.refused} addresses in a row') from None
+            return first
 
 # %% ../nbs/12_fetch.ipynb #579490ee
 class Hub:

@@ -375,15 +375,7 @@ class Bucket:
 
     def start(self) -> None:
         "Start and wait until objects can be written; JobError `storage_failed` with the end of its log"
-        for left in reversed(range(5)):
-            _launch_weed(self)
-            try: _await_weed(self)
-            except JobError as e:
-                if self.served or not left or 'Port allocation failed' not in e.message: raise
-                self.ports = _ports(5) # somebody was faster, and nobody knows these yet
-            else:
-                self.served = True
-                return
+        _start_weed(self)
 
     def stop(self) -> None:
         "SIGTERM, then SIGKILL after 3 s: SeaweedFS may take half a minute over its farewell"
@@ -409,6 +401,17 @@ def _weed(bucket: Bucket) -> list[str]:
             '-master.telemetry=false', '-s3.config', str(bucket.folder / 's3.json')]
 
 # %% ../nbs/50_local.ipynb #86b826ac
+def _start_weed(bucket: Bucket, tries: int = 5) -> None:
+    for left in reversed(range(tries)):
+        _launch_weed(bucket)
+        try: _await_weed(bucket)
+        except JobError as e:
+            if bucket.served or not left or 'Port allocation failed' not in e.message: raise
+            bucket.ports = _ports(5) # somebody was faster, and nobody knows these yet
+        else:
+            bucket.served = True
+            return
+
 def _launch_weed(bucket: Bucket) -> None:
     with bucket.log_path.open('wb') as out:
         try: bucket.child = _launch(_weed(bucket), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'GOMEMLIMIT': '1GiB'})
