@@ -11,6 +11,7 @@ from wan_avatar.local import bucket_server
 from wan_avatar.media import Encoder, normalise_video, read_frames
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import Background, boot
+from wan_avatar.workflow import PROFILES
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
@@ -75,16 +76,19 @@ class Service:
 
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):
-    "One service for all tests that do not break its settings; inputs are in its bucket"
+    "One service for all tests that do not break its settings; inputs are in its bucket. Its windows are short, since faults between and in windows need no 77 frames"
+    whole = PROFILES['draft']
+    PROFILES['draft'] = whole.changed(length=29)
     made = Service(bucket, tmp_path_factory.mktemp('work'))
-    for name in ('astronaut.png', 'pexels.mp4', 'single_face.mp4', 'no_face.mp4'): made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-    cut(samples / 'pexels.mp4', 96, folder := tmp_path_factory.mktemp('cut'))
-    made.store.upload(folder / 'cut.mp4', 'in/four.mp4', 'video/mp4') # seconds: two windows
+    for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'): made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
+    for name, frames in (('two windows', 48), ('brief', 12)):
+        made.store.upload(cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut')), f'in/{name}.mp4', 'video/mp4')
     face = next(read_frames(samples / 'single_face.mp4', start=10))
-    Image.fromarray(face).save(folder / 'face.png')
-    made.store.upload(folder / 'face.png', 'in/face.png', 'image/png')
+    Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
+    made.store.upload(picture, 'in/face.png', 'image/png')
     yield made
     made.close()
+    PROFILES['draft'] = whole
 
 def cut(source: Path, frames: int, folder: Path) -> Path:
     "The first frames of a clip as a driving video of its own, 640x360 with sound"

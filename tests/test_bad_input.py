@@ -104,7 +104,7 @@ def odd_pictures(path) -> dict[str, bytes]:
 def test_odd_pictures_work(service, samples, name):
     key = f'odd pictures/{name} – портрет.bin' # and keys may hold spaces and any script
     service.store.write_bytes(key, odd_pictures(samples / 'astronaut.png')[name], 'application/octet-stream')
-    answer = service.run(f'odd-{name}', input_image_minio_path=key, **VIDEO)
+    answer = service.run(f'odd-{name}', input_image_minio_path=key, driving_video_path='in/brief.mp4')
     assert answer.get('width') == 1280, answer
 
 def video(frames: int, size=(320, 240), rate=24, audio=False) -> bytes:

@@ -169,7 +169,7 @@ def client(hub, folder: Path, *files: LockedFile, connections: int = 4) -> subpr
     return subprocess.Popen([sys.executable, '-c', CLIENT], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_ten_kills_lose_little(hub, tmp_path):
-    hub.speed = 2e6
+    hub.speed = 7e5 # a second: what a busy machine leaves in its sockets when the client dies stays small beside the files
     files = [hub.put('org/w', f'{n}.safetensors', some_bytes(size, n)) for n, size in enumerate((12_000_000, 9_000_000, 3_000_000))]
     total, dice = sum(f.bytes for f in files), random.Random(3)
     for _ in range(10):
