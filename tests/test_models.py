@@ -290,12 +290,12 @@ def test_the_order_files_arrive_in():
     assert 'text_encoder' not in [f.name for f in needed(lock, 'wan22-animate')] and needed(lock, 'draft') == ()
     assert isinstance(lock, Lock)
 
-def test_urgent_files_arrive_first(hub, site):
+def test_urgent_files_arrive_first(hub, tmp_path):
     hub.speed = 2e6
     files = [hub.put('org/w', f'{n}.safetensors', some_bytes(1_000_000, n)) for n in range(3)]
     ended: list[str] = []
     def watch(coming): ended.extend(c.file.name for c in coming if c.state == 'done' and c.file.name not in ended)
-    site.fetch(*files, watch=watch)
+    Site(hub, tmp_path / 'models', connections=1).fetch(*files, watch=watch)
     assert ended == [f.name for f in files]
 
 def test_xet_that_fails_falls_back_to_ranges(hub, site, caplog):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'Span', 'Open', 'REFUSALS', 'BATCH', 'BATCH_S', 'PIECE', 'TRIES', 'merged', 'gaps', 'journal_path',
            'read_journal', 'arrived', 'Part', 'Passing', 'GivenUp', 'Source', 'Address', 'origin', 'unreachable',
-           'Http', 'Ranged', 'Hub', 'hub_trouble', 'XetFailed', 'Xet', 'xet_of', 'HubFile', 'Mirror', 'Arrival', 'Pool',
-           'Stopped', 'alone', 'Coming', 'hash_behind', 'Fetcher', 'disk_trouble', 'no_room', 'check_space', 'fetch',
-           'moment', 'ProgressLines', 'places_of', 'sources_of', 'fetch_weights', 'pinned', 'changes']
+           'Http', 'Ranged', 'Hub', 'hub_trouble', 'XetFailed', 'Xet', 'xet_of', 'HubFile', 'Mirror', 'Arrival', 'Ramp',
+           'Pool', 'Stopped', 'alone', 'Coming', 'hash_behind', 'Fetcher', 'disk_trouble', 'no_room', 'check_space',
+           'fetch', 'moment', 'ProgressLines', 'places_of', 'sources_of', 'fetch_weights', 'pinned', 'changes']
 
 # %% ../nbs/12_fetch.ipynb #847a47dc
 import errno
@@ -404,8 +404,9 @@ PIECE = (4 << 20, 16 << 20) # bytes: smallest and largest
 
 class Arrival:
     "One file on its way; the pool's lock guards it"
-    def __init__(self, part: Part, open_span: Open, now: float):
+    def __init__(self, part: Part, open_span: Open, now: float, lock: threading.Lock): # `lock`: the pool's
         self.part, self.open, self.failures, self.not_before, self.moved, self.error = part, open_span, 0, 0.0, now, None
+        self.grown, self.awaited = threading.Condition(lock), 0 # `awaited`: so far everything must have arrived before whoever waits wants to know
         self.fetched = 0 # bytes that came over the network
 
     def trouble(self, why: Exception, now: float, patience_s: float) -> None:
@@ -422,37 +423,62 @@ class Arrival:
     @property
     def wants(self) -> bool: return bool(self.part.missing) and self.error is None
 
+# %% ../nbs/12_fetch.ipynb #8ca1a42b
+class Ramp:
+    "How many connections may work at once"
+    def __init__(self, most: int, now: float, cpu: Callable[[], float] = time.process_time): # `most`: never more
+        self.most, self.cpu, self.allowed = most, cpu, min(2, most)
+        self.since, self.used = now, cpu()
+
+    def look(self, now: float) -> bool: # are there more now?
+        "Double them, unless the process is what is slow"
+        if self.allowed >= self.most or self.pause(now) > 0: return False
+        cores = (self.cpu() - self.used) / (now - self.since)
+        self.since, self.used = now, self.cpu()
+        if cores < 0.9: self.allowed = min(2 * self.allowed, self.most)
+        return cores < 0.9
+
+    def pause(self, now: float) -> float: # seconds
+        "When it is worth looking again"
+        return max(self.since + 0.1 - now, 0) if self.allowed < self.most else 0
+
+    def piece(self, lacks: int) -> int: # bytes
+        "What a connection takes at once of a file that lacks so much: less near the end, so that all end together"
+        return min(max(lacks // (2 * self.allowed), PIECE[0]), PIECE[1])
+
 # %% ../nbs/12_fetch.ipynb #81262243
 class _Queue:
     "Which file the next free connection works for"
     def __init__(self, http: Http, connections: int = 16, patience_s: float = 180, clock: Callable[[], float] = time.monotonic): # `patience_s`: longest time without a byte of a file
         self.http, self.connections, self.patience_s, self.clock, self.closed = http, connections, patience_s, clock, False
-        self.lock, self.arrivals = threading.Lock(), {} # by urgency, smallest first
-        self.work, self.grown = threading.Condition(self.lock), threading.Condition(self.lock)
+        self.lock, self.arrivals, self.ramp = threading.Lock(), {}, Ramp(connections, clock()) # by urgency, smallest first
+        self.work = threading.Condition(self.lock)
 
     def add(self, urgency: int, part: Part, open_span: Open) -> Arrival:
         "Let a file come"
         with self.lock:
-            self.arrivals[urgency] = arrival = Arrival(part, open_span, self.clock())
+            self.arrivals[urgency] = arrival = Arrival(part, open_span, self.clock(), self.lock)
             self.work.notify_all()
         return arrival
 
     def remove(self, urgency: int) -> None:
         "A file is over: wait until no connection writes to it"
         with self.lock:
-            part = self.arrivals.pop(urgency).part
+            arrival = self.arrivals.pop(urgency)
+            part = arrival.part
             part.missing = []
-            if self.grown.wait_for(lambda: not part.moving, timeout=self.http.stall_s + 15): part.close()
+            if arrival.grown.wait_for(lambda: not part.moving, timeout=self.http.stall_s + 15): part.close()
 
     def _next(self) -> tuple[Arrival, Span] | None: # None: no more work
         with self.lock:
             while not self.closed:
                 waiting, now = [a for _, a in sorted(self.arrivals.items()) if a.wants], self.clock()
-                if ready := next((a for a in waiting if a.not_before <= now), None):
-                    span = ready.part.claim(min(max(ready.part.lacks // (2 * self.connections), PIECE[0]), PIECE[1]))
-                    ready.part.moving[threading.current_thread()] = span[0]
+                if self.ramp.look(now): self.work.notify_all()
+                busy = sum(len(a.part.moving) for a in self.arrivals.values())
+                if busy < self.ramp.allowed and (ready := next((a for a in waiting if a.not_before <= now), None)):
+                    ready.part.moving[threading.current_thread()] = (span := ready.part.claim(self.ramp.piece(ready.part.lacks)))[0]
                     return ready, span
-                self.work.wait(min((a.not_before - now for a in waiting), default=None))
+                self.work.wait(min((max(a.not_before - now, self.ramp.pause(now)) for a in waiting), default=None))
         return None
 
 # %% ../nbs/12_fetch.ipynb #f2db4086
@@ -477,7 +503,7 @@ class _Carrier(_Queue):
         with self.lock:
             arrival.progress(count, self.clock())
             arrival.part.moving[threading.current_thread()] = at + count
-            self.grown.notify_all()
+            if arrival.part.front() >= arrival.awaited: arrival.grown.notify_all()
         return at + count
 
 # %% ../nbs/12_fetch.ipynb #6e719f80
@@ -495,7 +521,7 @@ class Pool(_Carrier):
         with self.lock:
             self.closed = True
             self.work.notify_all()
-            self.grown.notify_all()
+            for arrival in self.arrivals.values(): arrival.grown.notify_all()
         self.http.hang_up()
         for t in self.threads: t.join(timeout=5)
 
@@ -509,7 +535,7 @@ class Pool(_Carrier):
                 arrival.part.give_back((arrival.part.moving.pop(me), span[1]))
                 if why: arrival.trouble(why, self.clock(), self.patience_s)
                 self.work.notify_all()
-                self.grown.notify_all()
+                arrival.grown.notify_all()
 
 # %% ../nbs/12_fetch.ipynb #1899b018
 class Stopped(Exception):
@@ -562,7 +588,8 @@ class _Finder:
     "Finds a file on this machine, or says that it must be fetched"
     def __init__(self, places: Places, pool: Pool, sources: Sequence[Source], timeline: Timeline):
         self.places, self.pool, self.sources, self.timeline = places, pool, sources, timeline
-        self.stopped, self.settling = threading.Event(), []
+        self.stopped = threading.Event()
+        self.settling: list[tuple[Path, str]] = [] # files with their sha256, verified and not yet on the disk
 
     def _tick(self, coming: Coming) -> Callable[[int], None]:
         coming.state, coming.checked = 'checking', 0
@@ -585,17 +612,17 @@ class _Finder:
         return None
 
     def _settle(self, target: Path, sha256: str, written: bool = False) -> None:
-        "Note that a file is verified; a fresh one must be on the disk first, for which nobody waits"
+        "Note that a file is verified; a fresh one must be on the disk first, which waits until nothing more arrives: its writing would take disk and cores from that"
         if not written: return remember(target, sha256)
-        self.settling.append(thread := threading.Thread(target=_sync_and_remember, args=(target, sha256), name=f'settle {target.name}'))
-        thread.start()
+        self.settling.append((target, sha256))
 
 # %% ../nbs/12_fetch.ipynb #eb7f7127
-def _sync_and_remember(target: Path, sha256: str) -> None:
-    try:
-        with target.open('rb') as f: os.fsync(f.fileno())
-    except OSError as e: return log.warning('%s can not be synced: %s', target, e.strerror)
-    remember(target, sha256)
+def _sync_and_remember(fresh: list[tuple[Path, str]]) -> None:
+    for target, sha256 in fresh:
+        try:
+            with target.open('rb') as f: os.fsync(f.fileno())
+        except OSError as e: log.warning('%s can not be synced: %s', target, e.strerror)
+        else: remember(target, sha256)
 
 # %% ../nbs/12_fetch.ipynb #a3110c9a
 class _Downloader(_Finder):
@@ -619,10 +646,11 @@ class _Downloader(_Finder):
 def hash_behind(pool: Pool, arrival: Arrival) -> str: # hex
     "SHA-256 of a file while it arrives: the hash follows the front, and is there soon after the last byte"
     part, digest, at, buffer = arrival.part, hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
-    def enough() -> bool: return pool.closed or arrival.error is not None or part.front() - at >= min(4 << 20, part.size - at)
+    def enough() -> bool: return pool.closed or arrival.error is not None or part.front() >= arrival.awaited
     while at < part.size:
         with pool.lock:
-            pool.grown.wait_for(enough) # ends: a connection that gets nothing fails, and failures end in an error
+            arrival.awaited = min(at + (4 << 20), part.size)
+            arrival.grown.wait_for(enough) # ends: a connection that gets nothing fails, and failures end in an error
             if arrival.error: raise arrival.error
             if pool.closed: raise Stopped
             front = part.front()
@@ -706,14 +734,17 @@ def fetch(
     if not wanted: return []
     files = [Coming(f) for f in wanted]
     check_space(sum(s.to_fetch for s in plan(wanted, places, arrived=arrived)), places.models_dir)
-    with Pool(http, connections, patience_s) as pool, ThreadPoolExecutor(len(files), 'weights') as threads:
-        fetcher = Fetcher(places, pool, sources, timeline or Timeline())
-        running = [threads.submit(fetcher.bring, n, f) for n, f in enumerate(files)]
-        try: _until_done(running, lambda: watch(files), cancelled)
-        finally:
-            fetcher.stopped.set()
-            if not all(f.done() for f in running): pool.close()
-    for thread in fetcher.settling if settle else (): thread.join()
+    fetcher = Fetcher(places, Pool(http, connections, patience_s), sources, timeline or Timeline())
+    settling = threading.Thread(target=_sync_and_remember, args=(fetcher.settling,), name='settle')
+    try:
+        with fetcher.pool as pool, ThreadPoolExecutor(len(files), 'weights') as threads:
+            running = [threads.submit(fetcher.bring, n, f) for n, f in enumerate(files)]
+            try: _until_done(running, lambda: watch(files), cancelled)
+            finally:
+                fetcher.stopped.set()
+                if not all(f.done() for f in running): pool.close()
+    finally: settling.start() # also what came before a failure is not hashed again
+    if settle: settling.join()
     return files
 
 # %% ../nbs/12_fetch.ipynb #d0990557

@@ -17,6 +17,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,14 +138,14 @@ class _Body:
 
     def _until(self, f, stop: int) -> None:
         "Send up to here, no faster than allowed"
-        speed = self.handler.hub.speed
+        speed, began, first = self.handler.hub.speed, time.monotonic(), self.at
         while self.at < stop and not self.handler.hub.closing.is_set():
-            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 200), 1 << 10))
+            step = min(stop - self.at, 8 << 20 if speed is None else max(int(speed / 50), 1 << 10)) # 50 times a second: more would take the cores from those who are measured
             try: self._count(os.sendfile(self.handler.connection.fileno(), f.fileno(), self.at, step))
             except OSError: # the reader is gone
                 self.handler.close_connection = True
                 return
-            if speed: self.handler.hub.closing.wait(step / speed)
+            if speed: self.handler.hub.closing.wait(began + (self.at - first) / speed - time.monotonic())
 
     def _count(self, n: int) -> None:
         self.at += n
