@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT
 from test_models import CLIENT, some_bytes
 
+import wan_avatar.hub as hub_module
 from wan_avatar.files import whole_file
 from wan_avatar.hub import Stored, model_hub
 from wan_avatar.models import Needs, dump_lock, load_lock
@@ -79,6 +81,34 @@ def test_push_is_private_pins_a_revision_and_sends_nothing_twice(shop, built, pu
     again = shop.cli('bundle', 'push', built, 'me/bundle', '--json', HF_ENDPOINT=hub.endpoint)
     assert json.loads(again.stdout)['revision'] == pushed['revision'] and [r for r in hub.requests if r.method == 'PUT'] == sent
     assert hub.token not in again.stdout + again.stderr
+
+def test_a_push_that_is_killed_goes_on(shop, built, tmp_path, monkeypatch):
+    "A SIGKILL in mid-upload leaves no half bundle to be found, and what had arrived is not sent again"
+    whole, arrived, over, put = [], threading.Event(), threading.Event(), hub_module._Objects.do_PUT
+    first = threading.Lock()
+    def one_then_none(self) -> None:
+        if first.acquire(blocking=False):
+            put(self)
+            whole.append(self.path)
+            arrived.set()
+        else: over.wait(60)
+    with model_hub(tmp_path / 'hub') as hub:
+        env = {**os.environ, **shop.env, 'HF_ENDPOINT': hub.endpoint}
+        with monkeypatch.context() as patched:
+            patched.setattr(hub_module._Objects, 'do_PUT', one_then_none)
+            child = subprocess.Popen([ROOT / '.venv/bin/wan-avatar', 'bundle', 'push', built, 'me/bundle'], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try: assert arrived.wait(60)
+            finally:
+                child.kill()
+                child.wait()
+                over.set()
+        assert hub.repos['me/bundle'].files == {}
+        before = len(hub.requests)
+        done = shop.cli('bundle', 'push', built, 'me/bundle', '--json', HF_ENDPOINT=hub.endpoint)
+        assert done.returncode == 0 and json.loads(done.stdout)['revision'] == hub.repos['me/bundle'].commit, done.stderr
+        sent = [r.path for r in hub.requests[before:] if r.method == 'PUT']
+        assert len(whole) == 1 and sent and whole[0] not in sent
+        assert {f.place for f in shop.files} <= hub.repos['me/bundle'].files.keys()
 
 def test_check_proves_it_or_says_what_is_wrong(shop, pushed):
     hub = shop.bundles

@@ -250,8 +250,16 @@ def test_a_cache_with_a_defect_costs_that_file_only(hub, tmp_path, defect, caplo
     assert [c.source for c in site.fetch(*files)] == ['cache', 'hub'] and hub.sent == files[1].bytes
     assert site.path(files[1]).read_bytes() == data['1.safetensors'] and '1.safetensors' in ' '.join(r.message for r in caplog.records if r.message.startswith('cache'))
 
-def test_a_mount_that_can_not_be_written_is_enough(hub, tmp_path):
-    "An unprivileged worker with a mount of root's; nothing is attempted on it that could fail"
+def read_only(*folders: Path) -> list[str]:
+    "What to run a command with, so that it finds these folders mounted read-only; skips where the machine allows no mount namespace"
+    steps = ''.join(f'mount --bind {f} {f} && mount -o remount,ro,bind {f} && ! touch {f}/try 2>/dev/null && ' for f in folders)
+    before = ['unshare', '-rm', 'sh', '-c', steps + 'exec "$@"', 'sh']
+    if subprocess.run([*before, 'true'], capture_output=True, check=False).returncode: pytest.skip('no mount namespaces here')
+    return before
+
+@pytest.mark.parametrize('mounted', [(), ('mount',), ('mount', 'models')], ids=['no permission', 'read-only cache', 'read-only cache and MODELS_DIR'])
+def test_a_mount_that_can_not_be_written_is_enough(hub, tmp_path, mounted):
+    "RunPod's cached model, as an unprivileged worker or a read-only mount has it; nothing is attempted on it that could fail"
     data = some_bytes(50_000)
     file, cache = hub.put('org/w', 'a.safetensors', data), cache_of(tmp_path / 'mount', 'models--org--w', {'a.safetensors': data})
     for p in [cache, *cache.rglob('*')]: p.chmod(0o555, follow_symlinks=True)
@@ -259,8 +267,9 @@ def test_a_mount_that_can_not_be_written_is_enough(hub, tmp_path):
     child.communicate(timeout=60)
     env = {'HF_HOME': str(tmp_path / 'mount'), 'MODELS_CACHE': str(cache)}
     before, requests = tree(cache), len(hub.requests)
-    (tmp_path / 'models' / file.place).unlink()
-    done = subprocess.run([sys.executable, '-c', CLIENT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    if 'models' not in mounted: (tmp_path / 'models' / file.place).unlink()
+    prefix = read_only(*(tmp_path / m for m in mounted)) if mounted else []
+    done = subprocess.run([*prefix, sys.executable, '-c', CLIENT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
                           env=os.environ | {'MODELS_LOCK': str(tmp_path / 'lock.json'), 'MODELS_DIR': str(tmp_path / 'models'), 'HF_ENDPOINT': hub.endpoint} | env)
     assert (done.returncode, done.stdout.strip()) == (0, '[0]'), done.stderr
     assert len(hub.requests) == requests and tree(cache) == before
