@@ -299,7 +299,9 @@ def test_the_order_files_arrive_in():
     assert 'text_encoder' not in [f.name for f in needed(lock, 'wan22-animate')] and needed(lock, 'draft') == ()
     assert isinstance(lock, Lock)
 
-def test_urgent_files_arrive_first(hub, tmp_path):
+def test_urgent_files_arrive_first(hub, tmp_path, monkeypatch):
+    "Each piece is of the most urgent file that lacks any, whichever asked first"
+    monkeypatch.setattr(fetching, 'PIECE', (50_000, 50_000))
     hub.speed = 2e6
     files = [hub.put('org/w', f'{n}.safetensors', some_bytes(1_000_000, n)) for n in range(3)]
     ended: list[str] = []
