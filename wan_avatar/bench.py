@@ -396,7 +396,7 @@ def tiny_lock(site: dict, needs: dict[str, list[str]]) -> str: # JSON
     files = {names[p.name]: LockedFile(**f | {'name': names[p.name], 'folder': p.parts[0], 'file': p.name}) for f in site['files'] if (p := Path(f['path'])).name in names}
     return dump_lock(replace(load_lock(), profiles={TINY.name: Needs(tuple(needs['renderer']), tuple(needs['tracker']), None, TINY.prompt)}, files=files))
 
-def boot_with_weights(say: Callable[[str], None], rounds: int = 3) -> list[Figure]:
+def boot_with_weights(say: Callable[[str], None], rounds: int = 5) -> list[Figure]:
     "Stages beside each other against one after the other, and a full mount against ComfyUI alone"
     comfy, spent = Path('.comfy').resolve(), {}
     def note(what: str, seconds: float) -> None: spent.setdefault(what, []).append(seconds)

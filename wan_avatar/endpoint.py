@@ -17,7 +17,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import httpx
@@ -27,6 +26,7 @@ from rich.table import Table
 from .client import EndpointError
 from .config import Settings
 from .job import shorten
+from .models import Lock, load_lock, needed
 from .segments import plan as plan_windows
 from .workflow import PROFILES
 
@@ -132,14 +132,11 @@ def render_seconds(
 # %% ../nbs/52_endpoint.ipynb #82e6eeae
 def weight_bytes(
     profile: str,
-    lock: Mapping | None = None # models.lock.json; default: the package's
+    lock: Lock | None = None # default: the package's
 ) -> tuple[int, list[str]]: # bytes, and files whose size the lock does not know
-    "What a worker of this profile has on disk"
-    lock = lock or json.loads((files('wan_avatar') / 'models.lock.json').read_text())
-    needs = lock['profiles'].get(profile, {'renderer': [], 'tracker': [], 'text_encoder': None})
-    names = {*needs['renderer'], *needs['tracker'], needs['text_encoder']}
-    sizes = {f['name']: f['bytes'] for f in lock['files'] if f['name'] in names}
-    return sum(filter(None, sizes.values())), [n for n, size in sizes.items() if size is None]
+    "What a worker of this profile may have on disk, the text encoder too"
+    wanted = needed(lock or load_lock(), profile, text_encoder=True)
+    return sum(f.bytes or 0 for f in wanted), [f.name for f in wanted if f.bytes is None]
 
 def immutable(
     image: str # reference

@@ -400,7 +400,7 @@ class Mirror:
 
 # %% ../nbs/12_fetch.ipynb #90884cfd
 BATCH, BATCH_S = 1 << 20, 0.005 # bytes, seconds: how much a kill may lose per connection
-PIECE = (4 << 20, 16 << 20) # bytes: smallest and largest
+PIECE = (8 << 20, 16 << 20) # bytes: smallest and largest
 
 class Arrival:
     "One file on its way; the pool's lock guards it"
