@@ -426,17 +426,18 @@ class Arrival:
 # %% ../nbs/12_fetch.ipynb #8ca1a42b
 class Ramp:
     "How many connections may work at once"
-    def __init__(self, most: int, now: float, cpu: Callable[[], float] = time.process_time): # `most`: never more
-        self.most, self.cpu, self.allowed = most, cpu, min(2, most)
-        self.since, self.used = now, cpu()
+    def __init__(self, most: int, now: float): # `most`: never more
+        self.most, self.allowed, self.since, self.used = most, min(2, most), now, 0.0
+        self.spent: dict[threading.Thread, float] = {} # each connection's own seconds of CPU so far: what else this process does says nothing about them
 
     def look(self, now: float) -> bool: # are there more now?
-        "Double them, unless the process is what is slow"
+        "Double them, unless they are busy and not waiting"
         if self.allowed >= self.most or self.pause(now) > 0: return False
-        cores = (self.cpu() - self.used) / (now - self.since)
-        self.since, self.used = now, self.cpu()
-        if cores < 0.9: self.allowed = min(2 * self.allowed, self.most)
-        return cores < 0.9
+        used = sum(self.spent.values())
+        cores = (used - self.used) / (now - self.since)
+        self.since, self.used = now, used
+        if cores < 0.6: self.allowed = min(2 * self.allowed, self.most)
+        return cores < 0.6
 
     def pause(self, now: float) -> float: # seconds
         "When it is worth looking again"
@@ -502,6 +503,7 @@ class _Carrier(_Queue):
         batch.clear()
         with self.lock:
             arrival.progress(count, self.clock())
+            self.ramp.spent[threading.current_thread()] = time.thread_time()
             arrival.part.moving[threading.current_thread()] = at + count
             if arrival.part.front() >= arrival.awaited: arrival.grown.notify_all()
         return at + count
