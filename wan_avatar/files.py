@@ -9,7 +9,7 @@ __all__ = ['whole_file', 'sha256_of']
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,11 @@ def whole_file(
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/03_files.ipynb #6f026eea
-def sha256_of(path: Path) -> str:
-    "SHA-256 of a file, hex"
-    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+def sha256_of(path: Path, tick: Callable[[int], None] = lambda n: None) -> str: # hex; `tick`: told bytes done since the last call, may raise to stop
+    "SHA-256 of a file, in constant memory"
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open('rb', buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
+            tick(n)
+    return digest.hexdigest()

@@ -25,8 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from .files import whole_file
-from .models import LockedFile, hash_file
+from .files import sha256_of, whole_file
+from .models import LockedFile
 
 # %% ../nbs/13_hub.ipynb #75852ccb
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Shelf:
     def put(self, repo: str, path: str, data: bytes | Path, small: bool = False, **more: Any) -> LockedFile: # as a lock would pin it; `more`: of the repository
         "Add a file"
         source = data if isinstance(data, Path) else None
-        sha256 = hash_file(source) if source else hashlib.sha256(data).hexdigest()
+        sha256 = sha256_of(source) if source else hashlib.sha256(data).hexdigest()
         if not self.blob(sha256).exists():
             if source: os.link(source, self.blob(sha256))
             else:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'Tick', 'LockedFile', 'Needs', 'Lock', 'LockDamaged', 'parse_lock', 'load_lock', 'dump_lock', 'needed',
-           'refuse_unknown', 'state_path', 'remember', 'remembered', 'hash_file', 'misfit', 'Snapshot', 'snapshots',
-           'cached', 'link', 'Places', 'Step', 'verified', 'part_path', 'plan', 'plan_table']
+           'refuse_unknown', 'state_path', 'remember', 'remembered', 'misfit', 'Snapshot', 'snapshots', 'cached',
+           'link', 'Places', 'Step', 'verified', 'part_path', 'plan', 'plan_table']
 
 # %% ../nbs/10_models.ipynb #11172feb
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
-from .files import whole_file
+from .files import sha256_of, whole_file
 from .job import JobError, shorten
 
 log = logging.getLogger(__name__)
@@ -163,15 +162,6 @@ def remembered(target: Path, sha256: str) -> bool:
     except (OSError, ValueError): return False
 
 # %% ../nbs/10_models.ipynb #5ec85600
-def hash_file(path: Path, tick: Tick = lambda n: None) -> str: # hex
-    "SHA-256 of a file, in constant memory"
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with path.open('rb', buffering=0) as f:
-        while n := f.readinto(buffer):
-            digest.update(buffer[:n])
-            tick(n)
-    return digest.hexdigest()
-
 def misfit(
     path: Path,
     file: LockedFile,
@@ -181,7 +171,7 @@ def misfit(
     try: size = path.stat().st_size
     except OSError: return 'leads nowhere' if path.is_symlink() else 'is not there'
     if size != file.bytes: return f'has {size:,} bytes, not {file.bytes:,}'
-    try: digest = hash_file(path, tick)
+    try: digest = sha256_of(path, tick)
     except OSError as e: return f'can not be read: {e.strerror}'
     return None if digest == file.sha256 else f'has the right size and sha256 {digest[:12]}…, not {file.sha256[:12]}…'
 
