@@ -10,8 +10,8 @@ from PIL import Image
 from wan_avatar import media
 from wan_avatar.job import JobError
 from wan_avatar.media import (
-    Encoder, check_mp4, draw_test_video, extract_audio, filmstrip, nearest, normalise_image, normalise_video, pictures_at, probe, read_frames,
-    read_image, read_test_picture, whole_file,
+    Encoder, Rectangle, check_mp4, draw_test_video, extract_audio, filmstrip, nearest, normalise_image, normalise_video, pictures_at,
+    probe, read_frames, read_image, read_test_picture, whole_file,
 )
 
 SMALL = (320, 180)
@@ -119,7 +119,13 @@ def test_mirrored_display_matrix(tmp_path):
 def test_whole_picture_fitted_on_black(tmp_path, size, sar, box):
     pix_fmt = 'yuv444p' if size[0] % 2 or size[1] % 2 else 'yuv420p'
     source = flat(tmp_path / 'in.mkv', (200, 200, 200), size, sar=Fraction(sar), pix_fmt=pix_fmt)
-    frame = next(read_frames(normalised(source, tmp_path).path)).max(axis=2) > 24
+    clip = normalised(source, tmp_path)
+    frame = next(read_frames(clip.path)).max(axis=2) > 24
+    assert (clip.content.width, clip.content.height) == box and clip.size == (1280, 720)
+    assert frame[clip.content.top:clip.content.bottom, clip.content.left:clip.content.right].all(), 'part of the content is black'
+    frame_outside = frame.copy()
+    frame_outside[clip.content.top:clip.content.bottom, clip.content.left:clip.content.right] = False
+    assert not frame_outside.any(), 'part of the picture lies in the bars'
     width, height = frame.any(axis=0).sum(), frame[:frame.shape[0]].any(axis=1).sum()
     assert abs(int(width) - box[0]) <= 4 and abs(int(height) - box[1]) <= 4
 
@@ -136,7 +142,8 @@ def test_size_changes_midway(tmp_path):
                     if packet.dts is None: continue
                     packet.pts, packet.dts, packet.stream = packet.pts + k * 90000, packet.dts + k * 90000, track
                     out.mux(packet)
-    assert indices(normalised(tmp_path / 'in.ts', tmp_path)) == [*range(24), *range(24)]
+    clip = normalised(tmp_path / 'in.ts', tmp_path)
+    assert indices(clip) == [*range(24), *range(24)] and clip.content == Rectangle(160, 0, 960, 720)
 
 
 # colour

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from wan_avatar.segments import (
-    COLOURS, FACE, FINGERS, LEFT_HAND, LEFT_SOURCE, LIMBS, RIGHT_HAND, RIGHT_SOURCE, background, body_joints, draw_body, draw_pose, face_box, grow_mask, hold,
-    letterbox, plan, stick_width, window_pictures,
+    COLOURS, FACE, FINGERS, LEFT_HAND, LEFT_SOURCE, LENGTH, LIMBS, OVERLAP, RIGHT_HAND, RIGHT_SOURCE, MaskShape, background,
+    body_joints, draw_body, draw_pose, face_box, fit_length, grow_mask, hold, letterbox, plan, stick_width, window_pictures,
 )
 
 SIZE = (1280, 720)
@@ -97,6 +97,13 @@ def disc(radius: int, centre=(640, 360)) -> np.ndarray:
     y, x = np.mgrid[:720, :1280]
     return (x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius ** 2
 
+def slow_grid(mask: np.ndarray, block: int) -> np.ndarray:
+    "Cells of a grid that stands still, one by one"
+    out = np.zeros_like(mask)
+    for y in range(0, 720, block):
+        for x in range(0, 1280, block): out[y:y + block, x:x + block] = mask[y:y + block, x:x + block].any()
+    return out
+
 def slow_blocks(mask: np.ndarray, block: int) -> np.ndarray:
     "The blocks cell by cell: bounding box divided by side // block, the last cell takes the rest"
     out, (ys, xs) = np.zeros_like(mask), np.nonzero(mask)
@@ -109,19 +116,41 @@ def slow_blocks(mask: np.ndarray, block: int) -> np.ndarray:
             out[cell] = mask[cell].any()
     return out
 
-@pytest.mark.parametrize('mask', [disc(100), disc(3), disc(200, (0, 0)), disc(150, (1279, 719)), disc(40, (300, 200)) | disc(60, (900, 500)), np.ones((720, 1280), bool)])
-def test_mask_is_dilated_then_filled_in_blocks(mask):
+MASKS = [disc(100), disc(3), disc(200, (0, 0)), disc(150, (1279, 719)), disc(40, (300, 200)) | disc(60, (900, 500)),
+         np.ones((720, 1280), bool)]
+
+def bounding_box(mask: np.ndarray) -> np.ndarray:
+    out, (ys, xs) = np.zeros_like(mask), np.nonzero(mask)
+    out[ys.min():ys.max() + 1, xs.min():xs.max() + 1] = True
+    return out
+
+@pytest.mark.parametrize('how, filled', [
+    (MaskShape(), lambda m: slow_blocks(m, 32)),
+    (MaskShape(block=50), lambda m: slow_blocks(m, 50)),
+    (MaskShape('grid'), lambda m: slow_grid(m, 32)),
+    (MaskShape('grid', block=100), lambda m: slow_grid(m, 100)), # does not divide 720 or 1280
+    (MaskShape('rectangle'), bounding_box),
+    (MaskShape('outline'), lambda m: m),
+], ids=['blocks', 'larger blocks', 'grid', 'odd grid', 'rectangle', 'outline'])
+@pytest.mark.parametrize('mask', MASKS, ids=['disc', 'dot', 'corner', 'other corner', 'two', 'all'])
+def test_mask_is_dilated_then_filled(mask, how, filled):
     dilated = mask.view(np.uint8)
     for _ in range(3): dilated = cv2.dilate(dilated, np.ones((7, 7), np.uint8))
-    assert np.array_equal(grow_mask(mask), slow_blocks(dilated.astype(bool), 32))
+    assert np.array_equal(grow_mask(mask, how), filled(dilated.astype(bool)))
+
+def test_a_grid_that_stands_still_moves_with_nobody():
+    "Two people whose outlines lie in the same cells have the same mask; the cells of a bounding box move with it"
+    here, there = disc(20, (335, 335)), disc(20, (337, 335))
+    still, moving = MaskShape('grid', dilation=0), MaskShape('blocks', dilation=0, block=16)
+    assert np.array_equal(grow_mask(here, still), grow_mask(there, still))
+    assert not np.array_equal(grow_mask(here, moving), grow_mask(there, moving))
 
 def test_mask_edges():
     one = np.zeros((720, 1280), bool)
     one[300, 500] = True
     assert grow_mask(one).sum() == 19 * 19 and grow_mask(one)[291:310, 491:510].all(), 'nine pixels to every side'
     assert not grow_mask(np.zeros_like(one)).any()
-    ys, xs = np.nonzero(whole := grow_mask(disc(100), block=0))
-    assert whole.sum() == (np.ptp(ys) + 1) * (np.ptp(xs) + 1), 'block 0 is the bounding rectangle'
+    assert not grow_mask(np.zeros_like(one), MaskShape('outline')).any()
 
 def test_background_is_black_under_the_mask_and_untouched_outside():
     frame, mask = np.random.default_rng(0).integers(1, 255, (720, 1280, 3), np.uint8), disc(100)
@@ -164,6 +193,35 @@ def test_another_size_scales_everything_but_the_face():
 
 def test_nothing_to_hold_is_an_error():
     with pytest.raises(Exception, match='none came'): list(hold([], 3))
+
+def full_windows(n: int, length: int, overlap: int) -> int:
+    "Frames sampled by full windows and a rest: what even ones are measured against"
+    sampled, done = 0, 0
+    while done < n:
+        seed = min(overlap, done)
+        new = min(length - seed, n - done)
+        sampled, done = sampled + fit_length(seed + new), done + new
+    return sampled
+
+@pytest.mark.parametrize('n, lengths', [(1, [1]), (2, [5]), (41, [41]), (42, [45]), (77, [77]), (78, [45] * 2), (149, [77] * 2), (150, [57] * 3),
+                                        (221, [77] * 3), (222, [61] * 4), (240, [65] * 4), (472, [73] * 7), (1440, [77] * 20)])
+def test_windows_of_a_video_are_equally_long(n, lengths): assert [s.length for s in plan(n)] == lengths
+
+def test_every_length_to_a_minute():
+    for n in range(1, 1501):
+        windows = plan(n)
+        assert [f for s in windows for f in range(s.start + s.overlap, s.stop)] == list(range(n)), 'a frame is made twice, or not at all'
+        assert all(s.length % 4 == 1 and s.length <= LENGTH and s.length == windows[0].length for s in windows), n
+        assert all(s.overlap == OVERLAP for s in windows[1:]) and not any(s.held for s in windows[:-1]), n
+        assert windows[0].length >= min(41, n), f'{n} frames: a window of {windows[0].length}'
+        assert len(windows) * windows[0].length <= 1.08 * full_windows(n, LENGTH, OVERLAP), n
+
+@pytest.mark.parametrize('length, overlap', [(9, 5), (9, 1), (13, 9), (29, 5), (5, 0), (77, 1)])
+def test_other_windows_too(length, overlap):
+    for n in range(1, 200):
+        windows = plan(n, length, overlap)
+        assert [f for s in windows for f in range(s.start + s.overlap, s.stop)] == list(range(n))
+        assert all(overlap < s.length <= length or s.length == fit_length(n) for s in windows)
 
 @pytest.mark.parametrize('n', [78, 150, 300])
 def test_a_plan_goes_on_with_shorter_windows(n):

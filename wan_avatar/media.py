@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FPS', 'VIDEO_FORMATS', 'AUDIO_FORMATS', 'MAX_HOLE',
            'HDR_TRANSFERS', 'DELIVERY', 'INTERMEDIATE', 'JITTER', 'IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'Probe',
-           'Clip', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture', 'draw_test_video', 'nearest',
-           'fitted_size', 'check_length', 'extract_audio', 'place_samples', 'normalise_video', 'read_frames', 'to_rgb',
-           'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image', 'flatten_image', 'normalise_image',
-           'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
+           'Rectangle', 'Clip', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture', 'draw_test_video',
+           'nearest', 'fitted_size', 'centred', 'check_length', 'extract_audio', 'place_samples', 'normalise_video',
+           'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image', 'flatten_image',
+           'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
 import os
@@ -54,6 +54,25 @@ class Probe:
     pixel_format: str
 
 @dataclass(frozen=True)
+class Rectangle:
+    "Part of a frame, in pixels"
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int: return self.left + self.width
+
+    @property
+    def bottom(self) -> int: return self.top + self.height
+
+    def union(self, other: 'Rectangle') -> 'Rectangle':
+        "The least rectangle that holds both"
+        left, top = min(self.left, other.left), min(self.top, other.top)
+        return Rectangle(left, top, max(self.right, other.right) - left, max(self.bottom, other.bottom) - top)
+
+@dataclass(frozen=True)
 class Clip:
     "A normalised video in the work folder"
     path: Path
@@ -65,6 +84,12 @@ class Clip:
     duration_s: float
     source: Probe
     audio_s: float # where the sound ends
+    content: Rectangle # where the source's own picture is; around it are black bars
+
+    @property
+    def size(self) -> tuple[int, int]: # width, height
+        "Of every frame that is made of this clip"
+        return self.width, self.height
 
 # %% ../nbs/20_media.ipynb #e33cd6f7
 VIDEO_FORMATS = ('mov,matroska,avi,gif,apng,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,rm,mxf,dv,yuv4mpegpipe,nut,h264,hevc,obu,m4v,mjpeg,wtv')
@@ -281,6 +306,14 @@ def fitted_size(
     scale = min(size[0] / shape[0], size[1] / shape[1])
     return tuple(min(limit, max(2, 2 * round(side * scale / 2))) for side, limit in zip(shape, size, strict=True))
 
+def centred(
+    inner: tuple[int, int], # width, height; even
+    outer: tuple[int, int]
+) -> Rectangle: # in pixels of the outer one
+    "Where a picture lies in a frame; on even pixels, since two by two share their colour in 4:2:0"
+    left, top = ((o - i) // 4 * 2 for i, o in zip(inner, outer, strict=True))
+    return Rectangle(left, top, *inner)
+
 # %% ../nbs/20_media.ipynb #c7c9263b
 def _turn(frame: Any) -> tuple[str, ...]: # filters that do what the display matrix says
     if 'DISPLAYMATRIX' not in {s.type.name for s in frame.side_data}: return ()
@@ -294,6 +327,7 @@ class _Fit:
     "Frames of any kind -> `size` yuv420p BT.709, on black"
     def __init__(self, size: tuple[int, int], sar: Fraction, name: str):
         self.size, self.sar, self.name, self.key, self.graph = size, sar, name, None, None
+        self.content: Rectangle | None = None # where pictures were put until now
 
     def __call__(self, frame: Any) -> Any:
         if frame.colorspace == Colorspace.DEFAULT and not frame.format.is_rgb: # not said: what players assume
@@ -312,7 +346,9 @@ class _Fit:
         width, height = fitted_size(frame.width, frame.height, self.sar, any(t.startswith('transpose') for t in turn), self.size)
         scale = f'scale={width}:{height}:flags=bicubic:out_color_matrix=bt709:out_range=tv'
         if frame.color_trc in HDR_TRANSFERS: scale += ':out_transfer=bt709:out_primaries=bt709'
-        pad = [] if (width, height) == self.size else [f'pad={self.size[0]}:{self.size[1]}:(ow-iw)/2:(oh-ih)/2:black']
+        place = centred((width, height), self.size)
+        self.content = self.content.union(place) if self.content else place
+        pad = [] if (width, height) == self.size else [f'pad={self.size[0]}:{self.size[1]}:{place.left}:{place.top}:black']
         return _graph(frame, ','.join([*turn, scale, 'format=yuv420p', *pad, 'setsar=1']))
 
 # %% ../nbs/20_media.ipynb #355d8916
@@ -503,13 +539,16 @@ def normalise_video(
     cancelled: Callable[[], bool] | None = None # asked at each frame
 ) -> Clip:
     "Constant rate, one size, BT.709, whatever came in"
-    count, start, found = _normalise_pictures(source, video, max_seconds, size, fps, progress, cancelled, INTERMEDIATE)
+    pictures = _normalise_pictures(source, video, max_seconds, size, fps, progress, cancelled, INTERMEDIATE)
+    count, start, found, content = pictures
     audio_s = extract_audio(source, audio, start, count / fps) if found.has_audio else None
-    return Clip(Path(video), Path(audio) if audio_s else None, count, *size, fps, count / fps, found, audio_s or 0.0)
+    sound = Path(audio) if audio_s else None
+    return Clip(Path(video), sound, count, *size, fps, count / fps, found, audio_s or 0.0, content)
 
 # %% ../nbs/20_media.ipynb #ea992508
 def _normalise_pictures(source: Path | str, video: Path | str, max_seconds: float, size: tuple[int, int], fps: int, progress: Callable | None,
-                        cancelled: Callable | None, options: dict[str, str]) -> tuple[int, Fraction, Probe]: # frames, source's first second, source
+                        cancelled: Callable | None, options: dict[str, str]) -> tuple[int, Fraction, Probe, Rectangle]:
+    "Frames written, the source's first second, the source, where its picture is"
     name = Path(source).name
     with _opened(source) as container:
         stream = _video_stream(container, name)
@@ -522,8 +561,9 @@ def _normalise_pictures(source: Path | str, video: Path | str, max_seconds: floa
         start = Fraction(first.pts or 0) * Fraction(first.time_base)
         timed = _timed(_heeding(chain([first], frames), cancelled), stream, max_seconds, name)
         report = lambda done: progress and progress(done, max(done, round(promised * fps)))
-        count = _write_frames(nearest(timed, fps), _Fit(size, _pixel_shape(stream), name), video, size, fps, options, report)
-    return count, start, found
+        fit = _Fit(size, _pixel_shape(stream), name)
+        count = _write_frames(nearest(timed, fps), fit, video, size, fps, options, report)
+    return count, start, found, fit.content
 
 def _pixel_shape(stream: Any) -> Fraction: # width over height of one pixel
     return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)

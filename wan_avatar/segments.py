@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'OVERLAP', 'LEFT_SOURCE', 'RIGHT_SOURCE', 'JOINTS', 'FACE', 'LEFT_HAND', 'RIGHT_HAND', 'LIMBS', 'COLOURS',
-           'FINGERS', 'THRESHOLD', 'DILATION', 'BLOCK', 'Segment', 'fit_length', 'plan', 'body_joints', 'stick_width',
-           'draw_body', 'draw_hand', 'draw_pose', 'face_box', 'crop_face', 'grow_mask', 'background', 'letterbox',
-           'Pictures', 'hold', 'window_pictures']
+           'FINGERS', 'THRESHOLD', 'SHAPES', 'BLOCKS', 'Segment', 'fit_length', 'plan', 'even_length', 'body_joints',
+           'stick_width', 'draw_body', 'draw_hand', 'draw_pose', 'face_box', 'crop_face', 'MaskShape', 'grow_mask',
+           'background', 'letterbox', 'Pictures', 'hold', 'window_pictures']
 
 # %% ../nbs/22_segments.ipynb #26bde03b
 import colorsys
@@ -45,21 +45,34 @@ def fit_length(frames: int) -> int: # the smallest 4k + 1 that holds them
 
 def plan(
     frames: int, # of the whole video, 1 or more
-    length: int = LENGTH, # frames of a full window, 4k + 1
+    length: int = LENGTH, # frames of the longest window, 4k + 1
     overlap: int = OVERLAP, # frames shared with the window before
     done: int = 0, # frames made already, by windows of another length
     index: int = 0 # of the first window planned
 ) -> list[Segment]:
-    "Windows that make every frame exactly once; the last one is as short as it can be"
+    "As few windows as make every frame exactly once, and equally long ones"
     if frames < 1: raise JobError('input_unreadable', f'the driving video has {frames} frames; it needs at least 1')
-    if length % 4 != 1 or not 0 <= overlap < length: raise ValueError(f'length {length} must be 4k + 1 and overlap {overlap} less than it')
+    if length % 4 != 1 or not 0 <= overlap < length:
+        raise ValueError(f'length {length} must be 4k + 1 and overlap {overlap} less than it')
     segments = []
+    even = even_length(frames - done, length, overlap, min(overlap, done))
     while done < frames:
         seed = min(overlap, done)
-        new = min(length - seed, frames - done)
-        segments.append(Segment(index + len(segments), done - seed, fit_length(seed + new), seed, new))
+        new = min(even - seed, frames - done)
+        segments.append(Segment(index + len(segments), done - seed, even, seed, new))
         done += new
     return segments
+
+def even_length(
+    frames: int, # still to be made
+    length: int, # frames of the longest window, 4k + 1
+    overlap: int, # frames shared with the window before
+    seeds: int # frames the first of these windows repeats; 0: it is the first of the video
+) -> int: # 4k + 1
+    "The shortest length of which as few windows as of the longest suffice"
+    windows = max(1, -(-(frames + seeds - overlap) // (length - overlap)))
+    sampled = frames + seeds + overlap * (windows - 1)
+    return fit_length(-(-sampled // windows))
 
 # %% ../nbs/22_segments.ipynb #33a3be6f
 LEFT_SOURCE = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20] # COCO-WholeBody indices
@@ -144,28 +157,58 @@ def crop_face(
     return cv2.resize(frame[box[1]:box[3], box[0]:box[2]], (512, 512))
 
 # %% ../nbs/22_segments.ipynb #2c8f137f
-DILATION, BLOCK = 9, 32 # pixels: three passes of a 7x7 kernel, and the grid
+SHAPES = ('blocks', 'grid', 'rectangle', 'outline')
+
+@dataclass(frozen=True)
+class MaskShape:
+    "How a person's outline becomes the area that is made anew"
+    shape: str = 'blocks' # one of SHAPES
+    dilation: int = 9 # pixels; upstream's three passes of a 7x7 kernel
+    block: int = 32 # pixels: side of a cell, for `blocks` and `grid`
+
+    def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ValueError(f'mask shape {self.shape!r} does not exist; shapes are {", ".join(SHAPES)}')
+        if self.dilation < 0 or self.block < 1:
+            raise ValueError(f'mask dilation {self.dilation} must be 0 or more, block {self.block} 1 or more')
+
+BLOCKS = MaskShape()
 
 def grow_mask(
     mask: np.ndarray, # (h, w) bool
-    dilation: int = DILATION,
-    block: int = BLOCK # least side of a cell; 0: the whole bounding rectangle
+    how: MaskShape = BLOCKS
 ) -> np.ndarray: # (h, w) bool
-    "A mask as the model was trained with; an empty one stays empty"
+    "A mask as the model is to see it; an empty one stays empty"
     import cv2
-    grown = cv2.dilate(mask.view(np.uint8), np.ones((2 * dilation + 1, 2 * dilation + 1), np.uint8)) if dilation else mask.view(np.uint8)
+    grown = mask.view(np.uint8)
+    if how.dilation:
+        side = 2 * how.dilation + 1
+        grown = cv2.dilate(grown, np.ones((side, side), np.uint8))
     rows, columns = np.flatnonzero(grown.any(1)), np.flatnonzero(grown.any(0))
-    if not len(rows): return np.zeros_like(mask)
-    y, x = _cells(rows[0], rows[-1] + 1, block), _cells(columns[0], columns[-1] + 1, block)
-    inside = grown[y[0]:y[-1], x[0]:x[-1]]
-    touched = np.logical_or.reduceat(np.logical_or.reduceat(inside, y[:-1] - y[0], axis=0), x[:-1] - x[0], axis=1)
-    out = np.zeros_like(mask)
-    out[y[0]:y[-1], x[0]:x[-1]] = np.repeat(np.repeat(touched, np.diff(y), 0), np.diff(x), 1)
-    return out
+    if not len(rows) or how.shape == 'outline': return grown.astype(bool)
+    return _fill_cells(grown, _cells(rows[0], rows[-1] + 1, how), _cells(columns[0], columns[-1] + 1, how))
 
-def _cells(start: int, stop: int, block: int) -> np.ndarray: # edges of the cells, the last one takes the rest
-    count = max((stop - start) // block, 1) if block else 1
+# %% ../nbs/22_segments.ipynb #abfafc07
+def _cells(start: int, stop: int, how: MaskShape) -> np.ndarray: # edges of the cells
+    "Where the grid's lines are; over a bounding box, the last cell takes the rest"
+    if how.shape == 'grid': return np.arange(start // how.block, -(-stop // how.block) + 1) * how.block
+    count = 1 if how.shape == 'rectangle' else max((stop - start) // how.block, 1)
     return np.append(start + (stop - start) // count * np.arange(count), stop)
+
+def _fill_cells(
+    grown: np.ndarray, # (h, w) uint8
+    rows: np.ndarray, # edges of the cells, the first at or before the mask, the last at or behind its end
+    columns: np.ndarray
+) -> np.ndarray: # (h, w) bool
+    "Every cell the mask touches, whole"
+    height, width = grown.shape
+    inside = grown[rows[0]:rows[-1], columns[0]:columns[-1]]
+    touched = np.logical_or.reduceat(inside, rows[:-1] - rows[0], axis=0)
+    touched = np.logical_or.reduceat(touched, columns[:-1] - columns[0], axis=1)
+    out = np.zeros((height, width), bool)
+    filled = np.repeat(np.repeat(touched, np.diff(rows), 0), np.diff(columns), 1)
+    out[rows[0]:rows[-1], columns[0]:columns[-1]] = filled[:height - rows[0], :width - columns[0]]
+    return out
 
 # %% ../nbs/22_segments.ipynb #ba5bedf3
 def background(
@@ -219,7 +262,8 @@ def window_pictures(
     points: np.ndarray, # (n, 133, 3) of the whole video, in pixels of its frames
     present: np.ndarray, # (n,) bool: is there a person
     mask: Callable[[int], np.ndarray], # frame number -> (h, w) bool
-    size: tuple[int, int] # width, height of the pictures
+    size: tuple[int, int], # width, height of the pictures
+    how: MaskShape = BLOCKS # what the mask becomes; its pixels are those of the pictures
 ) -> Iterator[Pictures]:
     "The conditioning pictures of a window, one frame at a time"
     import cv2
@@ -229,6 +273,7 @@ def window_pictures(
         if present[i] and (box := face_box(points[i], (w, h))): face = crop_face(frame, box)
         scene = frame if (w, h) == size else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         where = mask(i) if present[i] else np.zeros((h, w), bool)
-        where = grow_mask(where if (w, h) == size else cv2.resize(where.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).view(bool))
+        if (w, h) != size: where = cv2.resize(where.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).view(bool)
+        where = grow_mask(where, how)
         pose = draw_pose(points[i] * [size[0] / w, size[1] / h, 1], size) if present[i] else np.zeros((size[1], size[0], 3), np.uint8)
         yield Pictures(pose, face, background(scene, where), where)
