@@ -15,7 +15,10 @@ from wan_avatar.job import JobError
 from wan_avatar.media import read_frames
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.track import load_track, parse_track, track_key
-from wan_avatar.workflow import CLIP_VISION, PROFILES, TINY, WAN, Weight, bind, check_weights, load_graph, loaders, needed_files, profile_graph, slots, track_graph, validate
+from wan_avatar.workflow import (
+    PROFILES, REFERENCE, TINY, WAN, Weight, bind, check_weights, load_graph, loaders, needed_files, profile_graph, slots,
+    track_graph, validate, vision_graph,
+)
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 FACE = replace(TINY, name='tiny-face', face=True, weights=tuple(replace(w, file='face.safetensors') if w.slot == 'dit' else w for w in TINY.weights), values={**TINY.values, 'steps': 1})
@@ -29,7 +32,7 @@ def weights(tmp_path_factory) -> Path:
     makers = [([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder]), ([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', with_face, '--face']), ([PYTHON, ROOT / 'tests/tiny_detectors.py', folder])]
     for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
     shutil.move(with_face / 'diffusion_models/tiny-dit.safetensors', folder / 'diffusion_models/face.safetensors')
-    for w in (*WAN.weights, WAN.encoder, CLIP_VISION):
+    for w in (*WAN.weights, WAN.encoder, WAN.clip_vision):
         (folder / w.folder).mkdir(exist_ok=True)
         (folder / w.folder / w.file).touch()
     return folder
@@ -76,8 +79,9 @@ def test_models_stay_loaded_from_job_to_job(wan, made):
     assert 'error' not in wan.run('warm', **JOB, seed=9)
     async def prompts() -> dict: return await wan.comfy._get('/history')
     said = [dict(p['status']['messages']) for p in wan.on_loop(prompts()).values() if 'sample' in p['prompt'][2]]
-    assert set(loaders(TINY)) == {'dit', 'distill', 'relight', 'shift', 'vae'} and len(said) > 5
-    assert all(set(loaders(TINY)) <= set(s['execution_cached']['nodes']) for s in said[1:]), 'only the first window of all loaded anything'
+    assert set(loaders(TINY)) == {'dit', 'distill', 'relight', 'shift', 'vae', 'clip_vision'} and len(said) > 5
+    sampled_with = set(loaders(TINY)) - {'clip_vision'} # CLIP has done its part before a job's first window
+    assert all(sampled_with <= set(s['execution_cached']['nodes']) for s in said[1:]), 'only the first window of all loaded anything'
 
 def test_length_and_overlap_can_be_changed(wan):
     longer = TINY.changed(length=13, overlap=9)
@@ -89,19 +93,56 @@ def test_length_and_overlap_can_be_changed(wan):
 
 # what only the size of the weights tells apart
 
-def test_tiny_differs_from_production_in_files_size_and_close_up_alone():
-    production, tiny = profile_graph(WAN), profile_graph(TINY)
-    changed = {(n, k) for n in production for k in production[n]['inputs'] if production[n]['inputs'][k] != tiny[n]['inputs'].get(k)}
-    files = {('dit', 'unet_name'), ('distill', 'lora_name'), ('relight', 'lora_name'), ('vae', 'vae_name')}
-    assert changed == files | {(n, k) for n in ('pictures', 'animate') for k in ('width', 'height')} | {('sample', 'steps'), ('animate', 'face_video')}
-    assert production.keys() == tiny.keys() and profile_graph(replace(WAN, weights=TINY.weights)).keys() == production.keys()
+def differences(a: dict, b: dict) -> set[tuple[str, str]]:
+    "(node, input) that two graphs of the same nodes give other values"
+    assert a.keys() == b.keys()
+    return {(n, k) for n in a for k in a[n]['inputs'] if a[n]['inputs'][k] != b[n]['inputs'].get(k)}
 
-SLOTS = {'reference': 'j/r.png', 'reference_track': 'j/r.track', 'video': 'j/d.mp4', 'track': 'j/d.track', 'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77,
+def test_tiny_differs_from_production_in_files_size_and_close_up_alone():
+    files = {('dit', 'unet_name'), ('distill', 'lora_name'), ('relight', 'lora_name'), ('vae', 'vae_name')}
+    size = {(n, k) for n in ('pictures', 'animate') for k in ('width', 'height')}
+    assert differences(profile_graph(WAN), profile_graph(TINY)) == files | size | {('sample', 'steps'), ('animate', 'face_video')}
+    assert differences(vision_graph(WAN), vision_graph(TINY)) == {('clip_vision', 'clip_name'), ('letterboxed', 'width'), ('letterboxed', 'height')}
+    loader = {n: (vision_graph(WAN)[n]['class_type'], vision_graph(TINY)[n]['class_type']) for n in vision_graph(WAN)}
+    assert {n for n, (a, b) in loader.items() if a != b} == {'clip_vision'}, 'its CLIP vision model has a loader of its own'
+
+PRODUCTION_ALONE = { # what production has otherwise than its twin, and why
+    'name': '', 'tracker': 'MediaPipe on a laptop', 'other_trackers': 'each can be run with the other', 'length': 'frames',
+    'weights': 'size of weights', 'clip_vision': 'size of weights', 'vision_graph': 'a loader for two layers',
+    'encoder': 'cannot be small', 'encoder_sha256': 'no encoder made its embeddings', 'face': 'seconds a frame on a CPU',
+    'prompt': 'ASCII', 'negative_prompt': 'ASCII', 'values': 'size and steps, below'}
+
+def test_every_value_in_which_tiny_differs_is_listed():
+    from dataclasses import fields
+    assert {f.name for f in fields(WAN) if getattr(WAN, f.name) != getattr(TINY, f.name)} == set(PRODUCTION_ALONE)
+    assert {k for k in WAN.values if WAN.values[k] != TINY.values[k]} == {'width', 'height', 'steps'}
+
+def test_reference_is_upstreams_sampling():
+    values = {'steps': 20, 'sampler': 'dpmpp_2m', 'shift': 5.0, 'cfg': 1.0, 'mask_shape': 'rectangle'}
+    assert {k: REFERENCE.values[k] for k in values} == values and REFERENCE.vision == 'clip' and REFERENCE.face
+    graph = profile_graph(REFERENCE)
+    assert 'distill' not in graph and graph['relight']['inputs']['model'] == ['dit', 0] and graph['shift']['inputs']['model'] == ['relight', 0]
+    assert not [w for w in needed_files(REFERENCE) if 'distill' in w.slot]
+
+@pytest.mark.parametrize('profile', [WAN, REFERENCE, TINY], ids=lambda p: p.name)
+def test_negative_prompt_is_its_own_above_cfg_1(profile):
+    assert profile_graph(profile)['animate']['inputs']['negative'] == ['prompt', 0] and set(profile.prompts) == {'embedding'}
+    guided = profile.changed(cfg=3.5)
+    assert profile_graph(guided)['animate']['inputs']['negative'] == ['negative', 0]
+    assert guided.prompts == {'embedding': profile.prompt, 'negative_embedding': profile.negative_prompt}
+    assert profile.negative_prompt and profile.negative_prompt != profile.prompt
+
+SLOTS = {'vision': 'j/v.safetensors', 'frame_width': 1280, 'frame_height': 720,
+         'reference': 'j/r.png', 'reference_track': 'j/r.track', 'video': 'j/d.mp4', 'track': 'j/d.track', 'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77,
          'frames': 'j/f.u8', 'seed': 2**63 - 1, 'embedding': 'embeddings/x.safetensors'}
 
 def test_production_graphs_fit_this_comfyui(wan):
-    for profile in (WAN, replace(WAN, clip_vision=CLIP_VISION), replace(WAN, face=False)):
-        assert validate(bind(profile_graph(profile), SLOTS), wan.comfy.object_info) == []
+    for profile in (WAN, REFERENCE, WAN.changed(face=False), *(WAN.changed(vision=v, mask_shape='grid') for v in ('off', 'unconnected'))):
+        graph = profile_graph(profile)
+        assert validate(bind(graph, {k: v for k, v in SLOTS.items() if k in slots(graph)}), wan.comfy.object_info) == []
+    guided = bind(profile_graph(WAN.changed(cfg=3.5)), SLOTS | {'negative_embedding': 'embeddings/n.safetensors'})
+    assert validate(guided, wan.comfy.object_info) == []
+    assert validate(bind(vision_graph(WAN), {'reference': 'j/r.png', 'vision': 'j/v.safetensors'}), wan.comfy.object_info) == []
     assert validate(bind(track_graph(WAN), {'source': 'j/d.mp4', 'kind': 'video', 'track': 'j/d.track'}), wan.comfy.object_info) == []
     assert validate(bind(load_graph('prompt'), {'text_encoder': WAN.encoder.file, 'prompt': 'p', 'encoder_sha256': 'e', 'path': 'e/x.safetensors'}), wan.comfy.object_info) == []
 
@@ -130,8 +171,10 @@ def window(wan, made, tmp_path_factory):
     tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
     tail.tofile(folder / 'tail.u8')
     values = SLOTS | {k: f'jobs/by-hand/{v}' for k, v in {'reference': 'reference.png', 'reference_track': 'reference.track', 'video': 'driving.mp4', 'track': 'driving.track',
-                                                         'tail': 'tail.u8', 'frames': 'frames.u8'}.items()}
+                                                         'tail': 'tail.u8', 'frames': 'frames.u8', 'vision': 'vision.safetensors'}.items()}
     values |= {'start': 4, 'length': 9, 'overlap': 5, 'new': 4, 'seed': 3, 'embedding': f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'}
+    described = bind(vision_graph(TINY), {k: values[k] for k in ('reference', 'vision')})
+    wan.on_loop(run(wan.comfy, described))
     graph = bind(profile_graph(TINY), values)
     # the seeds, then the scene: what the conditioning must hold
     graph['rest'] = {'class_type': 'ImageFromBatch', 'inputs': {'image': ['pictures', 3], 'batch_index': 5, 'length': 4}}
@@ -151,6 +194,7 @@ def test_shapes_of_everything(window):
     for name in ('positive', 'negative'):
         (embedding, said), = shapes[name]
         assert embedding == [1, 512, 4096]
+        assert said.pop('clip_vision_output') == 'Output'
         assert said == {'pose_video_latent': [1, 16, 3, 6, 8], 'concat_latent_image': [1, 16, 4, 6, 8], 'concat_mask': [1, 4, 4, 6, 8]}
     assert (window[0] / 'frames.u8').stat().st_size == 4 * 1280 * 720 * 3
 
@@ -165,7 +209,7 @@ def test_the_scene_outside_the_mask_goes_through(window):
     scene, given = found['scene'][1]['value.samples'], said['value.0.1.concat_latent_image']
     assert np.array_equal(scene, given[:, :, 1:]), 'behind the reference stand the seeds and the scene, nothing else'
     rows = said['value.0.1.concat_mask'][0]
-    blocks = mask.reshape(9, 6, 8, 8, 8)[:, :, 4, :, 4] # what nearest-exact picks of each latent pixel
+    blocks = mask.reshape(9, 6, 8, 8, 8)[:, :, 0, :, 0] # what `nearest` picks of each latent pixel, as upstream does
     assert (rows[:, 0] == 0).all() and (rows[:, 1:3] == 0).all() and (rows[:, 3] == blocks[5:9]).all()
 
 def test_the_tail_arrives_byte_for_byte(window):
@@ -183,7 +227,7 @@ def test_mask_rows(wan, window, later, wrong, right):
     graph['numbered'] = {'class_type': 'NumberedMask', 'inputs': {'length': 9, 'width': 64, 'height': 48}}
     graph['prompt'] = {'class_type': 'AvatarPrompt', 'inputs': {'embedding': f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'}}
     graph['seeds'] = {'class_type': 'EmptyImage', 'inputs': {'width': 64, 'height': 48, 'batch_size': 5, 'color': 0}}
-    kept = {k: v for k, v in graph['animate']['inputs'].items() if not (isinstance(v, list) and v[0] == 'pictures')}
+    kept = {k: v for k, v in graph['animate']['inputs'].items() if not (isinstance(v, list) and v[0] in ('pictures', 'vision'))}
     graph['animate'] = graph['animate'] | {'inputs': kept | {'character_mask': ['numbered', 0]} | ({'continue_motion': ['seeds', 0]} if later else {})}
     graph['mask_rows'] = graph['mask_rows'] | {'inputs': graph['mask_rows']['inputs'] | {'mask': ['numbered', 0]}}
     found = probe(wan, graph, before=['animate', 0], after=['mask_rows', 0], negative=['mask_rows', 1])
@@ -191,7 +235,7 @@ def test_mask_rows(wan, window, later, wrong, right):
         mask = found[name][1]['value.0.1.concat_mask'][0]
         assert (mask[:, 0] == 0).all() and all((mask[:, t, y, x] == mask[:, t, 0, 0]).all() for t in range(4) for y in range(6) for x in range(8))
         return mask[:, 1:, 0, 0].T.astype(int).tolist()
-    assert rows('before') == wrong, 'this ComfyUI has been repaired: AvatarMaskRows is not needed any more'
+    assert rows('before') in (wrong, right), 'neither the rows of a ComfyUI without the repair nor those of one that has it'
     assert rows('after') == rows('negative') == right
 
 # the close-up of the face
@@ -268,10 +312,11 @@ def test_wholebody_tracker_in_comfyui(wan, tmp_path):
     assert again['sha256'] == answer['sha256']
     assert [s['facts']['cached'] for s in wan.store.read_json('avatars/body-again.mp4.json')['timeline'] if s['name'] == 'track'] == [True]
 
-LACKS = [(WAN, {}, '8 files (21,041,', 'run: wan-avatar models fetch --profile wan22-animate'), (TINY, {}, '4 files (4 of unknown size)', 'run: wan-avatar tiny-weights MODELS_DIR'),
+LACKS = [(WAN, {}, '9 files (22,', 'run: wan-avatar models fetch --profile wan22-animate'),
+         (TINY, {}, '5 files (5 of unknown size)', 'run: wan-avatar tiny-weights MODELS_DIR'),
          (WAN, {w: w.bytes or 1 for w in needed_files(WAN) if w.folder != 'sam2'}, '2 files (2 of unknown size)', 'sam2/config.json'),
          (WAN, {w: (w.bytes or 1) - (w.slot == 'vae') for w in needed_files(WAN)}, '1 files (253,815,318 bytes)', 'vae/wan_2.1_vae.safetensors; run'),
-         (replace(TINY, name='mine'), {}, '4 files', 'vae/tiny-vae.safetensors; put them there')]
+         (replace(TINY, name='mine'), {}, '5 files', 'vae/tiny-vae.safetensors, clip_vision/tiny-clip_vision.safetensors; put them there')]
 
 @pytest.mark.parametrize('profile, there, size, words', LACKS, ids=['nothing there', 'tiny', 'masks alone', 'one cut short', 'of ones own'])
 def test_missing_files_are_named_with_their_bytes_and_what_to_run(tmp_path, profile, there, size, words):

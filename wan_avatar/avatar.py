@@ -7,8 +7,9 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'take_image',
            'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
            'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
-           'keep_tail', 'append', 'encoding', 'find_embedding', 'embedding_key', 'prompt_embedding', 'make_embedding',
-           'delivered', 'Delivered', 'sign', 'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
+           'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
+           'prompt_embeddings', 'embedding_file', 'make_embedding', 'delivered', 'Delivered', 'sign', 'prove',
+           'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -33,21 +34,23 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/40_avatar.ipynb #a4a8ec0d
-import numpy as np
 from pydantic import ConfigDict, ValidationError
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
 from .fetch import fetch_weights
 from .files import sha256_of, whole_file
 from .job import Job, JobError, Result, manifest_key, output_key
-from .media import SIZE, Clip, Encoder, check_mp4, normalise_image, normalise_video
+from .media import Clip, Encoder, RawFrames, check_mp4, normalise_image, normalise_video
 from .models import load_lock
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
 from .track import TRACKERS, TrackDamaged, parse_track, track_key
-from .workflow import Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots, track_graph, with_tracker
+from wan_avatar.workflow import (
+    Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
+    track_graph, vision_graph, with_tracker,
+)
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +224,8 @@ def relative(path: Path, work_dir: Path) -> str:
 async def track_video_cached(inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts) -> Path:
     "The driving video's track: from the bucket, or made and put there"
     detectors = detectors_digest(profile, studio.settings.models_dir)
-    key, target = track_key(inputs.sha256, tracker=profile.tracker, detectors=detectors), inputs.clip.path.with_suffix('.track')
+    key = track_key(inputs.sha256, inputs.clip.size, inputs.clip.fps, profile.tracker, detectors)
+    target = inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
         cached = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
@@ -256,7 +260,7 @@ class Shoot:
     inputs: Inputs
     tracks: tuple[Path, Path] # of the picture, of the video
     profile: Profile
-    values: dict[str, Any] # slots of the job: seed, embedding; a graph takes those it has
+    values: dict[str, Any] # slots of the job: seed, embeddings, vision; a graph takes those it has
     restarts: Restarts
 
 def segment_seed(
@@ -271,7 +275,8 @@ def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: P
     files = {'reference': shoot.inputs.reference, 'reference_track': shoot.tracks[0], 'video': shoot.inputs.clip.path, 'track': shoot.tracks[1], 'frames': frames}
     graph, job = profile_graph(shoot.profile), shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index)}
     return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in slots(graph)} | {
-        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new})
+        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new,
+        **dict(zip(('frame_width', 'frame_height'), shoot.inputs.clip.size, strict=True))})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
 async def render(shoot: Shoot, studio: Studio, target: Path, timeline: Timeline, report: Report) -> None:
@@ -279,10 +284,11 @@ async def render(shoot: Shoot, studio: Studio, target: Path, timeline: Timeline,
     profile, clip, folder, tail = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None
     length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
-    async with entered_in_thread(Encoder(target, audio=clip.audio), lambda: timeline.stage('finish')) as encoder, encoding() as encode:
+    encoder = Encoder(target, clip.size, clip.fps, clip.audio)
+    async with entered_in_thread(encoder, lambda: timeline.stage('finish')), encoding() as encode:
         while todo:
-            s, frames = todo[0], folder / f'frames-{todo[0].index}.u8'
-            graph = window_graph(shoot, s, studio.settings.work_dir, frames, tail)
+            s, frames = todo[0], RawFrames(folder / f'frames-{todo[0].index}.u8', clip.size)
+            graph = window_graph(shoot, s, studio.settings.work_dir, frames.path, tail)
             step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
             try:
                 with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph, step, shoot.restarts)
@@ -293,7 +299,7 @@ async def render(shoot: Shoot, studio: Studio, target: Path, timeline: Timeline,
                 progress.facts['segments'] = s.index + len(todo)
                 continue
             if profile.carries: tail = await asyncio.to_thread(keep_tail, frames, tail, folder / 'tail.u8', profile.overlap)
-            await encode(append, encoder, frames, s.new, timeline)
+            await encode(append, encoder, frames, timeline)
             todo.pop(0)
 
 # %% ../nbs/40_avatar.ipynb #cd8b7e46
@@ -313,29 +319,26 @@ def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> 
     return step
 
 def keep_tail(
-    frames: Path, # raw new frames of a window
+    frames: RawFrames, # new ones of a window
     before: Path | None, # the tail until now: a window may be shorter than a tail
     target: Path,
     count: int # frames
 ) -> Path: # `target`
     "The last frames made so far, byte for byte"
-    size = SIZE[0] * SIZE[1] * 3
-    with frames.open('rb') as f:
-        f.seek(max(frames.stat().st_size - count * size, 0))
-        last = f.read()
-    rest = count * size - len(last)
+    last = frames.last(count)
+    rest = count * frames.frame_bytes - len(last)
     kept = before.read_bytes()[-rest:] if before and rest else b''
     with whole_file(target) as part: part.write_bytes(kept + last)
     return target
 
 # %% ../nbs/40_avatar.ipynb #0744fd6a
-def append(encoder: Encoder, frames: Path, count: int, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
+def append(encoder: Encoder, frames: RawFrames, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
     "Put a window's new frames into the encoder and drop their file"
-    with timeline.stage('encode', frames=count):
-        for frame in np.memmap(frames, np.uint8, 'r', shape=(count, SIZE[1], SIZE[0], 3)):
+    with timeline.stage('encode', frames=len(frames)):
+        for frame in frames.pixels():
             if cancelled(): return
             encoder.write(frame)
-    frames.unlink()
+    frames.path.unlink()
 
 # %% ../nbs/40_avatar.ipynb #ccee021f
 @asynccontextmanager
@@ -351,6 +354,23 @@ async def encoding() -> AsyncIterator[Callable[..., Awaitable[None]]]:
     finally:
         for task in running: task.cancel()
         if running: await asyncio.wait(running)
+
+# %% ../nbs/40_avatar.ipynb #3b315aea
+async def describe_picture(
+    picture: Path, # in a folder of the work tree; the file is written beside it
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    restarts: Restarts
+) -> dict[str, str]: # slots
+    "The picture's CLIP tokens as a file for `AvatarVision`; nothing when the profile reads none"
+    graph, work_dir = vision_graph(profile), studio.settings.work_dir
+    if not graph: return {}
+    target = picture.with_name('vision.safetensors')
+    with timeline.stage('vision'):
+        paths = {'reference': relative(picture, work_dir), 'vision': relative(target, work_dir)}
+        await run(studio.comfy, bind(graph, paths) | loaders(profile), restarts=restarts)
+    return {'vision': paths['vision']}
 
 # %% ../nbs/40_avatar.ipynb #63ad1b60
 def find_embedding(
@@ -382,26 +402,36 @@ def embedding_key(wanted: Embedding) -> str:
     return f'embeddings/{wanted.name}'
 
 # %% ../nbs/40_avatar.ipynb #225ea522
-async def prompt_embedding(prompt: str | None, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
-    "A job's own prompt, or the profile's, as a file for `AvatarPrompt`; nothing when the profile reads none"
-    if profile.prompt is None: return {}
-    settings, wanted = studio.settings, Embedding(prompt or profile.prompt, profile.encoder_sha256)
+async def prompt_embeddings(prompt: str | None, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
+    "Each prompt a profile reads as a file for `AvatarPrompt`, the job's own in place of the profile's"
+    texts = profile.prompts | ({'embedding': prompt} if prompt and profile.prompts else {})
+    found = {}
+    for slot, text in texts.items():
+        wanted = Embedding(text, profile.encoder_sha256)
+        target = await embedding_file(wanted, studio, profile, timeline, restarts)
+        found[slot] = relative(target, studio.settings.work_dir)
+    return found
+
+async def embedding_file(wanted: Embedding, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> Path:
+    "Where ComfyUI reads an embedding: found, or made and kept for every worker after"
+    settings = studio.settings
     target = settings.work_dir / 'embeddings' / wanted.name
     with timeline.stage('prompt') as stage:
         stage.facts['from'] = await asyncio.to_thread(find_embedding, wanted, target, settings.models_dir, studio.store)
         if stage.facts['from'] is None:
             await make_embedding(wanted, target, studio, profile, timeline, restarts)
             await asyncio.to_thread(keep, studio.store, embedding_key(wanted), target)
-    return {'embedding': relative(target, settings.work_dir)}
+    return target
 
 async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> None:
     "Ask the text encoder, which is fetched when a prompt needs it for the first time"
     lock = load_lock(studio.settings.models_lock)
-    if (needs := lock.profiles.get(profile.name)) and needs.text_encoder:
-        await in_thread(fetch_weights, [lock.files[needs.text_encoder]], studio.settings, studio.store, timeline=timeline)
+    pinned = [f for f in lock.files.values() if f.place == profile.encoder.place]
+    if pinned: await in_thread(fetch_weights, pinned, studio.settings, studio.store, timeline=timeline)
     check_weights(replace(profile, weights=(profile.encoder,), detectors=(), clip_vision=None), studio.settings.models_dir)
-    graph = bind(load_graph('prompt'), {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256, 'path': relative(target, studio.settings.work_dir)})
-    await run(studio.comfy, graph | loaders(profile), restarts=restarts)
+    asked = {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256,
+             'path': relative(target, studio.settings.work_dir)}
+    await run(studio.comfy, bind(load_graph('prompt'), asked) | loaders(profile), restarts=restarts)
 
 # %% ../nbs/40_avatar.ipynb #9b89a38c
 def delivered(
@@ -430,7 +460,7 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
 def prove(video: Path, key: str, inputs: Inputs, profile: Profile, seed: int, timeline: Timeline, identity: dict[str, str]) -> Result:
     "Check a finished video against what it must be, and describe it"
     with timeline.stage('check'):
-        f = check_mp4(video, inputs.clip.frames, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
+        f = check_mp4(video, inputs.clip.frames, inputs.clip.size, inputs.clip.fps, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
         digest = sha256_of(video)
     return Result(minio_key=key, width=f.width, height=f.height, fps=f.fps, frames=f.frames, duration_s=f.duration_s, bytes=f.bytes, has_audio=f.has_audio, sha256=digest,
                   seed=seed, profile=profile.name, timings=timeline.seconds(), worker=identity)
@@ -455,7 +485,8 @@ def rendered_with(
 ) -> dict: # JSON
     "Everything but the versions of programs, which `worker` has"
     return {**profile.values, 'prompt': prompt, 'graph': str(profile.graph), 'tracker': TRACKERS[profile.tracker], 'length': profile.length, 'overlap': profile.overlap,
-            'face': profile.face, 'clip_vision': bool(profile.clip_vision), 'files': [w.file for w in needed_files(profile)]}
+            'face': profile.face, 'clip_vision': profile.vision == 'clip', 'vision': profile.vision,
+            'negative_prompt': profile.prompts.get('negative_embedding'), 'files': [w.file for w in needed_files(profile)]}
 
 # %% ../nbs/40_avatar.ipynb #b92a29bb
 async def make_avatar(
@@ -480,7 +511,8 @@ async def make_avatar(
             with timeline.stage('track picture'):
                 reference_track = await track_file(studio.comfy, inputs.reference, 'image', profile, settings.work_dir, lambda *a: None, restarts)
             track = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
-            values = {'seed': seed} | await prompt_embedding(job.prompt, studio, profile, timeline, restarts)
+            values = {'seed': seed} | await describe_picture(inputs.reference, studio, profile, timeline, restarts)
+            values |= await prompt_embeddings(job.prompt, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, video, timeline, report)
         finally: studio.renderer.release()
         result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})

@@ -17,16 +17,19 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from .fetch import Hub, Passing, hub_trouble, pinned
 from .files import whole_file
 from .job import JobError
-from .models import Lock, LockedFile, Needs, Places, dump_lock, needed, refuse_unknown, verified
+from .models import Lock, LockedFile, Needs, Places, dump_lock, refuse_unknown, verified
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
-from .workflow import Profile
+from .workflow import Profile, locked_files
 
 # %% ../nbs/53_bundle.ipynb #34991db2
-def own_lock(lock: Lock, profile: str, text_encoder: bool) -> Lock:
+def own_lock(lock: Lock, profile: Profile, text_encoder: bool) -> Lock:
     "The part of a lock that one profile needs"
-    files, needs = needed(lock, profile, text_encoder), lock.profiles.get(profile, Needs())
-    refuse_unknown(files)
-    return replace(lock, profiles={profile: needs if text_encoder else replace(needs, text_encoder=None)}, files={f.name: f for f in files})
+    files = {f.name: f for f in locked_files(profile, lock, text_encoder)}
+    refuse_unknown(files.values())
+    needs = lock.profiles.get(profile.name, Needs())
+    lists = {part: tuple(n for n in getattr(needs, part) if n in files) for part in ('renderer', 'tracker')}
+    own = replace(needs, **lists, text_encoder=needs.text_encoder if text_encoder else None)
+    return replace(lock, profiles={profile.name: own}, files=files)
 
 def relocated(
     lock: Lock, # of a bundle
@@ -73,7 +76,7 @@ def build(
     say: Callable[[str], None] = lambda text: None # told each file
 ) -> Lock: # its own
     "Make the folder; JobError says what is missing"
-    own, embedding = own_lock(lock, profile.name, text_encoder), default_embedding(profile, models_dir)
+    own, embedding = own_lock(lock, profile, text_encoder), default_embedding(profile, models_dir)
     if profile.prompt and not embedding and not text_encoder:
         raise JobError('models_unavailable', f'no embedding of the default prompt in {models_dir / "embeddings"}; copy embeddings/ from the bucket of a worker that has run, or build --with-text-encoder')
     lacking = [f'{f.place} {why}' for f in own.files.values() if (why := verified(f, Places(models_dir)))]
@@ -117,7 +120,9 @@ def push(folder: Path, repo: str, token: str | None = None, private: bool = True
 def check(repo: str, revision: str, profile: Profile, lock: Lock, hub: Hub, text_encoder: bool = False) -> list[tuple[str, str | None]]: # place, what is wrong with it
     "Compare a repository with what a worker would look for"
     rows, embedding = [], Embedding(profile.prompt, profile.encoder_sha256) if profile.prompt else None
-    for file in needed(lock, profile.name, text_encoder): rows.append((file.place, 'is not pinned in the lock' if not file.known else _differs(replace(file, repo=repo, revision=revision, path=file.place), file, hub)))
+    for file in locked_files(profile, lock, text_encoder):
+        there = replace(file, repo=repo, revision=revision, path=file.place)
+        rows.append((file.place, _differs(there, file, hub) if file.known else 'is not pinned in the lock'))
     if embedding and not text_encoder:
         asked = LockedFile('embedding', repo, revision, f'embeddings/{embedding.name}', None, None, 'embeddings', embedding.name, '')
         rows.append((asked.place, _differs(asked, None, hub)))

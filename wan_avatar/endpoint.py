@@ -26,9 +26,9 @@ from rich.table import Table
 from .client import EndpointError
 from .config import Settings
 from .job import shorten
-from .models import Lock, load_lock, needed
+from .models import Lock, load_lock
 from .segments import plan as plan_windows
-from .workflow import PROFILES
+from .workflow import PROFILES, locked_files
 
 # %% ../nbs/52_endpoint.ipynb #17536d1d
 class FileError(ValueError):
@@ -135,7 +135,7 @@ def weight_bytes(
     lock: Lock | None = None # default: the package's
 ) -> tuple[int, list[str]]: # bytes, and files whose size the lock does not know
     "What a worker of this profile may have on disk, the text encoder too"
-    wanted = needed(lock or load_lock(), profile, text_encoder=True)
+    wanted = locked_files(PROFILES[profile], lock or load_lock(), text_encoder=True)
     return sum(f.bytes or 0 for f in wanted), [f.name for f in wanted if f.bytes is None]
 
 def immutable(

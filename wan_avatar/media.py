@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FPS', 'VIDEO_FORMATS', 'AUDIO_FORMATS', 'MAX_HOLE',
            'HDR_TRANSFERS', 'DELIVERY', 'INTERMEDIATE', 'JITTER', 'IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'Probe',
-           'Rectangle', 'Clip', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture', 'draw_test_video',
-           'nearest', 'fitted_size', 'centred', 'check_length', 'extract_audio', 'place_samples', 'normalise_video',
-           'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image', 'flatten_image',
-           'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
+           'Rectangle', 'Clip', 'RawFrames', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture',
+           'draw_test_video', 'nearest', 'fitted_size', 'centred', 'check_length', 'extract_audio', 'place_samples',
+           'normalise_video', 'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image',
+           'flatten_image', 'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
 import os
@@ -90,6 +90,30 @@ class Clip:
     def size(self) -> tuple[int, int]: # width, height
         "Of every frame that is made of this clip"
         return self.width, self.height
+
+# %% ../nbs/20_media.ipynb #a009f2b5
+@dataclass(frozen=True)
+class RawFrames:
+    "A file of frames, uint8 RGB row by row, without a header"
+    path: Path
+    size: tuple[int, int] # width, height in pixels
+
+    @property
+    def frame_bytes(self) -> int:
+        "Of one frame"
+        return self.size[0] * self.size[1] * 3
+
+    def __len__(self) -> int: return self.path.stat().st_size // self.frame_bytes
+
+    def pixels(self) -> np.ndarray: # (n, h, w, 3) uint8, read from the disk when it is looked at
+        "All frames"
+        return np.memmap(self.path, np.uint8, 'r', shape=(len(self), self.size[1], self.size[0], 3))
+
+    def last(self, count: int) -> bytes:
+        "The last frames, as many as there are"
+        with self.path.open('rb') as f:
+            f.seek(max(len(self) - count, 0) * self.frame_bytes)
+            return f.read()
 
 # %% ../nbs/20_media.ipynb #e33cd6f7
 VIDEO_FORMATS = ('mov,matroska,avi,gif,apng,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,rm,mxf,dv,yuv4mpegpipe,nut,h264,hevc,obu,m4v,mjpeg,wtv')

@@ -6,23 +6,27 @@
 __all__ = ['NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'AvatarTrack', 'find_person', 'AvatarDetectors',
            'Window', 'AvatarSegment', 'DrawnFrames', 'is_linked', 'AvatarDraft', 'as_image', 'AvatarFrames',
            'write_frames', 'to_uint8', 'sized', 'AvatarConditioning', 'mask_rows', 'AvatarMaskRows', 'AvatarPrompt',
-           'AvatarSavePrompt']
+           'AvatarSavePrompt', 'AvatarReference', 'AvatarSaveVision', 'AvatarVision', 'tiny_vision_config',
+           'AvatarTinyVisionLoader', 'AvatarTextOnly']
 
 # %% ../nbs/32_nodes.ipynb #7cb4450a
 import gc
+import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 import numpy as np
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
 from .job import JobError
-from .media import FPS, SIZE, probe, read_frames, read_image
+from .media import FPS, probe, read_frames, read_image
 from .prompt import Embedding
-from .segments import letterbox, window_pictures
+from .segments import SHAPES, MaskShape, letterbox, window_pictures
 from .track import Track, check_person, load_track, save_track, track_image, track_video, wholebody_points
 from .wholebody import GPU_MEMORY, Detectors, track_picture, track_wholebody
 
@@ -76,9 +80,10 @@ def find_person(
     if kind == 'image':
         picture = read_image(source)
         return track_picture(picture, detectors, gpu) if detectors else track_image(picture)
-    n = round(probe(source).duration_s * FPS)
-    if detectors: return track_wholebody(lambda: read_frames(source), n, SIZE, detectors, gpu, progress(2 * n))
-    return track_video(read_frames(source), n, SIZE, progress(n))
+    video = probe(source)
+    n, size = round(video.duration_s * FPS), (video.width, video.height)
+    if detectors: return track_wholebody(lambda: read_frames(source), n, size, detectors, gpu, progress(2 * n))
+    return track_video(read_frames(source), n, size, progress(n))
 
 # %% ../nbs/32_nodes.ipynb #bca648df
 class AvatarDetectors:
@@ -148,7 +153,7 @@ class DrawnFrames:
 
     def __len__(self) -> int: return self.window.length
 
-    def __getitem__(self, i: int) -> np.ndarray: # (720, 1280, 3) uint8 RGB
+    def __getitem__(self, i: int) -> np.ndarray: # (h, w, 3) uint8 RGB, as large as the driving video
         if not 0 <= i < len(self): raise IndexError(i)
         puppet, driver = _cast(self.window.reference, self.window.reference_track, self.window.track)
         return draw(puppet, driver, min(self.window.start + i, len(driver.present) - 1))
@@ -177,9 +182,11 @@ class AvatarDraft:
 def as_image(frames: DrawnFrames, progress: Callable[[int, int], None]):
     "Frames as ComfyUI's IMAGE: (n, h, w, 3) float32 in 0..1"
     import torch
-    images = torch.empty((len(frames), SIZE[1], SIZE[0], 3), dtype=torch.float32)
+    images = None
     for i in range(len(frames)):
-        torch.div(torch.from_numpy(frames[i]), 255, out=images[i])
+        frame = torch.from_numpy(frames[i])
+        if images is None: images = torch.empty((len(frames), *frame.shape), dtype=torch.float32)
+        torch.div(frame, 255, out=images[i])
         progress(i + 1, len(frames))
     return images
 
@@ -191,11 +198,14 @@ class AvatarFrames:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {'required': {'images': ('IMAGE,AVATAR_FRAMES',), 'skip': ('INT', {'min': 0, 'max': 1024}), 'count': ('INT', {'min': 1, 'max': 1024}), 'path': ('STRING', {})}}
+        side = ('INT', {'min': 2, 'max': 8192, 'tooltip': 'of the frames written; a profile may render smaller ones'})
+        return {'required': {'images': ('IMAGE,AVATAR_FRAMES',), 'skip': ('INT', {'min': 0, 'max': 1024}),
+                             'count': ('INT', {'min': 1, 'max': 1024}), 'path': ('STRING', {}), 'width': side, 'height': side}}
 
-    def run(self, images, skip: int, count: int, path: str) -> dict:
+    def run(self, images, skip: int, count: int, path: str, width: int, height: int) -> dict:
         if len(images) < skip + count: raise JobError('internal', f'{len(images)} frames came, {skip} + {count} were to be written')
-        write_frames((images[i] for i in range(skip, skip + count)), count, _work_path(path), _progress(count))
+        wanted = (images[i] for i in range(skip, skip + count))
+        write_frames(wanted, count, _work_path(path), _progress(count), (width, height))
         return {'ui': {'frames': [{'count': count}]}}
 
 def write_frames(
@@ -203,7 +213,7 @@ def write_frames(
     count: int, # how many there are
     target: Path,
     progress: Callable[[int, int], None],
-    size: tuple[int, int] = SIZE # width, height to write; a research profile may render smaller
+    size: tuple[int, int] # width, height to write; a research profile may render smaller
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"
     with whole_file(target) as part, part.open('wb') as f:
@@ -212,9 +222,12 @@ def write_frames(
             progress(done, count)
 
 # %% ../nbs/32_nodes.ipynb #be533217
-def to_uint8(frame: np.ndarray) -> np.ndarray:
-    "A frame as bytes: unchanged when it is, else 0..1 scaled and rounded"
-    return np.ascontiguousarray(frame) if frame.dtype == np.uint8 else (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
+def to_uint8(
+    frame: np.ndarray # (h, w, 3) uint8, or float in 0..1
+) -> np.ndarray: # (h, w, 3) uint8, row by row in memory, whatever order the frame had: a VAE hands over moved axes
+    "A frame as bytes: unchanged when it is, else scaled and rounded"
+    pixels = frame if frame.dtype == np.uint8 else (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
 
 def sized(
     frame: np.ndarray, # (h, w, 3) uint8
@@ -235,26 +248,36 @@ class AvatarConditioning:
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         side = ('INT', {'min': 16, 'max': 4096, 'step': 16})
-        return {'required': {'segment': ('AVATAR_SEGMENT',), 'width': side, 'height': side}}
+        return {'required': {'segment': ('AVATAR_SEGMENT',), 'width': side, 'height': side,
+                             'mask_shape': (list(SHAPES), {'tooltip': 'what is filled around the person'}),
+                             'mask_dilation': ('INT', {'min': 0, 'max': 256, 'tooltip': 'pixels'}),
+                             'mask_block': ('INT', {'min': 1, 'max': 1024, 'tooltip': 'pixels, side of a cell'})}}
 
-    def run(self, segment: Window, width: int, height: int) -> tuple:
+    def run(self, segment: Window, width: int, height: int, mask_shape: str, mask_dilation: int, mask_block: int) -> tuple:
         import torch
         size, track = (width, height), load_track(segment.track)
         frames = read_frames(segment.video, segment.start, min(segment.length, len(track) - segment.start))
-        shown = window_pictures(frames, segment.start, segment.length, wholebody_points(track), track.present, track.mask, size)
+        shown = window_pictures(frames, segment.start, segment.length, wholebody_points(track), track.present, track.mask,
+                                size, MaskShape(mask_shape, mask_dilation, mask_block))
         shapes = {'pose': (height, width, 3), 'face': (512, 512, 3), 'background': (height, width, 3), 'mask': (height, width)}
         stacks = {k: torch.empty((segment.length, *s), dtype=torch.float32) for k, s in shapes.items()}
         progress = _progress(segment.length)
         for i, p in enumerate(shown):
             for k, stack in stacks.items(): torch.div(torch.from_numpy(getattr(p, k)), 1 if k == 'mask' else 255, out=stack[i])
             progress(i + 1, segment.length)
-        reference = torch.from_numpy(letterbox(read_image(segment.reference), size))[None] / 255
-        return reference, *stacks.values(), _tail(segment.tail, size)
+        return _reference(segment.reference, size), *stacks.values(), _tail(segment, size)
 
-def _tail(path: Path | None, size: tuple[int, int]):
+def _reference(path: Path, size: tuple[int, int]):
+    "The picture of the person, letterboxed: (1, h, w, 3) float32 in 0..1"
     import torch
-    if path is None: return None
-    frames = np.fromfile(path, np.uint8).reshape(-1, SIZE[1], SIZE[0], 3)
+    return torch.from_numpy(letterbox(read_image(path), size))[None] / 255
+
+def _tail(segment: Window, size: tuple[int, int]):
+    "The frames a window goes on from, as large as it is sampled; raw, they are as large as the driving video"
+    import torch
+    if segment.tail is None: return None
+    video = probe(segment.video)
+    frames = np.fromfile(segment.tail, np.uint8).reshape(-1, video.height, video.width, 3)
     return torch.from_numpy(np.stack([sized(f, size) for f in frames])) / 255
 
 # %% ../nbs/32_nodes.ipynb #a05ef142
@@ -282,7 +305,9 @@ class AvatarMaskRows:
         import node_helpers # ComfyUI's
         import torch
         old = positive[0][1]['concat_mask'] # (1, 4, reference and latent frames, h, w)
-        small = torch.nn.functional.interpolate(mask[:, None], old.shape[-2:], mode='nearest-exact')[:, 0]
+        # `nearest` takes the top left pixel of each cell, as upstream and diffusers do; ComfyUI's `nearest-exact` would
+        # take the middle one, and the mask would lie half a cell off what the model learned
+        small = torch.nn.functional.interpolate(mask[:, None], old.shape[-2:], mode='nearest')[:, 0]
         rows = torch.from_numpy(mask_rows(small.numpy(), seeds))[None].to(old)
         fixed = torch.cat([torch.zeros_like(old[:, :, :old.shape[2] - rows.shape[2]]), rows], dim=2)
         return tuple(node_helpers.conditioning_set_values(c, {'concat_mask': fixed}) for c in (positive, negative))
@@ -315,6 +340,102 @@ class AvatarSavePrompt:
         with whole_file(_work_path(path)) as part: save_file({'embedding': tensor}, part, Embedding(prompt, encoder_sha256, tuple(tensor.shape)).metadata())
         return {'ui': {'embedding': [{'shape': list(tensor.shape)}]}}
 
+# %% ../nbs/32_nodes.ipynb #4123efa3
+class AvatarReference:
+    "The picture of the person, letterboxed at the sampled size"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('IMAGE',)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        side = ('INT', {'min': 16, 'max': 4096})
+        return {'required': {'reference': ('STRING', {'tooltip': 'picture in the work tree'}), 'width': side, 'height': side}}
+
+    def run(self, reference: str, width: int, height: int) -> tuple: return (_reference(_work_path(reference), (width, height)),)
+
+class AvatarSaveVision:
+    "CLIP's description of the picture -> file"
+    CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict: return {'required': {'clip_vision_output': ('CLIP_VISION_OUTPUT',), 'vision': ('STRING', {})}}
+
+    def run(self, clip_vision_output, vision: str) -> dict:
+        import torch
+        from safetensors.torch import save_file
+        tokens = clip_vision_output.penultimate_hidden_states.to('cpu', torch.float32).contiguous()
+        with whole_file(_work_path(vision)) as part: save_file({'penultimate_hidden_states': tokens}, part)
+        return {'ui': {'vision': [{'shape': list(tokens.shape)}]}}
+
+class AvatarVision:
+    "That file as the description it was made of"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('CLIP_VISION_OUTPUT',)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict: return {'required': {'vision': ('STRING', {'tooltip': 'safetensors file in the work tree'})}}
+
+    def run(self, vision: str) -> tuple:
+        from comfy.clip_vision import Output
+        from safetensors.torch import load_file
+        described = Output()
+        described['penultimate_hidden_states'] = load_file(_work_path(vision))['penultimate_hidden_states']
+        return (described,)
+
+# %% ../nbs/32_nodes.ipynb #fcf7b0a8
+def tiny_vision_config(
+    whole: dict, # ComfyUI's settings of CLIP ViT-H
+    shapes: dict[str, tuple[int, ...]] # of the small checkpoint, by tensor
+) -> dict: # its settings
+    "Settings of a model that differs from ViT-H in depth and inner width only"
+    layers = {int(found[1]) for name in shapes if (found := re.match(r'vision_model\.encoder\.layers\.(\d+)\.', name))}
+    inner, _ = shapes['vision_model.encoder.layers.0.mlp.fc1.weight']
+    return whole | {'num_hidden_layers': len(layers), 'intermediate_size': inner}
+
+class AvatarTinyVisionLoader:
+    "A small CLIP vision model, for tests"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('CLIP_VISION',)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        import folder_paths
+        return {'required': {'clip_name': (folder_paths.get_filename_list('clip_vision'),)}}
+
+    def run(self, clip_name: str) -> tuple:
+        import comfy.clip_vision
+        import comfy.utils
+        import folder_paths
+        weights = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise('clip_vision', clip_name))
+        whole = json.loads(Path(comfy.clip_vision.__file__).with_name('clip_vision_config_h.json').read_text())
+        config = tiny_vision_config(whole, {k: tuple(v.shape) for k, v in weights.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder) / 'config.json').write_text(json.dumps(config))
+            model = comfy.clip_vision.ClipVisionModel(str(path))
+        missing, _ = model.load_sd(weights)
+        if missing: raise JobError('internal', f'{clip_name} lacks {len(missing)} tensors: {", ".join(missing[:3])}; make it anew')
+        return (model,)
+
+# %% ../nbs/32_nodes.ipynb #a3d34ede
+class AvatarTextOnly:
+    "Skip the image branch of every block"
+    CATEGORY, FUNCTION = 'avatar', 'run'
+    RETURN_TYPES = ('MODEL',)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict: return {'required': {'model': ('MODEL',)}}
+
+    def run(self, model) -> tuple:
+        from comfy.ldm.wan.model import WanT2VCrossAttention
+        patched = model.clone() # a patcher of the same weights
+        for i, block in enumerate(model.model.diffusion_model.blocks):
+            text_only = MethodType(WanT2VCrossAttention.forward, block.cross_attn)
+            patched.add_object_patch(f'diffusion_model.blocks.{i}.cross_attn.forward', text_only)
+        return (patched,)
+
 # %% ../nbs/32_nodes.ipynb #7ae4137d
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (AvatarTrack, AvatarDetectors, AvatarSegment, AvatarDraft, AvatarFrames, AvatarConditioning, AvatarMaskRows, AvatarPrompt, AvatarSavePrompt)}
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (
+    AvatarTrack, AvatarDetectors, AvatarSegment, AvatarDraft, AvatarFrames, AvatarConditioning, AvatarMaskRows, AvatarPrompt,
+    AvatarSavePrompt, AvatarReference, AvatarVision, AvatarSaveVision, AvatarTinyVisionLoader, AvatarTextOnly)}
 NODE_DISPLAY_NAME_MAPPINGS = {n: 'Avatar: ' + re.sub('(?<!^)(?=[A-Z])', ' ', n.removeprefix('Avatar')).lower() for n in NODE_CLASS_MAPPINGS}
