@@ -10,8 +10,13 @@ class Any(str):
     "A type that takes every link"
     def __ne__(self, other): return False
 
+def opened(value):
+    "What CLIP vision gives is an object; its tensors are its attributes"
+    return vars(value) if type(value).__name__ == 'Output' else value
+
 def described(value):
     "Shapes of all tensors in whatever a link carries"
+    value = opened(value)
     if isinstance(value, torch.Tensor): return list(value.shape)
     if isinstance(value, dict): return {k: described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [described(v) for v in value]
@@ -19,6 +24,7 @@ def described(value):
 
 def tensors(value, name: str = 'value') -> dict:
     "All tensors, by their way there"
+    value = opened(value)
     if isinstance(value, torch.Tensor): return {name: value.float().cpu().numpy()}
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return {k: v for key, inner in pairs for k, v in tensors(inner, f'{name}.{key}').items()}

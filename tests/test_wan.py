@@ -32,10 +32,35 @@ def weights(tmp_path_factory) -> Path:
     makers = [([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder]), ([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', with_face, '--face']), ([PYTHON, ROOT / 'tests/tiny_detectors.py', folder])]
     for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
     shutil.move(with_face / 'diffusion_models/tiny-dit.safetensors', folder / 'diffusion_models/face.safetensors')
-    for w in (*WAN.weights, WAN.encoder, WAN.clip_vision):
+    for w in (*WAN.weights, WAN.encoder):
         (folder / w.folder).mkdir(exist_ok=True)
         (folder / w.folder / w.file).touch()
+    subprocess.run([PYTHON, '-c', MORE, folder, ROOT / '.comfy/ComfyUI', WAN.clip_vision.file], cwd=ROOT, check=True, capture_output=True)
     return folder
+
+MORE = """
+# a transformer whose image branch adds nothing, and CLIP ViT-H at its true size: zeros, which take no room on the disk
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+folder, comfy, clip = Path(sys.argv[1]), *sys.argv[2:]
+sys.path.insert(0, comfy)
+from comfy.cli_args import args
+args.cpu = True
+from wan_avatar.tiny import vision_shapes
+dit = load_file(folder / 'diffusion_models/tiny-dit.safetensors')
+save_file({k: v * 0 if '.v_img.' in k else v for k, v in dit.items()}, folder / 'diffusion_models/no-image.safetensors')
+header, end = {}, 0
+for name, shape in vision_shapes(32, 5120).items():
+    size = 2
+    for side in shape: size *= side
+    header[name] = {'dtype': 'F16', 'shape': shape, 'data_offsets': [end, end + size]}
+    end += size
+text = json.dumps(header).encode()
+with (folder / 'clip_vision' / clip).open('wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    f.truncate(8 + len(text) + end)
+"""
 
 @pytest.fixture(scope='module')
 def wan(bucket, samples, weights, tmp_path_factory):
@@ -155,6 +180,14 @@ def probe(wan, graph: dict, **links: list) -> dict[str, tuple]:
     folder = wan.settings.work_dir / 'probes'
     return {name: (json.loads((folder / f'{name}.json').read_text()), dict(np.load(folder / f'{name}.npz'))) for name in links}
 
+def window_values() -> dict:
+    "Slots of the window of the fixture below"
+    files = {'reference': 'reference.png', 'reference_track': 'reference.track', 'video': 'driving.mp4', 'track': 'driving.track',
+             'tail': 'tail.u8', 'frames': 'frames.u8', 'vision': 'vision.safetensors'}
+    embedding = f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'
+    return SLOTS | {k: f'jobs/by-hand/{v}' for k, v in files.items()} | {
+        'start': 4, 'length': 9, 'overlap': 5, 'new': 4, 'seed': 3, 'embedding': embedding}
+
 @pytest.fixture(scope='module')
 def window(wan, made, tmp_path_factory):
     "A later window of the tiny profile with its inputs in the work tree, and what flows in it"
@@ -170,9 +203,7 @@ def window(wan, made, tmp_path_factory):
     shutil.copy(folder / 'driving.track', folder / 'reference.track') # the production graph does not read it
     tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
     tail.tofile(folder / 'tail.u8')
-    values = SLOTS | {k: f'jobs/by-hand/{v}' for k, v in {'reference': 'reference.png', 'reference_track': 'reference.track', 'video': 'driving.mp4', 'track': 'driving.track',
-                                                         'tail': 'tail.u8', 'frames': 'frames.u8', 'vision': 'vision.safetensors'}.items()}
-    values |= {'start': 4, 'length': 9, 'overlap': 5, 'new': 4, 'seed': 3, 'embedding': f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'}
+    values = window_values()
     described = bind(vision_graph(TINY), {k: values[k] for k in ('reference', 'vision')})
     wan.on_loop(run(wan.comfy, described))
     graph = bind(profile_graph(TINY), values)
@@ -194,7 +225,7 @@ def test_shapes_of_everything(window):
     for name in ('positive', 'negative'):
         (embedding, said), = shapes[name]
         assert embedding == [1, 512, 4096]
-        assert said.pop('clip_vision_output') == 'Output'
+        assert said.pop('clip_vision_output') == {'penultimate_hidden_states': [1, 257, 1280]}
         assert said == {'pose_video_latent': [1, 16, 3, 6, 8], 'concat_latent_image': [1, 16, 4, 6, 8], 'concat_mask': [1, 4, 4, 6, 8]}
     assert (window[0] / 'frames.u8').stat().st_size == 4 * 1280 * 720 * 3
 
@@ -237,6 +268,37 @@ def test_mask_rows(wan, window, later, wrong, right):
         return mask[:, 1:, 0, 0].T.astype(int).tolist()
     assert rows('before') in (wrong, right), 'neither the rows of a ComfyUI without the repair nor those of one that has it'
     assert rows('after') == rows('negative') == right
+
+# the picture as CLIP sees it
+
+def sampled(wan, window, dit: str, vision: str) -> np.ndarray:
+    "What comes out of one window of the tiny profile with this transformer"
+    profile = replace(TINY, weights=tuple(replace(w, file=dit) if w.slot == 'dit' else w for w in TINY.weights)).changed(vision=vision)
+    graph = profile_graph(profile)
+    return probe(wan, bind(graph, {k: v for k, v in window_values().items() if k in slots(graph)}), sampled=['sample', 0])['sampled'][1]['value.samples']
+
+@pytest.mark.parametrize('vision, depends', [('clip', True), ('off', False), ('unconnected', True)])
+def test_the_image_branch(wan, window, vision, depends):
+    "With `off` nothing of it is left; ComfyUI alone sends the text through it"
+    whole, zeroed = (sampled(wan, window, dit, vision) for dit in ('tiny-dit.safetensors', 'no-image.safetensors'))
+    assert (np.abs(whole - zeroed).max() > 1e-3) == depends
+
+def test_one_description_for_all_windows_and_the_very_one_of_clip(wan, window, made):
+    found = window[2]
+    told = found['positive'][1]['value.0.1.clip_vision_output.penultimate_hidden_states']
+    graph = bind(vision_graph(TINY), {k: window_values()[k] for k in ('reference', 'vision')})
+    said = probe(wan, graph, described=['described', 0], letterboxed=['letterboxed', 0])
+    assert np.array_equal(told, said['described'][1]['value.penultimate_hidden_states']), 'the file is what the encoder said'
+    assert said['letterboxed'][0] == [1, 48, 64, 3] and np.array_equal(said['letterboxed'][1]['value'], found['pictures'][1]['value'])
+    stages = [s['name'] for s in wan.store.read_json('avatars/tiny.mp4.json')['timeline']]
+    assert stages.count('vision') == 1 and stages.count('render') == 3 and stages.index('vision') < stages.index('render')
+
+def test_clip_at_its_true_size(wan, window):
+    "ComfyUI's own loader and production's graph, on zeros: what Wan reads has the shape it must have"
+    graph = bind(vision_graph(WAN), {k: window_values()[k] for k in ('reference', 'vision')} | {'vision': 'jobs/by-hand/large.safetensors'})
+    said = probe(wan, graph, described=['described', 0], letterboxed=['letterboxed', 0])
+    assert said['described'][0]['penultimate_hidden_states'] == [1, 257, 1280] and said['letterboxed'][0] == [1, 720, 1280, 3]
+    assert 'missing clip vision' not in wan.comfy.process.log_path.read_text()
 
 # the close-up of the face
 
