@@ -29,18 +29,22 @@ def candidate(box: tuple, stride: int, column: int, row: int) -> list[float]:
     return middle + [np.log((right - left) / stride), np.log((bottom - top) / stride)]
 
 def person_detector(path: Path, rng: np.random.Generator) -> None:
-    "(1, 3, 640, 640) -> (1, 8400, 85): a person, found by two cells, a chair in front of them, a person too unsure, and nothing"
+    "(1, 3, 640, 640) -> (1, 8400, 85): a person whom two cells find, a chair before them, an unsure person, nothing"
     rows, free, person, chair = np.zeros((1, 8400, 85), np.float32), np.zeros((1, 8400, 1), np.float32), 5, 5 + 56
-    seen = np.array(BOX) * SEEN
-    for k, (cell, box, kind, score) in {20 * 80 + 40: ((8, 40, 20), seen, person, .9), 6400 + 11 * 40 + 20: ((16, 20, 11), seen + 4, person, .8),
-                                        21 * 80 + 40: ((8, 40, 21), seen, chair, .95), 8000: ((32, 0, 0), (0, 0, 640, 360), person, .2)}.items():
-        rows[0, k, :4], rows[0, k, 4], rows[0, k, kind] = candidate(box, *cell), 1, score
-    free[0, 20 * 80 + 40] = 1 # only the surer of the person's two boxes depends on the picture
-    nodes = [helper.make_node('Conv', ['images', 'w'], ['c'], strides=[32, 32]), helper.make_node('GlobalAveragePool', ['c'], ['mean']), helper.make_node('Reshape', ['mean', 'shape'], ['r']),
-             helper.make_node('Mul', ['r', 'free'], ['m']), helper.make_node('Add', ['m', 'rows'], ['output'])]
+    seen, sure = np.array(BOX) * SEEN, 20 * 80 + 40
+    cells = {sure: (seen, 8, 40, 20, person, .9), 6400 + 11 * 40 + 20: (seen + 4, 16, 20, 11, person, .8),
+             21 * 80 + 40: (seen, 8, 40, 21, chair, .95), 8000: ((0, 0, 640, 360), 32, 0, 0, person, .2)}
+    for k, (box, stride, column, row, kind, score) in cells.items():
+        rows[0, k, :4], rows[0, k, 4], rows[0, k, kind] = candidate(box, stride, column, row), 1, score
+    free[0, sure] = 1 # only the surer of the person's two boxes depends on the picture
+    nodes = [helper.make_node('Conv', ['images', 'w'], ['c'], strides=[32, 32]),
+             helper.make_node('GlobalAveragePool', ['c'], ['mean']),
+             helper.make_node('Reshape', ['mean', 'shape'], ['r']), helper.make_node('Mul', ['r', 'free'], ['m']),
+             helper.make_node('Add', ['m', 'rows'], ['output'])]
     weights = np.zeros((85, 3, 32, 32), np.float32)
     weights[:4] = rng.normal(0, 1e-6, (4, 3, 32, 32)) # pixels are 0 to 255 and all of one sign
-    write(path, nodes, ('images', [1, 3, 640, 640]), ('output', [1, 8400, 85]), {'w': weights, 'shape': np.array([1, 1, 85]), 'free': free, 'rows': rows})
+    constants = {'w': weights, 'shape': np.array([1, 1, 85]), 'free': free, 'rows': rows}
+    write(path, nodes, ('images', [1, 3, 640, 640]), ('output', [1, 8400, 85]), constants)
 
 def keypoint_detector(path: Path, rng: np.random.Generator) -> None:
     "(1, 3, 256, 192) -> (1, 133, 64, 48): a bump for each keypoint, on a grid"
@@ -50,15 +54,18 @@ def keypoint_detector(path: Path, rng: np.random.Generator) -> None:
     write(path, nodes, ('input', [1, 3, 256, 192]), ('output', [1, 133, 64, 48]), {'w': rng.normal(0, 1e-4, (133, 3, 4, 4)).astype(np.float32), 'bumps': bumps})
 
 def mask_model() -> Sam2VideoModel:
-    "SAM2 with its true pictures, prompts, memory and masks, and few layers: a frame takes 1 s on a CPU instead of 10. What it sees is an upright stripe where the person stands, with a trembling rim"
+    """SAM2 with its true pictures, prompts, memory and masks, and few layers: a frame takes 1 s on a CPU instead of 10
+
+    What it sees is an upright stripe where the person stands, with a trembling rim."""
     widths = [32, 64, 128, 256]
     backbone = Sam2HieraDetConfig(hidden_size=32, blocks_per_stage=[1, 1, 1, 1], embed_dim_per_stage=widths, num_attention_heads_per_stage=[1, 2, 4, 8], global_attention_blocks=[])
-    model = Sam2VideoModel(Sam2VideoConfig(vision_config=Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1]), memory_attention_num_layers=1))
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1])
+    model = Sam2VideoModel(Sam2VideoConfig(vision_config=vision, memory_attention_num_layers=1))
     decoder, encoder = model.mask_decoder, model.vision_encoder
     with torch.no_grad():
-        encoder.backbone.pos_embed[:, 0] = torch.tensor([-8, -8, 1, 8, 1, -8, -8.]) # across the picture: 0 at a third and at two thirds
-        finest, skip = encoder.neck.convs[-1].weight, decoder.conv_s0.weight # this channel goes straight to the mask, once as it is, once negated
-        finest[0], skip[:2] = 0, 0
+        encoder.backbone.pos_embed[:, 0] = torch.tensor([-8, -8, 1, 8, 1, -8, -8.]) # across: 0 at each third
+        finest, skip = encoder.neck.convs[-1].weight, decoder.conv_s0.weight
+        finest[0], skip[:2] = 0, 0 # this channel goes straight to the mask, once as it is, once negated
         finest[0, 0], skip[0, 0], skip[1, 0] = 1, 1, -1
         decoder.pred_obj_score_head.proj_out.bias.fill_(10) # somebody is always there
         for layers in decoder.output_hypernetworks_mlps:
@@ -69,6 +76,7 @@ def mask_model() -> Sam2VideoModel:
 if __name__ == '__main__':
     models, numbers = Path(sys.argv[1]), np.random.default_rng(0)
     torch.manual_seed(0)
-    for name in ('yolox_l', 'yolov10m'): person_detector(models / f'detection/{name}.onnx', np.random.default_rng(0)) # the latter until the lock names the former
+    for name in ('yolox_l', 'yolov10m'): # the latter until the lock names the former
+        person_detector(models / f'detection/{name}.onnx', np.random.default_rng(0))
     keypoint_detector(models / 'detection/vitpose-l-wholebody.onnx', numbers)
     mask_model().save_pretrained(models / 'sam2')

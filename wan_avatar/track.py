@@ -25,7 +25,8 @@ from .files import whole_file
 from .job import JobError
 
 # %% ../nbs/21_track.ipynb #506e7cb8
-TRACKERS = {'mediapipe': 'mediapipe-1', 'wholebody-sam2': 'wholebody-sam2-2'} # name -> name and version: part of every cache key, raised when results change
+# name -> name and version: part of every cache key, raised when results change
+TRACKERS = {'mediapipe': 'mediapipe-1', 'wholebody-sam2': 'wholebody-sam2-2'}
 
 GROUPS = ('body', 'left_hand', 'right_hand', 'face') # MediaPipe's
 
@@ -152,7 +153,7 @@ def parse_track(
         pictures = {k: np.asarray(Image.open(io.BytesIO(arrays[k].tobytes()))) for k in ('plate', 'matte') if k in arrays}
         return Track(size=tuple(meta['size']), present=arrays['present'], points={g: unpack_points(arrays[f'{g}_at'], arrays[g]) for g in meta['groups']},
                      mask_size=tuple(meta['mask_size']), masks=tuple(blob[e - n:e] for e, n in zip(ends, arrays['mask_lengths'].astype(int), strict=True)),
-                     tracker=meta['tracker'], camera=arrays.get('camera'), skin=arrays.get('skin'), guessed=arrays.get('guessed'), **pictures)
+                     tracker=meta['tracker'], **{k: arrays.get(k) for k in ('camera', 'skin', 'guessed')}, **pictures)
     except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile, zlib.error, UnidentifiedImageError) as e:
         raise TrackDamaged(f'written by something else: {e}') from e
 
@@ -211,8 +212,9 @@ def check_person(
     elif seen * 2 < n or not seen:
         raise JobError('no_person', f'a person was found in {seen} of {n} frames of the driving video; at least half of them must show one')
     elif guessed > MOST_GUESSED * seen:
-        raise JobError('no_person', f"the person's outline was lost in {guessed} of the {seen} frames of the driving video that show one; {MOST_GUESSED:.0%} of them may be guessed. "
-                                    'Use a video in which the person stands out from the background and little is in front of them')
+        lost = f"the person's outline was lost in {guessed} of the {seen} frames of the driving video that show one"
+        remedy = 'use a video in which the person stands out from the background and little is in front of them'
+        raise JobError('no_person', f'{lost}; {MOST_GUESSED:.0%} of them may be guessed: {remedy}')
 
 # %% ../nbs/21_track.ipynb #a8f3a150
 STILL = np.eye(2, 3)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'FPS', 'GAP', 'SAME_PERSON', 'SAME_SIZE', 'PEOPLE', 'CROP', 'MEAN', 'DEVIATION', 'CONFIDENT', 'ENOUGH',
            'PROMPT_JOINTS', 'KEYS', 'FIGURE_SHARE', 'BOX_SHARE', 'STRAY', 'ROOM', 'PERSON_SCORE', 'CANDIDATES', 'CHUNK',
-           'SAM2_KEEPS', 'MEMORY', 'GPU_MEMORY', 'Read', 'area', 'person_boxes', 'overlap', 'Passage', 'passages',
-           'follow', 'bridge', 'crop_box', 'take_crop', 'decode', 'to_frame', 'is_seen', 'prompt_points', 'key_frames',
-           'inside', 'is_mask_of', 'guess_mask', 'mend_mask', 'Detectors', 'chunks', 'track_wholebody', 'track_picture']
+           'SAM2_KEEPS', 'MEMORY', 'Masks', 'GPU_MEMORY', 'Starts', 'Read', 'area', 'person_boxes', 'overlap',
+           'Passage', 'passages', 'follow', 'bridge', 'crop_box', 'take_crop', 'decode', 'to_frame', 'is_seen',
+           'prompt_points', 'key_frames', 'inside', 'is_mask_of', 'guess_mask', 'mend_mask', 'Detectors', 'chunks',
+           'track_wholebody', 'track_picture']
 
 # %% ../nbs/24_wholebody.ipynb #a424863f
 import logging
@@ -266,20 +267,26 @@ class Detectors:
 def _session(path: Path, gpu: bool):
     import onnxruntime
     wanted = [*(['CUDAExecutionProvider'] if gpu else []), 'CPUExecutionProvider']
-    return _on_gpu(onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in onnxruntime.get_available_providers()]), path, gpu)
+    providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    return _on_gpu(onnxruntime.InferenceSession(path, providers=providers), path, gpu)
 
 def _on_gpu(session, path: Path, gpu: bool):
     "The session; the log says when it does not run where it should"
-    if gpu and 'CUDAExecutionProvider' not in session.get_providers(): log.warning('onnxruntime cannot use CUDA here: %s runs on the CPU', path.name)
+    if gpu and 'CUDAExecutionProvider' not in session.get_providers():
+        log.warning('onnxruntime cannot use CUDA here: %s runs on the CPU', path.name)
     return session
 
+# %% ../nbs/24_wholebody.ipynb #75fdbbb6
 def _person_detector(path: Path, gpu: bool) -> Callable[[np.ndarray], np.ndarray]: # frame -> boxes, largest first
     from rtmlib import YOLOX
-    if not path.exists(): raise JobError('models_unavailable', f'{path} is not there; run: wan-avatar models fetch') # rtmlib would take the name for an address
-    yolox = YOLOX(str(path), score_thr=PERSON_SCORE, det_mode='multiclass', backend='onnxruntime', device='cuda' if gpu else 'cpu')
+    if not path.exists(): # rtmlib would take the name for an address
+        raise JobError('models_unavailable', f'{path} is not there; run: wan-avatar models fetch')
+    where = {'backend': 'onnxruntime', 'device': 'cuda' if gpu else 'cpu'}
+    yolox = YOLOX(str(path), score_thr=PERSON_SCORE, det_mode='multiclass', **where)
     shape = _on_gpu(yolox.session, path, gpu).get_outputs()[0].shape
     if list(shape[-2:]) != CANDIDATES:
-        raise JobError('models_unavailable', f'{path.name} answers with the shape {shape}, a YOLOX for 640x640 with {[1, *CANDIDATES]}; use detection/yolox_l.onnx')
+        wanted = f'a YOLOX for 640x640 with {[1, *CANDIDATES]}; use detection/yolox_l.onnx'
+        raise JobError('models_unavailable', f'{path.name} answers with the shape {shape}, {wanted}')
     def boxes(frame: np.ndarray) -> np.ndarray:
         return person_boxes(*yolox(frame[..., ::-1]), frame.shape[1::-1]) # BGR, as it was trained
     return boxes
@@ -296,28 +303,36 @@ def _keypoint_detector(path: Path, gpu: bool) -> Callable[[np.ndarray, np.ndarra
 
 # %% ../nbs/24_wholebody.ipynb #4b1b40a1
 CHUNK = 72 # frames
-SAM2_KEEPS = 1024 * 1024 * 3 * 4 + 1024 * 1024 * 4 + 256 * 256 * 4 + 4096 * 64 * (2 + 4) # bytes a frame: its picture, two masks, memory and position
+SAM2_KEEPS = 4 * (1024**2 * (3 + 1) + 256**2) + 4096 * 64 * (2 + 4) # bytes a frame: picture, masks, memory, position
 MEMORY = CHUNK * (1280 * 720 * 3 + SAM2_KEEPS) # bytes beside the networks, at 720p
+Masks = Iterator[tuple[int, np.ndarray]] # frame of a chunk, (h, w) bool: one for each frame with the person
 GPU_MEMORY = 6 * 2**30 # bytes asked of ComfyUI: 1.4 GB of weights and what they work on; not measured on a GPU
 
 @contextmanager
-def _segmenter(path: Path, gpu: bool) -> Iterator[Callable]: # frames, boxes, points, mask of the first frame or None -> (frame, mask) of each frame with the person
+def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of frames, boxes, points, the first mask
     import torch
     from transformers import Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
     kind, device = (torch.bfloat16, 'cuda') if gpu else (torch.float32, 'cpu')
-    model = Sam2VideoModel.from_pretrained(path.parent, config=Sam2VideoConfig.from_pretrained(path.parent), dtype=kind, local_files_only=True).to(device).eval()
+    config = Sam2VideoConfig.from_pretrained(path.parent)
+    model = Sam2VideoModel.from_pretrained(path.parent, config=config, dtype=kind, local_files_only=True)
+    model = model.to(device).eval()
     processor = Sam2VideoProcessor(Sam2ImageProcessor(), Sam2VideoVideoProcessor())
-    def masks(frames: list[np.ndarray], boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+    def masks(frames: list[np.ndarray], boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Masks:
         with torch.inference_mode():
             session = processor.init_video_session(inference_device=device, video_storage_device='cpu', dtype=kind)
             session.video_height, session.video_width = frames[0].shape[:2]
-            for frame in frames: session.add_new_frame(processor.video_processor(videos=[frame[None]], return_tensors='pt').pixel_values_videos[0]) # one by one: no second copy of the chunk
-            yield from _propagate(model, session, _prompt(model, processor, session, boxes, points, first), processor.post_process_masks)
+            for frame in frames: # one by one: no second copy of the chunk
+                seen = processor.video_processor(videos=[frame[None]], return_tensors='pt')
+                session.add_new_frame(seen.pixel_values_videos[0])
+            starts = _prompt(model, processor, session, boxes, points, first)
+            yield from _propagate(model, session, starts, processor.post_process_masks)
     yield masks
 
 # %% ../nbs/24_wholebody.ipynb #1f77b7a1
-def _prompt(model, processor, session, boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> list[tuple[range, int]]:
-    "Run every prompted frame once; the stretches of presence, each with the frame it is followed from"
+Starts = list[tuple[range, int]] # stretches of presence, each with the frame it is followed from
+
+def _prompt(model, processor, session, boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Starts:
+    "Run every prompted frame once"
     starts = []
     for stretch, keys in key_frames(boxes, points):
         carried = first is not None and 0 in stretch
@@ -330,14 +345,17 @@ def _prompt(model, processor, session, boxes: np.ndarray, points: np.ndarray, fi
 
 def _box_and_joints(box: np.ndarray, points: np.ndarray) -> dict:
     joints = prompt_points(points, box).tolist()
-    return {'input_boxes': [[box.tolist()]]} | ({'input_points': [[joints]], 'input_labels': [[[1] * len(joints)]]} if joints else {})
+    on_person = {'input_points': [[joints]], 'input_labels': [[[1] * len(joints)]]} if joints else {}
+    return {'input_boxes': [[box.tolist()]], **on_person}
 
-def _propagate(model, session, starts: list[tuple[range, int]], resize: Callable) -> Iterator[tuple[int, np.ndarray]]: # frame, (h, w) bool
+def _propagate(model, session, starts: Starts, resize: Callable) -> Masks:
     "Each stretch from its first prompted frame to its end, then back to its beginning"
     size = [[session.video_height, session.video_width]]
-    def masks(start: int, count: int, reverse: bool) -> Iterator[tuple[int, np.ndarray]]:
-        for out in model.propagate_in_video_iterator(session, start_frame_idx=start, max_frame_num_to_track=count, reverse=reverse):
-            yield out.frame_idx, resize([out.pred_masks.float()], original_sizes=size, binarize=True)[0][0, 0].cpu().numpy()
+    def masks(start: int, count: int, reverse: bool) -> Masks:
+        way = {'start_frame_idx': start, 'max_frame_num_to_track': count, 'reverse': reverse}
+        for out in model.propagate_in_video_iterator(session, **way):
+            found, = resize([out.pred_masks.float()], original_sizes=size, binarize=True)
+            yield out.frame_idx, found[0, 0].cpu().numpy()
     for stretch, start in starts:
         yield from masks(start, stretch.stop - 1 - start, False)
         yield from islice(masks(start, start - stretch.start, True), 1, None) # without the frame it starts from
@@ -396,9 +414,10 @@ def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: D
     empty = pack_mask(np.zeros(size[::-1], bool))
     with _segmenter(detectors.sam2, gpu) as segment:
         for frames in chunks(read(), CHUNK, shared=1):
-            done, start = len(masks), max(len(masks) - 1, 0) # frames described so far; number of the chunk's first frame
+            done, start = len(masks), max(len(masks) - 1, 0) # frames described so far; the chunk's first frame
             here, found = boxes[start:start + len(frames)], {}
-            points += [nothing if np.isnan(b[0]) else find_points(f, b) for f, b in zip(frames[done - start:], here[done - start:], strict=True)]
+            fresh = zip(frames[done - start:], here[done - start:], strict=True)
+            points += [nothing if np.isnan(box[0]) else find_points(frame, box) for frame, box in fresh]
             chunk = np.stack(points[start:])
             for i, mask in segment(frames, here, chunk, first) if not np.isnan(here[:, 0]).all() else ():
                 if start + i < done: continue # of the chunk before
@@ -407,7 +426,7 @@ def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: D
             masks += [found.get(i, empty) for i in range(done, start + len(frames))]
             first = _to_hand_on(masks[-1], chunk[-1], here[-1], size)
             progress(n + len(masks), 2 * n) # frames without the person have no mask to wait for
-            del frames # two chunks are never held
+            del frames, fresh # two chunks are never held
     return _assemble(np.stack(points), masks, size, boxes)
 
 def _to_hand_on(packed: bytes, points: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
@@ -421,10 +440,13 @@ def _assemble(points: np.ndarray, masks: list[bytes], size: tuple[int, int], box
     "Bridge what was lost for a moment, mend masks where there are boxes; once through the codec"
     points = bridge(np.where(is_seen(points)[:, None, None], points, np.nan).astype(np.float32))
     present = ~np.isnan(points[:, 0, 0])
-    packed, guessed = [pack_mask(np.zeros(size[::-1], bool))] * len(masks), None if boxes is None else np.zeros(len(masks), bool)
+    packed = [pack_mask(np.zeros(size[::-1], bool))] * len(masks)
+    guessed = None if boxes is None else np.zeros(len(masks), bool)
     for i in np.flatnonzero(present):
         packed[i] = masks[i]
         if guessed is None: continue
         mask, guessed[i] = mend_mask(unpack_mask(masks[i], size), points[i], boxes[i])
         packed[i] = pack_mask(mask)
-    return parse_track(dump_track(Track(size, present, {'wholebody': points}, size, tuple(packed), TRACKERS['wholebody-sam2'], guessed=guessed)))
+    who = TRACKERS['wholebody-sam2']
+    track = Track(size, present, {'wholebody': points}, size, tuple(packed), who, guessed=guessed)
+    return parse_track(dump_track(track))
