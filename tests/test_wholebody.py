@@ -191,6 +191,8 @@ def test_a_guess_holds_a_hand_outside_the_box():
     points[112:133, :2] = (400, 300)
     guess = guess_mask(points, box, (1280, 720))
     assert guess[300, 400] and guess[mask].all()
+    arm = mask | inside(np.array([400, 290, 640, 310]), (1280, 720))
+    assert np.array_equal(mend_mask(arm, points, box)[0], arm), 'nor is it cut off from a good mask'
     points[112:133, 2] = .4 # not drawn
     assert np.array_equal(guess_mask(points, box, (1280, 720)), inside(box, (1280, 720)))
 

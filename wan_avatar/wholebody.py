@@ -250,8 +250,8 @@ def mend_mask(
 ) -> tuple[np.ndarray, bool]: # (h, w) bool: the mask to use; was it guessed
     "SAM2's mask without what lies far outside the box; or a guess when it is none of this person"
     size = mask.shape[::-1]
-    if is_mask_of(mask, points, box): return mask & inside(box, size, ROOM), False
-    return guess_mask(points, box, size), True
+    guess = guess_mask(points, box, size)
+    return (mask & (inside(box, size, ROOM) | guess), False) if is_mask_of(mask, points, box) else (guess, True)
 
 # %% ../nbs/24_wholebody.ipynb #91a8204f
 PERSON_SCORE = 0.3 # least score of a box
@@ -280,7 +280,7 @@ def _on_gpu(session, path: Path, gpu: bool):
 def _person_detector(path: Path, gpu: bool) -> Callable[[np.ndarray], np.ndarray]: # frame -> boxes, largest first
     from rtmlib import YOLOX
     if not path.exists(): # rtmlib would take the name for an address
-        raise JobError('models_unavailable', f'{path} is not there; run: wan-avatar models fetch')
+        raise JobError('models_unavailable', f'{path.name} is not in the models folder; run: wan-avatar models fetch')
     where = {'backend': 'onnxruntime', 'device': 'cuda' if gpu else 'cpu'}
     yolox = YOLOX(str(path), score_thr=PERSON_SCORE, det_mode='multiclass', **where)
     shape = _on_gpu(yolox.session, path, gpu).get_outputs()[0].shape
