@@ -10,7 +10,7 @@ import pytest
 from wan_avatar.job import JobError
 from wan_avatar.track import (GROUPS, MAGIC, STILL, TRACKERS, Camera, Plate, Track, TrackDamaged, calm_camera, check_person, draw_debug, dump_track, fill_unseen,
                               is_present, load_track, one_piece, pack_mask, pack_points, parse_track, refine_matte, save_track, skin_colour, smooth,
-                              stand_still, track_key, unpack_mask, unpack_points)
+                              stand_still, track_facts, track_key, unpack_mask, unpack_points)
 
 def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
     w, h = size
@@ -89,6 +89,33 @@ def test_no_person(n, missing, what, refused):
     with pytest.raises(JobError) as e: check_person(track, what)
     assert e.value.code == 'no_person' and what in str(e.value)
     if what == 'video': assert f'{n - len(missing)} of {n}' in str(e.value)
+
+# guessed masks
+
+def test_guesses_are_in_the_file_and_absent_in_older_ones():
+    track = make_track(4, missing=[3])
+    mended = replace(track, guessed=np.array([True, False, True, False]))
+    older, newer = parse_track(dump_track(track)), parse_track(dump_track(mended))
+    assert older.guessed is None and newer.guessed.dtype == bool
+    assert newer.guessed.tolist() == [True, False, True, False]
+    assert track_facts(older) == {'frames': 4, 'present': 3, 'guessed_masks': 0}
+    assert track_facts(newer) == {'frames': 4, 'present': 3, 'guessed_masks': 2}
+    assert all(type(v) is int for v in track_facts(newer).values()), 'they go into JSON'
+
+def test_a_track_written_before_guesses_were_counted_is_read():
+    "What version 1 of the whole-body tracker wrote has no such array"
+    arrays = np.load(io.BytesIO(dump_track(make_track(4))[len(MAGIC) + 32:]))
+    assert 'guessed' not in arrays.files and parse_track(_npz(**arrays)).guessed is None
+
+GUESSES = [(8, [], 0, False), (8, [], 2, False), (8, [], 3, True), (8, [5, 6, 7], 1, False), (8, [5, 6, 7], 2, True),
+           (8, [4, 5, 6, 7], 1, False), (1, [], 1, True)]
+@pytest.mark.parametrize('n, missing, guessed, refused', GUESSES)
+def test_too_many_guesses(n, missing, guessed, refused):
+    track = replace(make_track(n, missing=missing), guessed=np.arange(n) < guessed)
+    if not refused: return check_person(track, 'video')
+    with pytest.raises(JobError) as e: check_person(track, 'video')
+    assert e.value.code == 'no_person' and '25%' in e.value.message
+    assert f'lost in {guessed} of the {n - len(missing)} frames' in e.value.message
 
 def test_image_needs_a_face():
     track = make_track(1)

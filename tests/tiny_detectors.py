@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
-BOX = (220, 60, 420, 620) # left, top, right, bottom in the 640x640 the detector sees
+BOX = (440, 67.5, 840, 697.5) # left, top, right, bottom of the person in a frame of 1280x720
+SEEN = 0.5 # YOLOX sees such a frame at half its size, in the upper left corner of 640x640
 
 def write(path: Path, nodes: list, given: tuple, made: tuple, constants: dict[str, np.ndarray]) -> None:
     graph = helper.make_graph(nodes, path.stem, [helper.make_tensor_value_info(given[0], TensorProto.FLOAT, given[1])],
@@ -21,16 +22,29 @@ def write(path: Path, nodes: list, given: tuple, made: tuple, constants: dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
 
+def candidate(box: tuple, stride: int, column: int, row: int) -> list[float]:
+    "A box of the 640x640 as YOLOX says it from a cell of one of its three grids"
+    (left, top, right, bottom) = box
+    middle = [(left + right) / 2 / stride - column, (top + bottom) / 2 / stride - row]
+    return middle + [np.log((right - left) / stride), np.log((bottom - top) / stride)]
+
 def person_detector(path: Path, rng: np.random.Generator) -> None:
-    "(1, 3, 640, 640) -> (1, 300, 6): a person, a chair, a person too unsure, and nothing"
-    rows = np.zeros((1, 300, 6), np.float32)
-    rows[0, 0], rows[0, 1], rows[0, 2] = (*BOX, 0.9, 0), (20, 300, 120, 600, 0.8, 56), (0, 0, 640, 640, 0.01, 0)
-    free = np.zeros((1, 300, 6), np.float32)
-    free[0, 0, :4] = 1 # only the person's box depends on the picture
-    nodes = [helper.make_node('Conv', ['images', 'w'], ['c'], strides=[32, 32]), helper.make_node('Reshape', ['c', 'shape'], ['r']), helper.make_node('Transpose', ['r'], ['t'], perm=[0, 2, 1]),
-             helper.make_node('Slice', ['t', 'from', 'to', 'axis'], ['s']), helper.make_node('Mul', ['s', 'free'], ['m']), helper.make_node('Add', ['m', 'rows'], ['output0'])]
-    write(path, nodes, ('images', [1, 3, 640, 640]), ('output0', [1, 300, 6]), {
-        'w': rng.normal(0, .02, (6, 3, 32, 32)).astype(np.float32), 'shape': np.array([1, 6, 400]), 'from': np.array([0]), 'to': np.array([300]), 'axis': np.array([1]), 'free': free, 'rows': rows})
+    "(1, 3, 640, 640) -> (1, 8400, 85): a person whom two cells find, a chair before them, an unsure person, nothing"
+    rows, free, person, chair = np.zeros((1, 8400, 85), np.float32), np.zeros((1, 8400, 1), np.float32), 5, 5 + 56
+    seen, sure = np.array(BOX) * SEEN, 20 * 80 + 40
+    cells = {sure: (seen, 8, 40, 20, person, .9), 6400 + 11 * 40 + 20: (seen + 4, 16, 20, 11, person, .8),
+             21 * 80 + 40: (seen, 8, 40, 21, chair, .95), 8000: ((0, 0, 640, 360), 32, 0, 0, person, .2)}
+    for k, (box, stride, column, row, kind, score) in cells.items():
+        rows[0, k, :4], rows[0, k, 4], rows[0, k, kind] = candidate(box, stride, column, row), 1, score
+    free[0, sure] = 1 # only the surer of the person's two boxes depends on the picture
+    nodes = [helper.make_node('Conv', ['images', 'w'], ['c'], strides=[32, 32]),
+             helper.make_node('GlobalAveragePool', ['c'], ['mean']),
+             helper.make_node('Reshape', ['mean', 'shape'], ['r']), helper.make_node('Mul', ['r', 'free'], ['m']),
+             helper.make_node('Add', ['m', 'rows'], ['output'])]
+    weights = np.zeros((85, 3, 32, 32), np.float32)
+    weights[:4] = rng.normal(0, 1e-6, (4, 3, 32, 32)) # pixels are 0 to 255 and all of one sign
+    constants = {'w': weights, 'shape': np.array([1, 1, 85]), 'free': free, 'rows': rows}
+    write(path, nodes, ('images', [1, 3, 640, 640]), ('output', [1, 8400, 85]), constants)
 
 def keypoint_detector(path: Path, rng: np.random.Generator) -> None:
     "(1, 3, 256, 192) -> (1, 133, 64, 48): a bump for each keypoint, on a grid"
@@ -40,14 +54,29 @@ def keypoint_detector(path: Path, rng: np.random.Generator) -> None:
     write(path, nodes, ('input', [1, 3, 256, 192]), ('output', [1, 133, 64, 48]), {'w': rng.normal(0, 1e-4, (133, 3, 4, 4)).astype(np.float32), 'bumps': bumps})
 
 def mask_model() -> Sam2VideoModel:
-    "SAM2 with its true pictures, prompts, memory and masks, and few layers: a frame takes 1 s on a CPU instead of 10"
+    """SAM2 with its true pictures, prompts, memory and masks, and few layers: a frame takes 1 s on a CPU instead of 10
+
+    What it sees is an upright stripe where the person stands, with a trembling rim."""
     widths = [32, 64, 128, 256]
     backbone = Sam2HieraDetConfig(hidden_size=32, blocks_per_stage=[1, 1, 1, 1], embed_dim_per_stage=widths, num_attention_heads_per_stage=[1, 2, 4, 8], global_attention_blocks=[])
-    return Sam2VideoModel(Sam2VideoConfig(vision_config=Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1]), memory_attention_num_layers=1))
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1])
+    model = Sam2VideoModel(Sam2VideoConfig(vision_config=vision, memory_attention_num_layers=1))
+    decoder, encoder = model.mask_decoder, model.vision_encoder
+    with torch.no_grad():
+        encoder.backbone.pos_embed[:, 0] = torch.tensor([-8, -8, 1, 8, 1, -8, -8.]) # across: 0 at each third
+        finest, skip = encoder.neck.convs[-1].weight, decoder.conv_s0.weight
+        finest[0], skip[:2] = 0, 0 # this channel goes straight to the mask, once as it is, once negated
+        finest[0, 0], skip[0, 0], skip[1, 0] = 1, 1, -1
+        decoder.pred_obj_score_head.proj_out.bias.fill_(10) # somebody is always there
+        for layers in decoder.output_hypernetworks_mlps:
+            layers.proj_out.weight.mul_(.01)
+            layers.proj_out.bias[:2] = torch.tensor([1, -1.])
+    return model
 
 if __name__ == '__main__':
     models, numbers = Path(sys.argv[1]), np.random.default_rng(0)
     torch.manual_seed(0)
-    person_detector(models / 'detection/yolov10m.onnx', numbers)
+    for name in ('yolox_l', 'yolov10m'): # the latter until the lock names the former
+        person_detector(models / f'detection/{name}.onnx', np.random.default_rng(0))
     keypoint_detector(models / 'detection/vitpose-l-wholebody.onnx', numbers)
     mask_model().save_pretrained(models / 'sam2')
