@@ -10,7 +10,7 @@ __all__ = ['LOCAL', 'app', 'Endpoint', 'AsJson', 'Folder', 'report', 'Given', 'm
            'local_site', 'run_up', 'worker', 'BootWatch', 'demo', 'some_site', 'checks_table', 'spread_table', 'smoke',
            'run_told', 'report_smoke', 'report_cold_start', 'differences_table', 'report_compare', 'bench', 'profiles',
            'tiny_weights', 'FetchBars', 'shorten_name', 'watching', 'Weights', 'weights_of', 'print_rows',
-           'models_plan', 'models_fetch', 'checked_rows', 'verify_online', 'models_verify', 'models_lock', 'hub_of',
+           'models_plan', 'models_fetch', 'hub_of', 'checked_rows', 'verify_online', 'models_verify', 'models_lock',
            'bundle_build', 'bundle_push', 'bundle_check', 'print_tag', 'run_build', 'run_push', 'lock_image', 'planned',
            'plan_endpoint', 'apply_endpoint', 'named', 'endpoint_status', 'destroy_endpoint']
 
@@ -596,6 +596,10 @@ def models_fetch(profile: OfProfile = None, text_encoder: WithEncoder = False, a
         else: print_rows([(f.file.place, f'{f.file.bytes:,}', f.source, f'{f.fetched:,}') for f in files], 'file', 'bytes', 'from', 'fetched')
 
 # %% ../nbs/60_cli.ipynb #cb817a40
+def hub_of(settings: WeightSettings) -> Hub:
+    "The hub, as the settings say"
+    return next(s for s in sources_of(settings, Http()) if isinstance(s, Hub))
+
 def checked_rows(
     found: Iterable[Checked]
 ) -> list[tuple[str, ...]]: # file, revision, size, hash, verdict
@@ -652,10 +656,6 @@ def models_lock(
 # %% ../nbs/60_cli.ipynb #c31d6f74
 bundle = typer.Typer(no_args_is_help=True, help='One repository with what a profile needs, for RunPod\'s cached models.')
 app.add_typer(bundle, name='bundle')
-
-def hub_of(settings: WeightSettings) -> Hub:
-    "The hub, as the settings say"
-    return next(s for s in sources_of(settings, Http()) if isinstance(s, Hub))
 
 @bundle.command(name='build')
 def bundle_build(

@@ -853,6 +853,7 @@ def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     data = b''.join(hub.http.get(hub.locate(said, found), 0, found.size)) if found.size else b''
     return replace(said, sha256=hashlib.sha256(data).hexdigest())
 
+# %% ../nbs/12_fetch.ipynb #2117d8ef
 def changes(before: LockedFile, after: LockedFile) -> list[str]:
     "What pinning changed, in words"
     changed = [k for k in FIGURES if getattr(before, k) != getattr(after, k)]
@@ -876,6 +877,7 @@ class Checked:
         "Is it as the lock says?"
         return self.verdict == 'as pinned'
 
+# %% ../nbs/12_fetch.ipynb #15f44e9b
 def checked(
     file: LockedFile,
     hub: Hub,
