@@ -50,7 +50,8 @@ from dataclasses import asdict, replace
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from .bundle import build, bundle_revision, check, push, relocated
 from .config import WeightSettings
-from .fetch import Checked, Coming, Http, Hub, HubUnreachable, Mirror, ProgressLines, arrived, changes, checked, fetch_weights, pinned, places_of, sources_of
+from .fetch import Checked, Coming, Http, Hub, HubUnreachable, Mirror, ProgressLines
+from .fetch import arrived, changes, checked, fetch_weights, pinned, places_of, sources_of
 from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, needed, plan, plan_table, verified
 from .workflow import get_profile
 
@@ -609,14 +610,17 @@ def checked_rows(
     return [(*row(c.file), c.verdict) for c in found]
 
 def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
-    "Print how each row of a lock compares with the hub; exit code 1 when one does not, HubUnreachable when nobody can say"
+    "Print how each row of a lock compares with the hub; exit code 1 when one differs, HubUnreachable without a hub"
     found = []
     with Screen() as screen:
         for n, file in enumerate(files):
-            screen.show('rows', f'asking the hub about {shorten_name(file.place)}', n, len(files), f'{n} of {len(files)}')
+            text = f'asking the hub about {shorten_name(file.place)}'
+            screen.show('rows', text, n, len(files), f'{n} of {len(files)}')
             found.append(checked(file, hub))
         screen.finish()
-    if as_json: print(json.dumps([asdict(c.file) | {'place': c.file.place, 'verdict': c.verdict, 'problem': c.problem or None} for c in found]))
+    if as_json:
+        said = [{'place': c.file.place, 'verdict': c.verdict, 'problem': c.problem or None} for c in found]
+        print(json.dumps([asdict(c.file) | s for c, s in zip(found, said, strict=True)]))
     else:
         print_rows(checked_rows(found), 'file', 'revision', 'size', 'hash', 'verdict')
         print('\n'.join(c.problem for c in found if c.problem) or 'the hub has every row as it is pinned')
@@ -627,7 +631,7 @@ def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
 def models_verify(
     profile: OfProfile = None, text_encoder: WithEncoder = False, as_json: AsJson = False,
     deep: Annotated[bool, typer.Option(help='hash also what was hashed before')] = False,
-    online: Annotated[bool, typer.Option(help='compare every row of the lock with the hub instead, whatever profile needs it')] = False
+    online: Annotated[bool, typer.Option(help='compare the lock with the hub: every row, of any profile')] = False
 ) -> None:
     "Compare the files in MODELS_DIR with the lock, or the lock with the hub."
     with weights_of(profile, text_encoder) as w:

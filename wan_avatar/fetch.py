@@ -41,9 +41,10 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from .config import WeightSettings
 from .files import whole_file
 from .job import JobError
-from .models import FIGURES, LockedFile, Places, cached, link, misfit, part_path, plan, refuse_unknown, remember, remembered, state_path
 
 # %% ../nbs/12_fetch.ipynb #b708500c
+from .models import FIGURES, LockedFile, Places, cached, link, misfit, part_path, plan
+from .models import refuse_unknown, remember, remembered, state_path
 from .store import Store
 from .timeline import Timeline
 
@@ -214,7 +215,8 @@ class Http:
 def _check_range(r: urllib3.BaseHTTPResponse, begin: int, end: int) -> None:
     "Is this answer the span that was asked for?"
     if r.status in (401, 403, 404, 410): raise Passing(f'HTTP {r.status} from storage', stale=True)
-    if r.status == 200 and begin == 0 and r.headers.get('Content-Length') == str(end): return # the whole file was asked for
+    whole = r.status == 200 and begin == 0 and r.headers.get('Content-Length') == str(end)
+    if whole: return # a server need not know ranges of a small file
     if r.status != 206:
         pause = r.headers.get('Retry-After', '')
         raise Passing(f'HTTP {r.status}' + (' instead of a range' if r.status == 200 else ''), after_s=min(float(pause), 60) if pause.isdigit() else 0)
@@ -275,7 +277,8 @@ class Hub:
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
         if found.size != file.bytes or (re.fullmatch('[0-9a-f]{64}', found.etag or '') and found.etag != file.sha256):
-            raise unreachable(file, f'the hub has {found.size:,} bytes, etag {(found.etag or "")[:12]}…; the lock says {file.bytes:,} bytes, sha256 {file.sha256[:12]}…', _CORRECT)
+            there = f'the hub has {found.size:,} bytes, etag {(found.etag or "")[:12]}…'
+            raise unreachable(file, f'{there}; the lock says {file.bytes:,} bytes, sha256 {file.sha256[:12]}…', _CORRECT)
         own = origin(found.location) == origin(self.endpoint or constants.ENDPOINT)
         return Address(found.location, build_hf_headers(token=self.token) if own else {})
 
@@ -304,7 +307,8 @@ def hub_trouble(error: Exception, file: LockedFile) -> Exception: # Passing, or 
         return Refused('no such repository', file, f'HTTP {status}: no such repository, or one this token may not read',
                        'check HF_TOKEN (a token with read access to it), and the name')
     if status in (408, 425, 429) or (status or 500) >= 500:
-        return Passing(f'HTTP {status} from the hub' if status else f'the hub: {type(error).__name__}', after_s=_pause(error))
+        said = f'HTTP {status} from the hub' if status else f'the hub: {type(error).__name__}'
+        return Passing(said, after_s=_pause(error))
     return Refused(f'HTTP {status}', file, f'the hub answered HTTP {status}', 'look at it in a browser')
 
 def _pause(error: Exception) -> float: # seconds
@@ -849,7 +853,8 @@ def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     said = replace(file, revision=found.commit_hash, bytes=found.size, sha256=etag, note=note, one_source=())
     if re.fullmatch('[0-9a-f]{64}', etag): return said
     if found.size > _READABLE:
-        raise Refused('no hash', file, f'the hub gives no sha256 for it, and it has {found.size:,} bytes', 'keep it in LFS')
+        why = f'the hub gives no sha256 for it, and it has {found.size:,} bytes'
+        raise Refused('no hash', file, why, 'keep it in LFS')
     data = b''.join(hub.http.get(hub.locate(said, found), 0, found.size)) if found.size else b''
     return replace(said, sha256=hashlib.sha256(data).hexdigest())
 
@@ -863,13 +868,13 @@ def changes(before: LockedFile, after: LockedFile) -> list[str]:
 
 # %% ../nbs/12_fetch.ipynb #c5896052
 class HubUnreachable(Exception):
-    "The hub can not be asked: nothing is known about the lock"
+    "The hub cannot be asked: nothing is known about the lock"
 
 @dataclass(frozen=True)
 class Checked:
     "A row of the lock beside the hub"
     file: LockedFile
-    verdict: str # 'as pinned', 'differs', 'not pinned', or what the hub refused it with: 'no such revision', 'gated', …
+    verdict: str # 'as pinned', 'differs: …', 'not pinned', or the hub's refusal: 'no such revision', 'gated', …
     problem: str = '' # the row, what is wrong with it and what to do
 
     @property
@@ -883,11 +888,12 @@ def checked(
     hub: Hub,
     tries: int = TRIES_OF_HUB # of a hub that does not answer
 ) -> Checked:
-    "Compare a row's revision, size and hash with the hub's; HubUnreachable when it can not be asked"
-    if not file.known: return Checked(file, 'not pinned', f'{file.place}: the lock lacks a figure; run: wan-avatar models lock')
+    "Compare a row's revision, size and hash with the hub's; HubUnreachable when it cannot be asked"
+    if not file.known:
+        return Checked(file, 'not pinned', f'{file.place}: the lock lacks a figure; run: wan-avatar models lock')
     try: there = _ask(file, hub, tries)
     except Passing as e:
-        raise HubUnreachable(f'the hub could not be asked about {file.repo}@{file.revision[:12]}/{file.path}: {e}; '
+        raise HubUnreachable(f'the hub cannot be asked about {file.repo}@{file.revision[:12]}/{file.path}: {e}; '
                              'check the network and HF_ENDPOINT') from None
     except Refused as e: return Checked(file, e.verdict, e.message + (_doubt(file) if e.verdict in _LACKING else ''))
     wrong = [k for k in FIGURES if getattr(file, k) != getattr(there, k)]

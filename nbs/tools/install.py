@@ -23,24 +23,26 @@ def pip(env, *argv):
 CODE = ('.py', '.json', '.txt', '.toml') # what ComfyUI runs and reads, and what it requires
 
 def code_files(folder):
-    """Files of ComfyUI's code, by their path with slashes. Left out is what a clone has and a package may lack, or the other
-    way round, and what no worker runs:
+    """Files of ComfyUI's code, by their path with slashes. Left out is what a clone has and a package may lack, or the
+    other way round, and what no worker runs:
     * folders that begin with a dot: .git is the clone's alone, .github and .ci are the project's automation
     * `tests*` at the top: packages often leave tests out, and ComfyUI loads none of them
     * `__pycache__`: made by whoever ran the code
-    * source.json at the top: our own note; other notes of ours (.ready, install.log) are no CODE, nor is extra_model_paths.yaml
+    * source.json at the top: our own note; what else is not the clone's (.ready, install.log, extra_model_paths.yaml)
+      is no CODE
     * files that are not CODE: pictures, manuals, empty files that keep folders for weights"""
     found = {}
     for place, folders, names in os.walk(folder):
         here = Path(place).relative_to(folder)
         top = here == Path('.')
         folders[:] = [n for n in folders if n[0] != '.' and n != '__pycache__' and not (top and n.startswith('tests'))]
-        found |= {(here / n).as_posix(): Path(place, n) for n in names if n.endswith(CODE) and not (top and n == 'source.json')}
+        chosen = [n for n in names if n.endswith(CODE) and not (top and n == 'source.json')]
+        found |= {(here / n).as_posix(): Path(place, n) for n in chosen}
     return found
 
 def code_hash(folder):
-    """SHA-256 of ComfyUI's code: the same for a clone and for a package that carries it, on every platform. So paths are in
-    the order of their characters, not the file system's, and lines end as in git: a clone on Windows may end them in CRLF"""
+    """SHA-256 of ComfyUI's code: the same for a clone and for a package that carries it, on every platform. So paths
+    are in the order of their characters, not the file system's, and lines end as in git: a Windows clone may have CRLF"""
     total = hashlib.sha256()
     for name, path in sorted(code_files(folder).items()):
         content = hashlib.sha256(path.read_bytes().replace(b'\r\n', b'\n'))
@@ -48,7 +50,7 @@ def code_hash(folder):
     return total.hexdigest()
 
 def settle(folder, source, wanted):
-    "ComfyUI's source as the worker wants it: the very code the lock names, no paths of others, and a note where it is from"
+    "ComfyUI's source as the worker wants it: the code the lock names, no paths of others, and a note where it is from"
     said = folder / 'comfyui_version.py'
     version = re.search(r"__version__ = ['\"]([^'\"]+)", said.read_text()) if said.exists() else None
     if (found := code_hash(folder)) != wanted:
