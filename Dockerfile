@@ -7,8 +7,9 @@ COPY nbs/tools/install.py nbs/tools/
 
 ARG COMFYUI_REPO
 ARG COMFYUI_COMMIT
-ARG COMFYUI_VERSION
-RUN python3.12 nbs/tools/install.py comfyui "$COMFYUI_REPO" "$COMFYUI_COMMIT" "$COMFYUI_VERSION" "$COMFY_DIR/ComfyUI"
+ARG COMFYUI_CODE_SHA256
+RUN python3.12 nbs/tools/install.py comfyui \
+    "$COMFYUI_REPO" "$COMFYUI_COMMIT" "$COMFYUI_CODE_SHA256" "$COMFY_DIR/ComfyUI"
 ARG CUSTOM_NODES
 RUN python3.12 nbs/tools/install.py nodes "$CUSTOM_NODES" "$COMFY_DIR/custom_nodes"
 

@@ -2,6 +2,7 @@
 the guide, whose every command is run"""
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -62,10 +63,91 @@ def test_lock_and_requirements_agree():
         for asked in requirement_inputs(metadata)[name].wanted:
             package, _, version = asked.partition('==')
             assert requirement_name(package) in there and (not version or there[requirement_name(package)] == version), asked
+    asked = dict(re.findall(r'^(comfyui-[\w-]+)==(\S+)', (ROOT / '.comfy/ComfyUI/requirements.txt').read_text(), re.M))
+    assert len(asked) == 3 and asked.items() <= comfy.items(), 'not the packages that the locked commit asks for'
     torch, cuda = metadata['image_given'].split()[0].partition('==')[2], int(BASE.partition('cu')[2][:2])
     assert f'torch{torch.replace(".", "")}-' in BASE and cuda == 12
     assert not {'torch', 'torchvision', 'torchaudio', 'triton', *metadata['image_without'].split()} & set(comfy) and not [p for p in comfy if p.startswith('nvidia-')]
     assert 'torch' not in worker and int(comfy['protobuf'].partition('.')[0]) < 5 <= int(worker['protobuf'].partition('.')[0])
+
+# %% ComfyUI's code has a hash
+def test_what_is_tested_is_what_the_lock_names():
+    "ComfyUI here, from a package, has the code of the commit that the image is built from"
+    lock, version = read_lock(ROOT)['comfyui'], (ROOT / '.comfy/ComfyUI/comfyui_version.py').read_text()
+    assert install.code_hash(ROOT / '.comfy/ComfyUI') == lock['code_sha256'] and f'"{lock["version"]}"' in version
+    assert re.fullmatch('[0-9a-f]{40}', lock['commit'])
+
+CODE = {
+    'main.py': b'import a\n',
+    'comfy/a.py': b'x = 1\n',
+    'comfy/tests/b.py': b'',
+    'comfy/config.json': b'{}\n',
+    'comfyui_version.py': b'__version__ = "0.1"\n',
+    'requirements.txt': b'torch\n',
+    'pyproject.toml': b'[tool]\n',
+}
+
+def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+SAME = {
+    '.git and .github': {'.git/hooks/a.py': b'1', '.github/scripts/a.py': b'1', '.github/a.json': b'1'},
+    'other dot folders': {'.ci/README.txt': b'1', '.vscode/b.json': b'1'},
+    'tests': {'tests/a.py': b'1', 'tests-unit/requirements.txt': b'1', 'tests-unit/comfy/a.py': b'1'},
+    'what Python left': {'__pycache__/a.py': b'1', 'comfy/__pycache__/a.pyc': b'1'},
+    'our own notes': {'source.json': b'{}', '.ready': b'1', 'install.log': b'1', 'extra_model_paths.yaml': b'1'},
+    'places for files': {'models/loras/put_loras_here': b'', 'input/example.png': b'1'},
+    'lines as on Windows': {name: data.replace(b'\n', b'\r\n') for name, data in CODE.items()},
+}
+OTHER = {
+    'a line more': {'comfy/a.py': b'x = 1\ny = 2\n'},
+    'a line changed': {'main.py': b'import b\n'},
+    'a file more': {'comfy/c.py': b''},
+    'a file less': {'comfy/config.json': None},
+    'a file renamed': {'comfy/a.py': None, 'comfy/z.py': b'x = 1\n'},
+    'other packages': {'requirements.txt': b'torch==1\n'},
+    'a setting': {'pyproject.toml': b'[tools]\n'},
+    'tests of a part': {'comfy/tests/b.py': b'1'},
+    'a note of another': {'comfy/source.json': b'{}'},
+    'contents swapped': {'main.py': CODE['comfy/a.py'], 'comfy/a.py': CODE['main.py']},
+}
+
+@pytest.mark.parametrize('name', [*SAME, *OTHER])
+def test_the_hash_is_of_comfyuis_code_alone(tmp_path, name):
+    pinned = install.code_hash(write_tree(tmp_path / 'pinned', CODE))
+    files = CODE | (SAME | OTHER)[name]
+    changed = write_tree(tmp_path / 'changed', {k: v for k, v in files.items() if v is not None})
+    found = install.code_hash(changed)
+    assert (found == pinned) == (name in SAME)
+    if name in SAME: install.settle(changed, 'here', pinned)
+    else:
+        words = f'^here holds ComfyUI 0.1 whose code has the hash {found}; the lock says {pinned}$'
+        with pytest.raises(ValueError, match=words): install.settle(changed, 'here', pinned)
+    assert (changed / 'source.json').exists() == (name in SAME), 'a note of where it is from, or no sign of it'
+    assert not (changed / 'extra_model_paths.yaml').exists()
+
+def test_the_hash_is_the_same_on_every_machine(tmp_path):
+    "However its file system sorts: capitals before small letters, and a folder among the files beside it"
+    files = {'b.py': b'2', 'B.py': b'1', 'a/c.py': b'4\r\n', 'a.py': b'3'}
+    contents = {'B.py': b'1', 'a.py': b'3', 'a/c.py': b'4\n', 'b.py': b'2'}
+    lines = [f'{name} {hashlib.sha256(data).hexdigest()}\n' for name, data in contents.items()]
+    for order in (list(files), list(files)[::-1]):
+        made = write_tree(tmp_path / order[0][0], {n: files[n] for n in order})
+        assert install.code_hash(made) == hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+@pytest.mark.parametrize('autocrlf', ['false', 'true'])
+def test_a_clone_has_the_hash_of_the_package(tmp_path, autocrlf):
+    "Real git, with what only a clone has, and with the line ends it makes on Windows"
+    copy_comfyui(tmp_path / 'origin')
+    write_tree(tmp_path / 'origin', {'.github/scripts/check.py': b'1\n', '.ci/README.txt': b'1\n'})
+    repository(tmp_path / 'origin')
+    clone = ['git', '-c', f'core.autocrlf={autocrlf}', 'clone', '-q', tmp_path / 'origin', tmp_path / 'clone']
+    subprocess.run(clone, check=True, timeout=120)
+    assert (b'\r\n' in (tmp_path / 'clone/main.py').read_bytes()) == (autocrlf == 'true')
+    install.settle(tmp_path / 'clone', 'a clone', read_lock(ROOT)['comfyui']['code_sha256'])
 
 def test_context_is_small_and_has_what_is_copied():
     there = context()
@@ -112,6 +194,15 @@ class Tree:
         done = subprocess.run(['sh', '-ec', self.here(command)], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f'RUN {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}'
 
+def load_tool(name: str):
+    "A file of nbs/tools as a module"
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'nbs/tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+install = load_tool('install')
+
 def make_wheel(folder: Path, name: str, version: str) -> str:
     "A package of one empty module; its line in a requirements file"
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,12 +220,17 @@ def repository(folder: Path) -> str:
     for args in (['init', '-q'], ['add', '-A', '-f'], ['commit', '-q', '-m', 'all']): subprocess.run([*git, *args], check=True, timeout=120)
     return subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True).stdout.strip()
 
+def copy_comfyui(folder: Path) -> None:
+    "ComfyUI's source as git has it, as far as this checkout has it"
+    ours = shutil.ignore_patterns('__pycache__', '.ready', 'source.json', 'install.log')
+    shutil.copytree(ROOT / '.comfy/ComfyUI', folder, ignore=ours)
+
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):
     """The image's tree: real ComfyUI and a custom node from local repositories, real environments from hashed requirements
     (a tiny package in place of the 200; those are linked in afterwards from the environments of this checkout), the real wheel"""
     base = tmp_path_factory.mktemp('image')
-    shutil.copytree(ROOT / '.comfy/ComfyUI', base / 'ComfyUI', ignore=shutil.ignore_patterns('__pycache__', '.ready', 'source.json'))
+    copy_comfyui(base / 'ComfyUI')
     (base / 'ComfyUI/requirements.txt').write_text('tinydep>=1\n')
     (base / 'Sage').mkdir()
     (base / 'Sage/__init__.py').write_text('NODE_CLASS_MAPPINGS = {"SageNode": type("SageNode", (), {"INPUT_TYPES": classmethod(lambda c: {"required": {}}), "RETURN_TYPES": (), "FUNCTION": "f", "CATEGORY": "x"})}\n')
@@ -144,7 +240,8 @@ def tree(tmp_path_factory):
     line = make_wheel(base / 'wheels', 'tinydep', '1.0')
     for name in ('worker', 'comfy'): requirements_file(base / 'context', name).write_text(line)
     lock = read_lock(ROOT) | {'custom_nodes': [{'repo': f'file://{base}/Sage', 'commit': repository(base / 'Sage')}]}
-    lock['comfyui'] = lock['comfyui'] | {'repo': f'file://{base}/ComfyUI', 'commit': repository(base / 'ComfyUI')}
+    lock['comfyui'] = lock['comfyui'] | {'repo': f'file://{base}/ComfyUI', 'commit': repository(base / 'ComfyUI'),
+                                         'code_sha256': install.code_hash(base / 'ComfyUI')} # of other requirements
     (base / 'bin').mkdir()
     (base / 'bin/python3.12').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n') # the image's Python is this one
     (base / 'bin/python3.12').chmod(0o755)
@@ -187,20 +284,26 @@ def test_the_images_worker_says_what_it_lacks(tree):
     assert done.returncode == 1 and 'MINIO_ENDPOINT: not set' in done.stderr and 'Traceback' not in done.stderr
 
 @pytest.mark.parametrize('args, words', [
-    (['comfyui', '', '0' * 40, '0.3.75', 'F'], 'no repository given'), (['comfyui', 'file:///nowhere', '', '0.3.75', 'F'], "commit '' of"),
-    (['comfyui', 'file:///nowhere', 'main', '0.3.75', 'F'], 'not 40 hexadecimal digits'), (['comfyui', 'file://REPO', '0' * 40, '1', 'F'], 'exit status 128'),
-    (['comfyui', 'file://REPO', 'SHA', '9.9', 'F'], 'holds ComfyUI 0.1; the lock says 9.9'), (['nodes', '', 'F'], 'when there are none, say none'),
+    (['comfyui', '', '0' * 40, 'CODE', 'F'], 'no repository given'),
+    (['comfyui', 'file:///nowhere', '', 'CODE', 'F'], "commit '' of"),
+    (['comfyui', 'file:///nowhere', 'main', 'CODE', 'F'], 'not 40 hexadecimal digits'),
+    (['comfyui', 'file://REPO', '0' * 40, 'CODE', 'F'], 'exit status 128'),
+    (['comfyui', 'file://REPO', 'SHA', 'f00d', 'F'], 'ComfyUI 0.1 whose code has the hash CODE; the lock says f00d'),
+    (['nodes', '', 'F'], 'when there are none, say none'),
     (['environment', 'F', 'BADHASH'], 'DO NOT MATCH THE HASHES'), (['environment', 'F', 'NOHASH'], 'Hashes are required'), (['environment', 'F', 'GOOD', 'MORE'], 'torch-of-the-base'),
     (['package', 'REPO'], '0 wheels')])
 def test_a_build_that_can_not_be_right_fails(args, words, tmp_path):
     (repo := tmp_path / 'repo').mkdir()
     (repo / 'comfyui_version.py').write_text('__version__ = "0.1"\n')
-    sha, line = repository(repo), make_wheel(tmp_path / 'wheels', 'tinydep', '1.0')
+    sha, code, line = repository(repo), install.code_hash(repo), make_wheel(tmp_path / 'wheels', 'tinydep', '1.0')
     for name, text in {'GOOD': line, 'BADHASH': line[:-5] + 'beef\n', 'NOHASH': 'tinydep==1.0\n', 'MORE': 'torch-of-the-base>=2\n'}.items(): (tmp_path / name).write_text(text)
-    given = [a.replace('REPO', str(repo)).replace('SHA', sha) if a not in ('GOOD', 'BADHASH', 'NOHASH', 'MORE', 'F') else str(tmp_path / a) for a in args]
+    files = ('GOOD', 'BADHASH', 'NOHASH', 'MORE', 'F')
+    filled = [a.replace('REPO', str(repo)).replace('SHA', sha).replace('CODE', code) for a in args]
+    given = [str(tmp_path / a) if a in files else a for a in filled]
     env = os.environ | {'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(tmp_path / 'wheels'), 'PIP_CONFIG_FILE': os.devnull}
     done = subprocess.run([sys.executable, ROOT / 'nbs/tools/install.py', *given], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 1 and words.replace('CODE', code) in done.stderr, done.stderr
+    assert 'Traceback' not in done.stderr
 
 # %% the guide, with the worker of the tree above
 def blocks() -> list[str]:
@@ -255,7 +358,8 @@ def test_every_command_of_the_guide(tree, checkout, tmp_path):
 
 def check_versions(worker: dict, built: dict[str, str]) -> None:
     "What made a video can be read from its manifest"
-    assert worker['git_sha'] == built['GIT_SHA'] and worker['comfyui'] == built['COMFYUI_VERSION'] and worker['comfyui_source'] == f'{built["COMFYUI_REPO"]}@{built["COMFYUI_COMMIT"]}'
+    assert worker['git_sha'] == built['GIT_SHA'] and worker['comfyui'] == read_lock(ROOT)['comfyui']['version']
+    assert worker['comfyui_source'] == f'{built["COMFYUI_REPO"]}@{built["COMFYUI_COMMIT"]}'
     assert worker['custom_nodes'] == built['CUSTOM_NODES'] and worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]
 
 def test_commands_in_the_prose_exist():

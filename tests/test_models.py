@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -11,12 +12,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_settings
+from typer.testing import CliRunner
 
 import wan_avatar.fetch as fetching
-from wan_avatar.fetch import Http, Hub, Mirror, ProgressLines, arrived, fetch, merged, pinned, read_journal
+import wan_avatar.hub as hub_module
+from wan_avatar.cli import app
+from wan_avatar.fetch import Http, Hub, HubUnreachable, Mirror, ProgressLines
+from wan_avatar.fetch import arrived, changes, checked, fetch, merged, pinned, read_journal
 from wan_avatar.hub import Fault, model_hub
 from wan_avatar.job import JobError
-from wan_avatar.models import Lock, LockedFile, Needs, Places, dump_lock, load_lock, needed, part_path, remembered, verified
+from wan_avatar.models import FIGURES, Lock, LockDamaged, LockedFile, Needs, Places
+from wan_avatar.models import dump_lock, load_lock, needed, parse_lock, part_path, remembered, verified
 from wan_avatar.store import Store
 
 def some_bytes(n: int, seed: int = 0) -> bytes: return random.Random(seed).randbytes(n)
@@ -291,6 +297,135 @@ def test_lock_pins_what_was_not_known(hub, site):
     small, large = hub.put('org/w', 'config.json', b'{}', small=True), hub.put('org/w', 'model.safetensors', some_bytes(1000))
     for file in (small, large):
         assert pinned(replace(file, revision=None, bytes=None, sha256=None, note='unknown'), site.sources[0]) == file
+
+def test_what_the_hub_has_stated_rests_on_one_source_no_longer(hub, site):
+    file = hub.put('org/w', 'model.safetensors', some_bytes(1000))
+    doubted = replace(file, one_source=('revision', 'bytes'), note='nobody else says so', bytes=999)
+    assert pinned(doubted, site.sources[0]) == file
+    said = ['bytes 999 -> 1000', 'revision is as one source stated it']
+    assert changes(doubted, file) == [f'vae/model.safetensors: {words}' for words in said]
+
+CHECKS = { # repository, how the file is kept there, token, what the lock says otherwise -> verdict, words about it
+    'in LFS': ({}, False, 'hf_secret', {}, 'as pinned', ''),
+    'in git': ({}, True, 'hf_secret', {}, 'as pinned', ''),
+    'gated, with a token': ({'gated': True}, False, 'hf_secret', {}, 'as pinned', ''),
+    'another hash': ({}, False, 'hf_secret', {'sha256': 'c' * 64}, 'differs: sha256', 'vae/a: sha256 is cccc'),
+    'another hash, in git': ({}, True, 'hf_secret', {'sha256': 'c' * 64}, 'differs: sha256', 'vae/a: sha256 is cccc'),
+    'another size': ({}, False, 'hf_secret', {'bytes': 7}, 'differs: bytes', 'vae/a: bytes is 7 in the lock and 100'),
+    'another size, in git': ({}, True, 'hf_secret', {'bytes': 7}, 'differs: bytes', 'and 100 at the hub'),
+    'all of another file': ({}, False, 'hf_secret', {'bytes': 7, 'sha256': 'c' * 64}, 'differs: bytes, sha256', '; sha256 is'),
+    'a branch for a revision': ({}, False, 'hf_secret', {'revision': 'main'}, 'differs: revision', 'revision is main'),
+    'no such revision': ({}, False, 'hf_secret', {'revision': 'b' * 40}, 'no such revision', 'vae/a: org/w@bbbbbbbb'),
+    'no such file': ({}, False, 'hf_secret', {'path': 'moved'}, 'no such file', '/moved: that revision has no'),
+    'gated': ({'gated': True}, False, False, {}, 'gated', 'accept its licence at https://huggingface.co/org/w'),
+    'private': ({'private': True}, False, False, {}, 'no such repository', 'or one this token may not read'),
+    'no such repository': ({}, False, 'hf_secret', {'repo': 'org/elsewhere'}, 'no such repository', 'org/elsewhere@'),
+    'a wrong token': ({}, False, 'hf_wrong', {}, 'no such repository', 'HTTP 401'),
+    'not pinned': ({}, False, 'hf_secret', {'sha256': None}, 'not pinned', 'vae/a: the lock lacks a figure'),
+    'too large to be read': ({}, 'large', 'hf_secret', {}, 'no hash', 'no sha256 for it, and it has 100 bytes'),
+}
+DOUBTED = {'another hash', 'another size, in git', 'no such revision', 'no such file'} # the one source may be wrong
+
+@pytest.mark.parametrize('name', CHECKS)
+def test_a_row_of_the_lock_beside_the_hub(hub, tmp_path, monkeypatch, name):
+    repo, in_git, token, change, verdict, words = CHECKS[name]
+    if in_git == 'large': monkeypatch.setattr(fetching, '_READABLE', 99)
+    file = replace(hub.put('org/w', 'a', some_bytes(100), small=bool(in_git), **repo), **change)
+    source = Site(hub, tmp_path / 'models', token=token).sources[0]
+    found, doubted = checked(file, source), checked(replace(file, one_source=('bytes', 'sha256')), source)
+    assert (found.verdict, found.ok) == (verdict, verdict == 'as pinned')
+    assert words in found.problem and bool(words) == bool(found.problem)
+    assert doubted.verdict == verdict and 'only one source' not in found.problem
+    said = doubted.problem.endswith('; only one source stated its bytes and sha256 (a)')
+    assert said == (name in DOUBTED or verdict.startswith('differs'))
+    assert hub.sent <= 2 * 100 * (in_git is True) and 'hf_' not in found.problem.replace('https', '')
+
+def test_a_hub_that_can_not_be_asked_is_no_verdict(hub, site):
+    file = hub.put('org/w', 'config.json', b'{}', small=True)
+    hub.faults = iter([Fault('reset'), Fault('status', status=503)]) # passing: asked again
+    assert checked(file, site.sources[0]).ok
+    hub.faults = (Fault('status', status=503) for _ in range(10**6))
+    with pytest.raises(HubUnreachable, match=r'about org/w@.{12}/config.json: HTTP 503; check the network'):
+        checked(file, site.sources[0], tries=2)
+    with pytest.raises(HubUnreachable, match='ConnectError; check the network and HF_ENDPOINT'):
+        checked(file, Hub(site.http, endpoint='http://127.0.0.1:9'), tries=1)
+
+def test_a_small_file_that_comes_whole_is_as_good_as_its_range(hub, site, monkeypatch):
+    "Servers of what is kept in git need not know ranges"
+    def whole(self, stored, headers, send=hub_module._Answers.send_blob):
+        del self.headers['Range']
+        send(self, stored, headers)
+    monkeypatch.setattr(hub_module._Answers, 'send_blob', whole)
+    file = hub.put('org/w', 'config.json', b'{"a": 1}', small=True)
+    assert checked(file, site.sources[0], tries=1).ok
+    assert site.fetch(file)[0].source == 'hub' and site.path(file).read_bytes() == b'{"a": 1}'
+
+def online(lock: Lock, folder: Path, endpoint: str, *more: str) -> subprocess.CompletedProcess:
+    "`wan-avatar models verify --online` of a lock"
+    (folder / 'lock.json').write_text(dump_lock(lock))
+    env = os.environ | {'HF_ENDPOINT': endpoint, 'HF_TOKEN': 'hf_secret', 'HF_HOME': str(folder / 'hf'), 'PROFILE': 'draft',
+                        'MODELS_LOCK': str(folder / 'lock.json'), 'MODELS_DIR': str(folder / 'models')}
+    command = [ROOT / '.venv/bin/wan-avatar', 'models', 'verify', '--online', *more]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+def test_verify_online_looks_at_every_row(hub, tmp_path):
+    "Also at those that no profile needs; one that is wrong is named and fails the command"
+    files = [hub.put('org/w', f'{n}.safetensors', some_bytes(100, n)) for n in range(2)]
+    files.append(hub.put('org/w', 'c.json', b'{}', small=True))
+    needs = {'wan22-animate': Needs(renderer=('0.safetensors',))}
+    lock = replace(load_lock(), profiles=needs, files={f.name: f for f in files})
+    good = online(lock, tmp_path, hub.endpoint)
+    assert good.returncode == 0 and good.stdout.count('as pinned') == len(files), good.stdout + good.stderr
+    for f in files:
+        (row,) = [line.split() for line in good.stdout.splitlines() if f.place in line]
+        assert row == [f.place, f.revision[:12], str(f.bytes), f.sha256[:12], 'as', 'pinned']
+        assert f'asking the hub about {f.place}' in good.stderr
+    wrong = replace(files[1], sha256='0' * 64, one_source=('sha256',))
+    bad = online(replace(lock, files=lock.files | {wrong.name: wrong}), tmp_path, hub.endpoint, '--json')
+    said = {f['name']: f for f in json.loads(bad.stdout)}
+    assert bad.returncode == 1
+    assert [f['verdict'] for f in said.values()] == ['as pinned', 'differs: sha256', 'as pinned']
+    assert said[wrong.name]['problem'].endswith('only one source stated its sha256 (1.safetensors)')
+    assert said['c.json']['problem'] is None
+    assert not (tmp_path / 'models').exists()
+
+def test_verify_online_without_a_hub_says_so(hub, tmp_path):
+    file = hub.put('org/w', 'a', b'weights')
+    lock = replace(load_lock(), profiles={'wan22-animate': Needs(renderer=('a',))}, files={'a': file})
+    done = online(lock, tmp_path, 'http://127.0.0.1:9', '--json')
+    assert (done.returncode, done.stdout) == (3, '') and 'the hub cannot be asked about org/w@' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+def test_the_lock_that_ships_is_whole():
+    lock, text = load_lock(), (ROOT / 'wan_avatar/models.lock.json').read_text()
+    assert all(f.known for f in lock.files.values()) and dump_lock(lock) == text and 'AGPL' not in text
+    assert all(re.fullmatch('[0-9a-f]{40}', f.revision) for f in lock.files.values()), 'a branch is not a pin'
+    doubted = {f.name: f.one_source for f in lock.files.values() if f.one_source}
+    assert doubted == {'dit': ('revision',), 'sam2_config': ('bytes', 'sha256'), 'sam2_weights': ('bytes',)}
+    assert all(lock.files[n].note for n in doubted)
+    kijai = {f.name for f in lock.files.values() if f.repo == 'Kijai/WanVideo_comfy'}
+    undeclared = {f.name for f in lock.files.values() if f.licence == 'none declared'}
+    assert kijai == undeclared == {'distill_lora', 'relight_lora'}
+    person = lock.files['person_detector']
+    assert (person.file, person.licence) == ('yolox_l.onnx', 'Apache-2.0')
+    named = {n for p in lock.profiles.values() for n in (*p.renderer, *p.tracker, p.text_encoder)}
+    assert lock.files.keys() - named == {'distill_lora_official', 'sam2_large_config', 'sam2_large_weights'}
+
+@pytest.mark.parametrize('figures', ['bytes', ['licence'], 3, [['bytes']]])
+def test_one_source_names_figures(figures):
+    said = json.loads(dump_lock(load_lock()))
+    said['files'][0]['one_source'] = figures
+    words = f'dit: one_source .* is not a list of {", ".join(FIGURES)}'
+    with pytest.raises(LockDamaged, match=words): parse_lock(json.dumps(said))
+
+def test_production_is_planned_without_a_refused_row(tmp_path, monkeypatch):
+    for name in ('MODELS_DIR', 'MODELS_CACHE'): monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv('MODELS_LOCK', raising=False)
+    command = ['models', 'plan', '--profile', 'wan22-animate', '--with-text-encoder']
+    shown, steps = (CliRunner().invoke(app, [*command, *more]) for more in ([], ['--json']))
+    assert (shown.exit_code, steps.exit_code) == (0, 0) and 'REFUSED' not in shown.stdout
+    planned = [(s['file']['name'], s['where']) for s in json.loads(steps.stdout)]
+    assert planned == [(f.name, 'hub') for f in needed(load_lock(), 'wan22-animate', True)]
 
 def test_the_order_files_arrive_in():
     lock = load_lock()

@@ -76,7 +76,6 @@ def mask_model() -> Sam2VideoModel:
 if __name__ == '__main__':
     models, numbers = Path(sys.argv[1]), np.random.default_rng(0)
     torch.manual_seed(0)
-    for name in ('yolox_l', 'yolov10m'): # the latter until the lock names the former
-        person_detector(models / f'detection/{name}.onnx', np.random.default_rng(0))
+    person_detector(models / 'detection/yolox_l.onnx', numbers)
     keypoint_detector(models / 'detection/vitpose-l-wholebody.onnx', numbers)
     mask_model().save_pretrained(models / 'sam2')

@@ -10,9 +10,9 @@ __all__ = ['LOCAL', 'app', 'Endpoint', 'AsJson', 'Folder', 'report', 'Given', 'm
            'local_site', 'run_up', 'worker', 'BootWatch', 'demo', 'some_site', 'checks_table', 'spread_table', 'smoke',
            'run_told', 'report_smoke', 'report_cold_start', 'differences_table', 'report_compare', 'bench', 'profiles',
            'tiny_weights', 'FetchBars', 'shorten_name', 'watching', 'Weights', 'weights_of', 'print_rows',
-           'models_plan', 'models_fetch', 'models_verify', 'models_lock', 'hub_of', 'bundle_build', 'bundle_push',
-           'bundle_check', 'print_tag', 'run_build', 'run_push', 'lock_image', 'planned', 'plan_endpoint',
-           'apply_endpoint', 'named', 'endpoint_status', 'destroy_endpoint']
+           'models_plan', 'models_fetch', 'hub_of', 'checked_rows', 'verify_online', 'models_verify', 'models_lock',
+           'bundle_build', 'bundle_push', 'bundle_check', 'print_tag', 'run_build', 'run_push', 'lock_image', 'planned',
+           'plan_endpoint', 'apply_endpoint', 'named', 'endpoint_status', 'destroy_endpoint']
 
 # %% ../nbs/60_cli.ipynb #9106c5c0
 import json
@@ -50,7 +50,8 @@ from dataclasses import asdict, replace
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from .bundle import build, bundle_revision, check, push, relocated
 from .config import WeightSettings
-from .fetch import Coming, Http, Hub, Mirror, ProgressLines, arrived, changes, fetch_weights, pinned, places_of, sources_of
+from .fetch import Checked, Coming, Http, Hub, HubUnreachable, Mirror, ProgressLines
+from .fetch import arrived, changes, checked, fetch_weights, pinned, places_of, sources_of
 from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, needed, plan, plan_table, verified
 from .workflow import get_profile
 
@@ -170,7 +171,7 @@ class Code(IntEnum):
     OK = 0
     JOB_FAILED = 1 # FAILED, CANCELLED or TIMED_OUT
     USAGE = 2
-    UNREACHABLE = 3 # endpoint or bucket: not there, or not configured
+    UNREACHABLE = 3 # endpoint, bucket or hub: not there, or not configured
     INTERRUPTED = 130
 
 def answer(status: Status, as_json: bool) -> None:
@@ -186,7 +187,7 @@ def answer(status: Status, as_json: bool) -> None:
 def told() -> Iterator[None]:
     "Known failures become one line and an exit code"
     try: yield
-    except (EndpointError, SettingsError) as e: _leave(str(e), Code.UNREACHABLE)
+    except (EndpointError, SettingsError, HubUnreachable) as e: _leave(str(e), Code.UNREACHABLE)
     except (FileError, ImageError) as e: _leave(str(e), Code.USAGE)
     except JobError as e: _leave(str(e), Code.UNREACHABLE if e.code == 'storage_failed' else Code.JOB_FAILED)
     except KeyboardInterrupt: _leave('interrupted', Code.INTERRUPTED)
@@ -595,14 +596,46 @@ def models_fetch(profile: OfProfile = None, text_encoder: WithEncoder = False, a
         if as_json: print(json.dumps([{'file': f.file.place, 'bytes': f.file.bytes, 'from': f.source, 'fetched': f.fetched} for f in files]))
         else: print_rows([(f.file.place, f'{f.file.bytes:,}', f.source, f'{f.fetched:,}') for f in files], 'file', 'bytes', 'from', 'fetched')
 
+# %% ../nbs/60_cli.ipynb #cb817a40
+def hub_of(settings: WeightSettings) -> Hub:
+    "The hub, as the settings say"
+    return next(s for s in sources_of(settings, Http()) if isinstance(s, Hub))
+
+def checked_rows(
+    found: Iterable[Checked]
+) -> list[tuple[str, ...]]: # file, revision, size, hash, verdict
+    "A lock beside the hub, for people"
+    def row(f: LockedFile) -> tuple[str, ...]:
+        return f.place, (f.revision or '?')[:12], f'{f.bytes:,}' if f.bytes else '?', (f.sha256 or '?')[:12]
+    return [(*row(c.file), c.verdict) for c in found]
+
+def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
+    "Print how each row of a lock compares with the hub; exit code 1 when one differs, HubUnreachable without a hub"
+    found = []
+    with Screen() as screen:
+        for n, file in enumerate(files):
+            text = f'asking the hub about {shorten_name(file.place)}'
+            screen.show('rows', text, n, len(files), f'{n} of {len(files)}')
+            found.append(checked(file, hub))
+        screen.finish()
+    if as_json:
+        said = [{'place': c.file.place, 'verdict': c.verdict, 'problem': c.problem or None} for c in found]
+        print(json.dumps([asdict(c.file) | s for c, s in zip(found, said, strict=True)]))
+    else:
+        print_rows(checked_rows(found), 'file', 'revision', 'size', 'hash', 'verdict')
+        print('\n'.join(c.problem for c in found if c.problem) or 'the hub has every row as it is pinned')
+    if not all(c.ok for c in found): raise typer.Exit(Code.JOB_FAILED)
+
 # %% ../nbs/60_cli.ipynb #367e9515
 @models.command(name='verify')
 def models_verify(
     profile: OfProfile = None, text_encoder: WithEncoder = False, as_json: AsJson = False,
-    deep: Annotated[bool, typer.Option(help='hash also what was hashed before')] = False
+    deep: Annotated[bool, typer.Option(help='hash also what was hashed before')] = False,
+    online: Annotated[bool, typer.Option(help='compare the lock with the hub: every row, of any profile')] = False
 ) -> None:
-    "Compare the files in MODELS_DIR with the lock."
+    "Compare the files in MODELS_DIR with the lock, or the lock with the hub."
     with weights_of(profile, text_encoder) as w:
+        if online: return verify_online(list(w.lock.files.values()), hub_of(w.settings), as_json)
         found = [(f, verified(f, places_of(w.settings), deep)) for f in w.wanted]
         if as_json: print(json.dumps([{'file': f.place, 'problem': why} for f, why in found]))
         else: print_rows([(f.place, why or 'verified') for f, why in found], 'file', '')
@@ -627,10 +660,6 @@ def models_lock(
 # %% ../nbs/60_cli.ipynb #c31d6f74
 bundle = typer.Typer(no_args_is_help=True, help='One repository with what a profile needs, for RunPod\'s cached models.')
 app.add_typer(bundle, name='bundle')
-
-def hub_of(settings: WeightSettings) -> Hub:
-    "The hub, as the settings say"
-    return next(s for s in sources_of(settings, Http()) if isinstance(s, Hub))
 
 @bundle.command(name='build')
 def bundle_build(

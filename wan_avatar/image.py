@@ -77,7 +77,8 @@ def build_arguments(
 ) -> dict[str, str]: # name -> value
     "Arguments of the Dockerfile"
     comfyui, nodes = lock['comfyui'], [f'{n["repo"]}@{n["commit"]}' for n in lock['custom_nodes']]
-    return {'COMFYUI_REPO': comfyui['repo'], 'COMFYUI_COMMIT': comfyui['commit'], 'COMFYUI_VERSION': comfyui['version'],
+    return {'COMFYUI_REPO': comfyui['repo'], 'COMFYUI_COMMIT': comfyui['commit'],
+            'COMFYUI_CODE_SHA256': comfyui['code_sha256'],
             'CUSTOM_NODES': ' '.join(nodes) or 'none', 'GIT_SHA': commit.sha + ('-dirty' if commit.changed else ''), 'VERSION': version}
 
 # %% ../nbs/56_image.ipynb #4878985f

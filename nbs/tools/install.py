@@ -2,6 +2,7 @@
 
 The Dockerfile runs these commands and the tests run them too, so that a build error is found without a Docker engine.
 Standard library only, since they run before anything is installed; `make setup` shares `settle`."""
+import hashlib
 import json
 import os
 import re
@@ -19,10 +20,42 @@ def pip(env, *argv):
     "This Python's pip, at work in another environment: those that ship have none"
     run(sys.executable, '-m', 'pip', '--python', Path(env) / 'bin/python', '--disable-pip-version-check', '--no-input', *argv)
 
-def settle(folder, source, version):
-    "ComfyUI's source as the worker wants it: the version that was asked for, no paths of others, and a note where it is from"
-    found = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / 'comfyui_version.py').read_text())
-    if not found or found[1] != version: raise ValueError(f'{source} holds ComfyUI {found and found[1]}; the lock says {version}')
+CODE = ('.py', '.json', '.txt', '.toml') # what ComfyUI runs and reads, and what it requires
+
+def code_files(folder):
+    """Files of ComfyUI's code, by their path with slashes. Left out is what a clone has and a package may lack, or the
+    other way round, and what no worker runs:
+    * folders that begin with a dot: .git is the clone's alone, .github and .ci are the project's automation
+    * `tests*` at the top: packages often leave tests out, and ComfyUI loads none of them
+    * `__pycache__`: made by whoever ran the code
+    * source.json at the top: our own note; what else is not the clone's (.ready, install.log, extra_model_paths.yaml)
+      is no CODE
+    * files that are not CODE: pictures, manuals, empty files that keep folders for weights"""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        top = here == Path('.')
+        folders[:] = [n for n in folders if n[0] != '.' and n != '__pycache__' and not (top and n.startswith('tests'))]
+        chosen = [n for n in names if n.endswith(CODE) and not (top and n == 'source.json')]
+        found |= {(here / n).as_posix(): Path(place, n) for n in chosen}
+    return found
+
+def code_hash(folder):
+    """SHA-256 of ComfyUI's code: the same for a clone and for a package that carries it, on every platform. So paths
+    are in the order of their characters, not the file system's, and lines end as in git: a Windows clone may have CRLF"""
+    total = hashlib.sha256()
+    for name, path in sorted(code_files(folder).items()):
+        content = hashlib.sha256(path.read_bytes().replace(b'\r\n', b'\n'))
+        total.update(f'{name} {content.hexdigest()}\n'.encode())
+    return total.hexdigest()
+
+def settle(folder, source, wanted):
+    "ComfyUI's source as the worker wants it: the code the lock names, no paths of others, and a note where it is from"
+    said = folder / 'comfyui_version.py'
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", said.read_text()) if said.exists() else None
+    if (found := code_hash(folder)) != wanted:
+        named = f'ComfyUI {version[1]}' if version else 'something without a version'
+        raise ValueError(f'{source} holds {named} whose code has the hash {found}; the lock says {wanted}')
     (folder / 'extra_model_paths.yaml').unlink(missing_ok=True) # names folders of another program
     (folder / 'source.json').write_text(json.dumps({'source': source}))
 
@@ -42,10 +75,10 @@ def checkout(repo, commit, folder):
     shutil.rmtree(folder / '.git')
     run(sys.executable, '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash', folder, stdout=subprocess.DEVNULL) # workers start cold
 
-def comfyui(repo, commit, version, folder):
-    "ComfyUI's source"
+def comfyui(repo, commit, wanted, folder):
+    "ComfyUI's source, of the commit and with the code hash that the lock says"
     checkout(repo, commit, Path(folder))
-    settle(Path(folder), f'{repo}@{commit}', version)
+    settle(Path(folder), f'{repo}@{commit}', wanted)
 
 def nodes(specs, folder):
     "Custom nodes from `repo@commit ...`, or `none`: said, not forgotten"
