@@ -22,8 +22,10 @@ from wan_avatar.fetch import arrived, changes, checked, fetch, merged, pinned, r
 from wan_avatar.hub import Fault, model_hub
 from wan_avatar.job import JobError
 from wan_avatar.models import FIGURES, Lock, LockDamaged, LockedFile, Needs, Places
-from wan_avatar.models import dump_lock, load_lock, needed, parse_lock, part_path, remembered, verified
+from wan_avatar.models import dump_lock, load_lock, parse_lock, part_path, remembered, verified
 from wan_avatar.store import Store
+from wan_avatar.track import TRACKERS
+from wan_avatar.workflow import PROFILES, WAN, check_weights, locked_files, needed_files, with_tracker
 
 def some_bytes(n: int, seed: int = 0) -> bytes: return random.Random(seed).randbytes(n)
 
@@ -161,9 +163,10 @@ CLIENT = '''
 import sys
 from wan_avatar.config import WeightSettings, load_settings
 from wan_avatar.fetch import fetch_weights
-from wan_avatar.models import load_lock, needed
+from wan_avatar.models import load_lock
+from wan_avatar.workflow import WAN, locked_files
 settings = load_settings(kind=WeightSettings)
-print([c.fetched for c in fetch_weights(needed(load_lock(settings.models_lock), 'wan22-animate'), settings)])
+print([c.fetched for c in fetch_weights(locked_files(WAN, load_lock(settings.models_lock)), settings)])
 '''
 
 def client(hub, folder: Path, *files: LockedFile, connections: int = 4) -> subprocess.Popen:
@@ -425,14 +428,43 @@ def test_production_is_planned_without_a_refused_row(tmp_path, monkeypatch):
     shown, steps = (CliRunner().invoke(app, [*command, *more]) for more in ([], ['--json']))
     assert (shown.exit_code, steps.exit_code) == (0, 0) and 'REFUSED' not in shown.stdout
     planned = [(s['file']['name'], s['where']) for s in json.loads(steps.stdout)]
-    assert planned == [(f.name, 'hub') for f in needed(load_lock(), 'wan22-animate', True)]
+    assert planned == [(f.name, 'hub') for f in locked_files(WAN, load_lock(), True)]
 
 def test_the_order_files_arrive_in():
+    "The tracker is small and the first a job needs; then the largest, because it decides when everything is there"
     lock = load_lock()
-    names = [f.name for f in needed(lock, 'wan22-animate', text_encoder=True)]
-    assert names[:len(lock.profiles['wan22-animate'].tracker)] == list(lock.profiles['wan22-animate'].tracker) and names[-1] == 'text_encoder'
-    assert 'text_encoder' not in [f.name for f in needed(lock, 'wan22-animate')] and needed(lock, 'draft') == ()
-    assert isinstance(lock, Lock)
+    names = [f.name for f in locked_files(WAN, lock, text_encoder=True)]
+    tracker = list(lock.profiles['wan22-animate'].tracker)
+    sizes = [lock.files[n].bytes for n in names[len(tracker):-1]]
+    assert names[:len(tracker)] == tracker and names[-1] == 'text_encoder' and sizes == sorted(sizes, reverse=True)
+    assert 'text_encoder' not in [f.name for f in locked_files(WAN, lock)]
+
+SWITCHED = [p.changed(**changes) for p in PROFILES.values() for changes in
+            ({}, *([{'vision': v} for v in ('off', 'unconnected')] + [{'face': False}, {'cfg': 3.5}] if p.weights else []))]
+
+@pytest.mark.parametrize('tracker', sorted(TRACKERS))
+@pytest.mark.parametrize('profile', SWITCHED, ids=lambda p: f'{p.name}-{p.vision}-{p.face}-{p.values.get("cfg")}')
+def test_boot_fetches_what_a_job_looks_for(profile, tracker, tmp_path):
+    "For every profile, tracker and switch: with the files of the lock that boot asks for, nothing that is pinned is missing"
+    if tracker not in (profile.tracker, *profile.other_trackers): pytest.skip('this profile cannot be run with it')
+    profile, lock = with_tracker(profile, tracker), load_lock()
+    pinned = {f.place for f in lock.files.values()}
+    for file in locked_files(profile, lock):
+        (path := tmp_path / file.place).parent.mkdir(exist_ok=True)
+        with path.open('wb') as f: f.truncate(file.bytes) # sparse: no disk
+    missing = {w.place for w in needed_files(profile) if not (tmp_path / w.place).exists()}
+    assert not missing & pinned and {f.place for f in locked_files(profile, lock)} <= {w.place for w in needed_files(profile)}
+    if not missing: check_weights(profile, tmp_path)
+    else:
+        with pytest.raises(JobError, match='lacks'): check_weights(profile, tmp_path)
+    assert (not missing) == (profile.name != 'wan22-animate-tiny'), 'only the tiny weights are made by hand'
+
+def test_a_lock_of_ones_own_may_add_files():
+    "A LoRA for research that no graph of ours names is fetched, too"
+    extra = replace(load_lock().files['relight_lora'], name='mine', file='mine.safetensors')
+    lock = replace(load_lock(), files=load_lock().files | {'mine': extra},
+                   profiles={'wan22-animate': replace(load_lock().profiles['wan22-animate'], renderer=('dit', 'mine'))})
+    assert extra in locked_files(WAN, lock) and extra in locked_files(with_tracker(WAN, 'mediapipe'), lock)
 
 def test_urgent_files_arrive_first(hub, tmp_path, monkeypatch):
     "Each piece is of the most urgent file that lacks any, whichever asked first"

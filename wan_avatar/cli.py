@@ -52,8 +52,8 @@ from .bundle import build, bundle_revision, check, push, relocated
 from .config import WeightSettings
 from .fetch import Checked, Coming, Http, Hub, HubUnreachable, Mirror, ProgressLines
 from .fetch import arrived, changes, checked, fetch_weights, pinned, places_of, sources_of
-from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, needed, plan, plan_table, verified
-from .workflow import get_profile
+from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan, plan_table, verified
+from .workflow import get_profile, locked_files, with_tracker
 
 # %% ../nbs/60_cli.ipynb #5a0c0000
 from .metrics import Difference, RecordsError
@@ -565,8 +565,9 @@ def weights_of(profile: str | None, text_encoder: bool) -> Iterator[Weights]:
         settings = load_settings(kind=WeightSettings)
         try: lock = load_lock(settings.models_lock)
         except LockDamaged as e: _leave(str(e), Code.USAGE)
-        name = get_profile(profile or settings.profile).name
-        yield Weights(settings, Store(load_settings()) if settings.models_mirror else None, needed(lock, name, text_encoder), lock)
+        chosen = with_tracker(get_profile(profile or settings.profile), settings.tracker)
+        store = Store(load_settings()) if settings.models_mirror else None
+        yield Weights(settings, store, locked_files(chosen, lock, text_encoder), lock)
 
 def print_rows(rows: Iterable[tuple[str, ...]], *head: str) -> None:
     "A table on stdout that survives a pipe"

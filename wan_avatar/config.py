@@ -27,6 +27,7 @@ class WeightSettings(BaseModel):
     "What getting weights needs; field names are the variables' names in lower case"
     model_config = ConfigDict(frozen=True, extra='forbid')
     profile: str = 'draft'
+    tracker: Annotated[str | None, Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
     models_dir: Path = Path('models')
     models_lock: Annotated[Path | None, Field(description='another lock than the one that ships')] = None
     models_mirror: Annotated[str | None, Field(description='prefix in the bucket under which copies of the weights lie')] = None
@@ -45,7 +46,6 @@ class Settings(WeightSettings):
     minio_region: str = 'us-east-1'
     minio_public_endpoint: Annotated[Address | None, Field(description='address callers reach the bucket by, for presigned URLs')] = None
     default_driving_video_path: Annotated[Key | None, Field(description='key used when a job names no driving video')] = None
-    tracker: Annotated[str | None, Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
     output_prefix: str = 'avatars/'
     comfy_dir: Path = Path('.comfy')
     work_dir: Path = Path('/tmp/wan_avatar')

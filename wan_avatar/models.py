@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FIGURES', 'Tick', 'LockedFile', 'Needs', 'Lock', 'LockDamaged', 'parse_lock', 'load_lock', 'dump_lock',
-           'needed', 'refuse_unknown', 'state_path', 'remember', 'remembered', 'misfit', 'Snapshot', 'snapshots',
-           'cached', 'link', 'Places', 'Step', 'verified', 'part_path', 'plan', 'plan_table']
+           'refuse_unknown', 'state_path', 'remember', 'remembered', 'misfit', 'Snapshot', 'snapshots', 'cached',
+           'link', 'Places', 'Step', 'verified', 'part_path', 'plan', 'plan_table']
 
 # %% ../nbs/10_models.ipynb #11172feb
 import json
@@ -124,17 +124,6 @@ def dump_lock(lock: Lock) -> str: # JSON, one value a line
     return json.dumps(head | {'comfyui': dict(lock.comfyui), 'custom_nodes': list(lock.custom_nodes), 'profiles': profiles, 'files': entries}, indent=1, ensure_ascii=False) + '\n'
 
 # %% ../nbs/10_models.ipynb #2e917887
-def needed(
-    lock: Lock,
-    profile: str, # one the lock does not know needs nothing
-    text_encoder: bool = False # plan it too
-) -> tuple[LockedFile, ...]: # in the order they should arrive
-    "Files of a profile"
-    needs = lock.profiles.get(profile, Needs())
-    first, then = ([lock.files[n] for n in names] for names in (needs.tracker, needs.renderer))
-    last = [lock.files[needs.text_encoder]] if text_encoder and needs.text_encoder else []
-    return (*first, *sorted(then, key=lambda f: -(f.bytes or 0)), *last)
-
 def refuse_unknown(found: Iterable[LockedFile]) -> None:
     "JobError `models_unavailable` names files whose bytes nobody has pinned"
     if unknown := [str(f) for f in found if not f.known]:
