@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from audit import rules
 from conftest import ROOT, Service, cut
 
 from wan_avatar import avatar
@@ -307,6 +308,70 @@ def test_face_branch(wan):
     assert 'error' not in answer and rendered(wan, 'close-up') == [(0, 5)]
     without = wan.run('no-close-up', **BRIEF, profile='wan22-animate-tiny', seed=1)
     assert answer['sha256'] != without['sha256'], 'the close-up changes the picture'
+
+# the audit: what the rules say, computed once and kept in tests/audit, against the nodes and the graph
+
+@pytest.fixture(scope='module')
+def audited(wan, window) -> tuple[dict, dict, dict]:
+    "What must be, and what flows in a later window of the audit's clip and in its first one"
+    folder = wan.settings.work_dir / 'jobs/audit'
+    folder.mkdir()
+    for name in ('driving.mp4', 'driving.track', 'reference.png'): shutil.copy(ROOT / 'tests/audit' / name, folder)
+    shutil.copy(folder / 'driving.track', folder / 'reference.track')
+    np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', rules.START, rules.SEEDS)]).tofile(folder / 'tail.u8')
+    paths = {k: v.replace('by-hand', 'audit') for k, v in window_values().items() if str(v).startswith('jobs/by-hand')}
+    values = window_values() | paths | {'start': rules.START, 'length': rules.LENGTH, 'overlap': 5, 'new': 4}
+    profile = TINY.changed(width=rules.SAMPLED[0], height=rules.SAMPLED[1], face=True, vision='unconnected')
+    graph = bind(profile_graph(profile), {k: v for k, v in values.items() if k in slots(profile_graph(profile))})
+    graph = {k: v for k, v in graph.items() if k in ('vae', 'prompt', 'segment', 'pictures', 'animate', 'mask_rows')}
+    graph['encoded_pose'] = {'class_type': 'VAEEncode', 'inputs': {'pixels': ['pictures', 1], 'vae': ['vae', 0]}}
+    graph['whole'] = graph['pictures'] | {'inputs': graph['pictures']['inputs'] | {'width': 1280, 'height': 720}}
+    links = {name: ['pictures', n] for n, name in enumerate(('reference', 'pose', 'face', 'background', 'mask', 'tail'))}
+    later = probe(wan, graph, **links, whole_pose=['whole', 1], whole_mask=['whole', 4], positive=['mask_rows', 0], negative=['mask_rows', 1],
+                  encoded=['encoded_pose', 0])
+    first = disconnected_tail(graph)
+    return dict(np.load(ROOT / 'tests/audit/expected.npz')), later, probe(wan, first, positive=['mask_rows', 0])
+
+def disconnected_tail(graph: dict) -> dict:
+    "The same window as if it were the first"
+    segment = graph['segment'] | {'inputs': graph['segment']['inputs'] | {'tail': ''}}
+    return {k: v for k, v in graph.items() if k not in ('whole', 'encoded_pose')} | {'segment': segment}
+
+def test_the_rules_still_say_what_was_kept():
+    "The kept tensors are those of rules.py; only a person who changes a rule changes both"
+    kept = dict(np.load(ROOT / 'tests/audit/expected.npz'))
+    assert all(np.array_equal(v, kept[k]) for k, v in rules.expected().items())
+
+CLOSE = {'reference': 0.51, 'small_pose': 0.01, 'small_background': 8, 'face': 8, 'whole_pose': 0.01} # of 255; a codec lies before two of them
+
+@pytest.mark.parametrize('name, link', [('reference', 'reference'), ('small_pose', 'pose'), ('small_background', 'background'),
+                                        ('face', 'face'), ('whole_pose', 'whole_pose')])
+def test_pictures_are_those_of_the_rules(audited, name, link):
+    must, later, _ = audited
+    shown = later[link][1]['value'][0 if name == 'reference' else rules.SHOWN]
+    off = np.abs(shown * 255 - must[name])
+    assert off.max() <= CLOSE[name], f'{name}: {off.max():.1f} of 255 at {np.unravel_index(off.argmax(), off.shape)}'
+
+def test_masks_are_those_of_the_rules(audited):
+    must, later, first = audited
+    assert np.array_equal(later['mask'][1]['value'], must['small_mask'])
+    assert np.array_equal(later['whole_mask'][1]['value'][rules.SHOWN], must['whole_mask'])
+    for found, expected in ((later, 'later_rows'), (first, 'first_rows')):
+        rows = found['positive'][1]['value.0.1.concat_mask'][0]
+        assert not rows[:, 0].any() and np.array_equal(rows[:, 1:], must[expected]), expected
+
+def test_ranges_and_order_of_what_the_model_gets(audited):
+    _, later, first = audited
+    positive, negative = (later[n][1] for n in ('positive', 'negative'))
+    face = later['face'][1]['value']
+    given = positive['value.0.1.face_video_pixels']
+    assert given.shape == (1, 3, 9, 512, 512) and np.abs(given[0] - np.moveaxis(face, -1, 0) * 2 + 1).max() < 1e-3
+    assert (negative['value.0.1.face_video_pixels'] == -1).all(), 'at cfg above 1 the negative side sees no face'
+    assert np.array_equal(positive['value.0.1.pose_video_latent'], later['encoded'][1]['value.samples'])
+    for name in ('pose', 'face', 'background', 'mask', 'tail'): assert later[name][1]['value'].min() >= 0 and later[name][1]['value'].max() <= 1
+    latents = [found[n][1]['value.0.1.concat_latent_image'] for found, n in ((later, 'positive'), (first, 'positive'))]
+    assert all(v.shape == (1, 16, 4, 18, 32) for v in latents) and np.array_equal(latents[0][:, :, 0], latents[1][:, :, 0]), 'the reference comes first'
+    assert not np.array_equal(latents[0][:, :, 1:3], latents[1][:, :, 1:3]), 'then the frames that are given'
 
 # memory
 
