@@ -8,8 +8,8 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
            'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
-           'prompt_embeddings', 'embedding_file', 'make_embedding', 'delivered', 'Delivered', 'sign', 'prove',
-           'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
+           'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
+           'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -46,7 +46,7 @@ from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
-from .track import TRACKERS, TrackDamaged, parse_track, track_key
+from .track import TRACKERS, Track, TrackDamaged, load_track, parse_track, track_facts, track_key
 from wan_avatar.workflow import (
     Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
     track_graph, vision_graph, with_tracker,
@@ -167,6 +167,11 @@ class Inputs:
     clip: Clip # normalised driving video
     sha256: str # of the driving video's own bytes
 
+    @property
+    def result(self) -> Path:
+        "Where the video is made"
+        return self.folder / 'avatar.mp4'
+
 MAX_VIDEO_BYTES, MAX_IMAGE_BYTES, MAX_TRACK_BYTES = 2 * 10**9, 20 * 10**6, 200 * 10**6
 
 # %% ../nbs/40_avatar.ipynb #989bb08a
@@ -221,37 +226,40 @@ def relative(path: Path, work_dir: Path) -> str:
     return path.relative_to(work_dir).as_posix()
 
 # %% ../nbs/40_avatar.ipynb #f2895ebf
-async def track_video_cached(inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts) -> Path:
+async def track_video_cached(
+    inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts
+) -> tuple[Path, dict[str, int]]: # the file, `track_facts` of it
     "The driving video's track: from the bucket, or made and put there"
     detectors = detectors_digest(profile, studio.settings.models_dir)
     key = track_key(inputs.sha256, inputs.clip.size, inputs.clip.fps, profile.tracker, detectors)
     target = inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
-        cached = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
-        stage.facts['cached'] = cached
-        if not cached:
+        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
+        stage.facts['cached'] = track is not None
+        if track is None:
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
             await asyncio.to_thread(keep, studio.store, key, target)
-    return target
+            track = await asyncio.to_thread(load_track, target)
+    return target, track_facts(track)
 
 def keep(store: Store, key: str, path: Path) -> None:
     "Put what was made into the cache; a job does not fail because the next one can't be spared the work"
     try: store.write_bytes(key, path.read_bytes(), 'application/octet-stream')
     except JobError as e: log.warning('%s was not cached: %s', key, e)
 
-def take_cached_track(store: Store, key: str, target: Path, frames: int) -> bool: # was there a good one?
+def take_cached_track(store: Store, key: str, target: Path, frames: int) -> Track | None: # None: there was no good one
     "Copy a track from the bucket; a damaged one, or one of another length, is as good as none"
     found = store.stat(key)
-    if found is None or found['bytes'] > MAX_TRACK_BYTES: return False
+    if found is None or found['bytes'] > MAX_TRACK_BYTES: return None
     data = store.read_bytes(key, MAX_TRACK_BYTES) or b''
     try: track = parse_track(data)
     except TrackDamaged as e:
         log.warning('%s: %s; tracking again', key, e)
-        return False
-    if len(track) != frames: return False
+        return None
+    if len(track) != frames: return None
     target.write_bytes(data) # as it is: writing it anew would compress its pictures a second time
-    return True
+    return track
 
 # %% ../nbs/40_avatar.ipynb #2fa3cd6f
 @dataclass(frozen=True)
@@ -279,12 +287,12 @@ def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: P
         **dict(zip(('frame_width', 'frame_height'), shoot.inputs.clip.size, strict=True))})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
-async def render(shoot: Shoot, studio: Studio, target: Path, timeline: Timeline, report: Report) -> None:
+async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Report) -> None:
     "Every window through ComfyUI and into the encoder"
     profile, clip, folder, tail = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None
     length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
-    encoder = Encoder(target, clip.size, clip.fps, clip.audio)
+    encoder = Encoder(shoot.inputs.result, clip.size, clip.fps, clip.audio)
     async with entered_in_thread(encoder, lambda: timeline.stage('finish')), encoding() as encode:
         while todo:
             s, frames = todo[0], RawFrames(folder / f'frames-{todo[0].index}.u8', clip.size)
@@ -433,6 +441,15 @@ async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profil
              'path': relative(target, studio.settings.work_dir)}
     await run(studio.comfy, bind(load_graph('prompt'), asked) | loaders(profile), restarts=restarts)
 
+# %% ../nbs/40_avatar.ipynb #c59049b7
+async def shared_slots(
+    prompt: str | None, # the job's own
+    inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts
+) -> dict[str, str]: # slots
+    "Files that every window of a job reads: the picture as CLIP sees it, and the prompts"
+    described = await describe_picture(inputs.reference, studio, profile, timeline, restarts)
+    return described | await prompt_embeddings(prompt, studio, profile, timeline, restarts)
+
 # %% ../nbs/40_avatar.ipynb #9b89a38c
 def delivered(
     store: Store,
@@ -457,11 +474,11 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
     "Add a presigned address when one was asked for; it never goes into the manifest"
     return result.model_copy(update={'presigned_url': store.presign(result.minio_key, presign_s)}) if presign_s else result
 
-def prove(video: Path, key: str, inputs: Inputs, profile: Profile, seed: int, timeline: Timeline, identity: dict[str, str]) -> Result:
+def prove(key: str, inputs: Inputs, profile: Profile, seed: int, timeline: Timeline, identity: dict[str, str]) -> Result:
     "Check a finished video against what it must be, and describe it"
     with timeline.stage('check'):
-        f = check_mp4(video, inputs.clip.frames, inputs.clip.size, inputs.clip.fps, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
-        digest = sha256_of(video)
+        f = check_mp4(inputs.result, inputs.clip.frames, inputs.clip.size, inputs.clip.fps, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
+        digest = sha256_of(inputs.result)
     return Result(minio_key=key, width=f.width, height=f.height, fps=f.fps, frames=f.frames, duration_s=f.duration_s, bytes=f.bytes, has_audio=f.has_audio, sha256=digest,
                   seed=seed, profile=profile.name, timings=timeline.seconds(), worker=identity)
 
@@ -505,20 +522,19 @@ async def make_avatar(
         driving_key(job, settings)
         check_weights(profile, settings.models_dir)
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
-        video = folder / 'avatar.mp4'
         with timeline.stage('wait for renderer'): await studio.renderer.acquire()
         try:
             with timeline.stage('track picture'):
                 reference_track = await track_file(studio.comfy, inputs.reference, 'image', profile, settings.work_dir, lambda *a: None, restarts)
-            track = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
-            values = {'seed': seed} | await describe_picture(inputs.reference, studio, profile, timeline, restarts)
-            values |= await prompt_embeddings(job.prompt, studio, profile, timeline, restarts)
-            await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, video, timeline, report)
+            track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
+            values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
+            await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)
         finally: studio.renderer.release()
-        result = await asyncio.to_thread(prove, video, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})
+        result = await asyncio.to_thread(prove, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})
         with timeline.stage('upload', bytes=result.bytes):
-            extra = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'timeline': timeline.records(), 'boot': started}
-            await in_thread(deliver, video, result, extra, studio, StageProgress(report, 'upload', timeline))
+            extra = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'track': seen,
+                     'timeline': timeline.records(), 'boot': started}
+            await in_thread(deliver, inputs.result, result, extra, studio, StageProgress(report, 'upload', timeline))
         return sign(result, studio.store, job.presign_seconds)
 
 # %% ../nbs/40_avatar.ipynb #f4a3b3f1

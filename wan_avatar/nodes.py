@@ -27,7 +27,9 @@ from .job import JobError
 from .media import FPS, probe, read_frames, read_image
 from .prompt import Embedding
 from .segments import SHAPES, MaskShape, letterbox, window_pictures
-from .track import Track, check_person, load_track, save_track, track_image, track_video, wholebody_points
+from wan_avatar.track import (
+    Track, check_person, load_track, save_track, track_facts, track_image, track_video, wholebody_points,
+)
 from .wholebody import GPU_MEMORY, Detectors, track_picture, track_wholebody
 
 # %% ../nbs/32_nodes.ipynb #2afab9e3
@@ -67,7 +69,7 @@ class AvatarTrack:
         with _gpu(GPU_MEMORY if detectors else 0) as gpu: made = find_person(_work_path(source), kind, _progress, detectors, gpu)
         check_person(made, kind)
         save_track(made, _work_path(track))
-        return {'ui': {'summary': [{'frames': len(made.present), 'present': int(made.present.sum())}]}, 'result': (track,)}
+        return {'ui': {'summary': [track_facts(made)]}, 'result': (track,)}
 
 def find_person(
     source: Path, # picture, or normalised video
