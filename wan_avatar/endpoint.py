@@ -125,9 +125,11 @@ def render_seconds(
     pool: Pool,
     profile: str = 'wan22-animate'
 ) -> float | None: # None: nothing to go by
-    "Diffusion time of a video: windows times seconds per window"
+    "Diffusion time of a video: seconds of a full window, shorter ones in proportion to their frames"
     if pool.window_s is None: return None
-    return len(plan_windows(max(1, round(video_s * 24)), PROFILES[profile].length, PROFILES[profile].overlap)) * pool.window_s
+    rendered = PROFILES[profile]
+    windows = plan_windows(max(1, round(video_s * 24)), rendered.length, rendered.overlap)
+    return sum(w.length for w in windows) / rendered.length * pool.window_s
 
 # %% ../nbs/52_endpoint.ipynb #82e6eeae
 def weight_bytes(
