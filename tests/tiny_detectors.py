@@ -53,7 +53,7 @@ def keypoint_detector(path: Path, rng: np.random.Generator) -> None:
     nodes = [helper.make_node('Conv', ['input', 'w'], ['c'], strides=[4, 4]), helper.make_node('Add', ['c', 'bumps'], ['output'])]
     write(path, nodes, ('input', [1, 3, 256, 192]), ('output', [1, 133, 64, 48]), {'w': rng.normal(0, 1e-4, (133, 3, 4, 4)).astype(np.float32), 'bumps': bumps})
 
-def mask_model() -> Sam2VideoModel:
+def mask_model(blind: bool = False) -> Sam2VideoModel: # blind: one that sees nobody
     """SAM2 with its true pictures, prompts, memory and masks, and few layers: a frame takes 1 s on a CPU instead of 10
 
     What it sees is an upright stripe where the person stands, with a trembling rim."""
@@ -67,7 +67,7 @@ def mask_model() -> Sam2VideoModel:
         finest, skip = encoder.neck.convs[-1].weight, decoder.conv_s0.weight
         finest[0], skip[:2] = 0, 0 # this channel goes straight to the mask, once as it is, once negated
         finest[0, 0], skip[0, 0], skip[1, 0] = 1, 1, -1
-        decoder.pred_obj_score_head.proj_out.bias.fill_(10) # somebody is always there
+        decoder.pred_obj_score_head.proj_out.bias.fill_(-10 if blind else 10) # nobody, or somebody, is always there
         for layers in decoder.output_hypernetworks_mlps:
             layers.proj_out.weight.mul_(.01)
             layers.proj_out.bias[:2] = torch.tensor([1, -1.])
@@ -79,3 +79,4 @@ if __name__ == '__main__':
     person_detector(models / 'detection/yolox_l.onnx', numbers)
     keypoint_detector(models / 'detection/vitpose-l-wholebody.onnx', numbers)
     mask_model().save_pretrained(models / 'sam2')
+    mask_model(blind=True).save_pretrained(models / 'sam2/blind')
