@@ -1,4 +1,5 @@
 """From /run to the MP4 through the local endpoint: the SDK's own worker loop and the SDK's own client"""
+import json
 import os
 import signal
 import subprocess
@@ -6,9 +7,10 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, cut
+from conftest import ROOT, comfy_dir, cut
 
 from wan_avatar.client import Client, fetch_result
+from wan_avatar.comfy import FOLDERS, OWN_FOLDERS
 from wan_avatar.config import load_settings
 from wan_avatar.local import up
 from wan_avatar.media import check_mp4
@@ -17,7 +19,7 @@ from wan_avatar.store import Store
 @pytest.fixture(scope='module')
 def local(samples, tmp_path_factory):
     folder = tmp_path_factory.mktemp('local')
-    env = {'COMFY_DIR': str(ROOT / '.comfy'), 'WORK_DIR': str(folder / 'work'), 'MODELS_DIR': str(folder / 'models'), 'PROFILE': 'draft'}
+    env = {'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(folder / 'work'), 'MODELS_DIR': str(folder / 'models'), 'PROFILE': 'draft'}
     with up(folder, worker_env=env) as started:
         store = Store(load_settings(started.bucket.environment()))
         store.upload(samples / 'astronaut.png', 'in/ana portrait.png', 'image/png')
@@ -77,3 +79,12 @@ def test_worker_that_is_not_configured_says_so():
     env = {k: v for k, v in os.environ.items() if not k.startswith('MINIO_')}
     done = subprocess.run([ROOT / '.venv/bin/python', '-m', 'wan_avatar.worker'], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and 'MINIO_BUCKET: not set' in done.stderr and 'Traceback' not in done.stderr
+
+def test_kinds_of_folders_are_cores_or_ours_alone():
+    "Core decides which endings it lists in a kind of its own: in newer ComfyUIs no .onnx in `detection`"
+    code = 'import folder_paths, json; print(json.dumps({k: sorted(v[1]) for k, v in folder_paths.folder_names_and_paths.items()}))'
+    argv = [comfy_dir() / 'env/bin/python', '-B', '-c', code]
+    done = subprocess.run(argv, cwd=comfy_dir() / 'ComfyUI', check=True, capture_output=True, text=True, timeout=60)
+    core = json.loads(done.stdout.splitlines()[-1])
+    assert OWN_FOLDERS and not OWN_FOLDERS.keys() & core.keys()
+    assert all('.safetensors' in core[kind] for kind in FOLDERS.keys() - OWN_FOLDERS.keys())
