@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'OWN_FOLDERS', 'FOLDERS', 'ComfyPlace', 'has_gpu', 'command', 'lay_out', 'die_with_parent', 'free_port', 'tail',
-           'ComfyDied', 'sage_importable', 'ComfyProcess', 'Progress', 'node_error', 'refused', 'device_name',
-           'Restarts', 'Comfy', 'run', 'running_comfy']
+           'ComfyDied', 'sage_importable', 'ComfyProcess', 'Progress', 'node_error', 'refused', 'unloaded_keys',
+           'written', 'device_name', 'Restarts', 'Comfy', 'run', 'running_comfy']
 
 # %% ../nbs/31_comfy.ipynb #34fa157a
 import asyncio
@@ -197,6 +197,32 @@ def refused(
     "A prompt ComfyUI would not queue"
     errors = [f'node "{i}" ({n.get("class_type")}): {e["message"]} ({e["details"]})' for i, n in (answer.get('node_errors') or {}).items() for e in n['errors']]
     return JobError('comfy_failed', 'ComfyUI refused the graph: ' + ('; '.join(errors) or str(answer.get('error'))))
+
+# %% ../nbs/31_comfy.ipynb #c6c4189b
+_COMPLAINTS = {r'lora key not loaded: (.+)': 'LoRA', r'NOT LOADED (.+)': 'LoRA', r'WARNING SHAPE MISMATCH (\S+) WEIGHT NOT MERGED': 'LoRA',
+               r'ERROR (?:lora|loha|lokr|glora|oft|boft) (\S+) ': 'LoRA', r'Calculate Weight Failed: \S+ (\S+)': 'LoRA',
+               r'unet missing: \[(.+)\]': 'diffusion model', r'Missing VAE keys \[(.+)\]': 'VAE', r'missing clip vision: \[(.+)\]': 'CLIP vision'}
+
+def unloaded_keys(
+    text: str # of ComfyUI's log
+) -> list[tuple[str, str]]: # kind of file, key; each once, in order
+    "What ComfyUI could not put where it belongs"
+    found = []
+    for line in text.splitlines():
+        for words, kind in _COMPLAINTS.items():
+            if said := re.search(words, line):
+                found += [(kind, key) for key in (re.findall(r"'([^']+)'", said[1]) if said[1].startswith("'") else [said[1].strip()])]
+    return list(dict.fromkeys(found))
+
+def written(
+    path: Path, # a log
+    since: int, # bytes: how long it was
+    most: int = 4 * 2**20 # bytes that are looked at
+) -> str:
+    "What was added to a log"
+    with path.open('rb') as f:
+        f.seek(since)
+        return f.read(most).decode(errors='replace')
 
 # %% ../nbs/31_comfy.ipynb #31de0002
 def device_name(
