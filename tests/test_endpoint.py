@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, comfy_dir, cut
 
 from wan_avatar.client import Client, fetch_result
-from wan_avatar.comfy import FOLDERS, OWN_FOLDERS
 from wan_avatar.config import load_settings
+from wan_avatar.launch import FOLDERS, OWN_FOLDERS
 from wan_avatar.local import up
 from wan_avatar.media import check_mp4
 from wan_avatar.store import Store
@@ -75,10 +75,12 @@ def test_sigterm_finishes_the_job_and_leaves_nothing(local):
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
 
-def test_worker_that_is_not_configured_says_so():
-    env = {k: v for k, v in os.environ.items() if not k.startswith('MINIO_')}
+def test_worker_that_is_not_configured_says_so(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith('MINIO_')} | {'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(tmp_path)}
     done = subprocess.run([ROOT / '.venv/bin/python', '-m', 'wan_avatar.worker'], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and 'MINIO_BUCKET: not set' in done.stderr and 'Traceback' not in done.stderr
+    assert (tmp_path / 'comfy/comfy.log').exists(), 'ComfyUI was started before the settings were read'
+    assert not [p for p in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(p.info['cmdline'] or ())], 'and ended with the worker'
 
 def test_kinds_of_folders_are_cores_or_ours_alone():
     "Core decides which endings it lists in a kind of its own: in newer ComfyUIs no .onnx in `detection`"

@@ -5,7 +5,15 @@
 # %% auto #0
 __all__ = ['log', 'CLOSE_UP', 'SCALES', 'Background', 'identity', 'check_disk', 'embedding_at_hand', 'missing_trackers',
            'get_weights', 'warm_up_graph', 'warm_up', 'warm_up_tracker', 'check_fit', 'together', 'own_profile',
-           'keep_timeline', 'boot', 'sdk_environment', 'serve', 'fitness_check', 'progress_sender', 'main', 'shut_down']
+           'absolute', 'keep_timeline', 'boot', 'sdk_environment', 'serve', 'fitness_check', 'progress_sender', 'main',
+           'shut_down']
+
+# %% ../nbs/42_worker.ipynb #da7c5563
+#| eval: false
+if __name__ == '__main__':
+    import os
+    from wan_avatar.launch import launch_early
+    EARLY = launch_early(os.environ)
 
 # %% ../nbs/42_worker.ipynb #f4c857b2
 import asyncio
@@ -23,6 +31,8 @@ from concurrent.futures import Future
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+
+# %% ../nbs/42_worker.ipynb #441ad688
 from PIL import Image
 from .avatar import Studio, find_embedding, in_thread, prompt_embedding, relative, sweep, track_file, work_folder
 from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys, written
@@ -31,6 +41,8 @@ from .fetch import Coming, ProgressLines, fetch_weights, places_of
 from .files import whole_file
 from .handler import Handler
 from .job import JobError
+from .launch import Launched
+from .memory import find_memory, memory_line
 from .models import Lock, link, load_lock, needed, snapshots
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .store import Store
@@ -176,32 +188,44 @@ def own_profile(settings: Settings) -> Profile:
     "What this worker is made ready for"
     return with_tracker(get_profile(settings.profile), settings.tracker)
 
+async def _step(timeline: Timeline, name: str, what: str, work: Awaitable) -> None:
+    with timeline.stage(name): await work
+    log.info('boot: %s after %.1f s', what, timeline.elapsed())
+
+def absolute(settings: Settings) -> Settings:
+    "The same with absolute folders: ComfyUI works in another one"
+    return settings.model_copy(update={k: getattr(settings, k).resolve() for k in ('comfy_dir', 'work_dir', 'models_dir')})
+
 def keep_timeline(timeline: Timeline, work_dir: Path) -> Path:
     "The boot as JSON, for reports"
     with whole_file(work_dir / 'boot.json') as part: part.write_text(log_line('boot', timeline) + '\n')
     return work_dir / 'boot.json'
 
 # %% ../nbs/42_worker.ipynb #b0010008
-async def boot(settings: Settings, timeline: Timeline) -> Studio:
+async def boot(
+    settings: Settings,
+    timeline: Timeline,
+    launched: Launched | None = None # a ComfyUI of the same settings that was started already
+) -> Studio:
     "A studio that is ready: ComfyUI answers, the bucket is there, the disk has room, the weights are there and loaded"
-    place = ComfyPlace(settings.comfy_dir.resolve(), settings.work_dir.resolve(), settings.models_dir.resolve())
-    settings, profile = settings.model_copy(update={'work_dir': place.work_dir, 'models_dir': place.models_dir}), own_profile(settings)
-    comfy, store = Comfy(ComfyProcess(place, settings.comfy_start_seconds, settings.use_sage_attention)), Store(settings)
-    sweep(place.work_dir)
-    check_disk(settings)
+    settings, profile = absolute(settings), own_profile(settings)
+    place = ComfyPlace(settings.comfy_dir, settings.work_dir, settings.models_dir)
+    process = ComfyProcess(place, settings.comfy_start_seconds, settings.use_sage_attention, launched)
+    comfy, store = Comfy(process), Store(settings)
+    bare = Studio(settings, store, comfy, {})
     warm, answers, trackers = settings.warmup and bool(profile.weights), asyncio.Event(), asyncio.Event()
-    async def step(name: str, what: str, work: Awaitable) -> None:
-        with timeline.stage(name): await work
-        log.info('boot: %s after %.1f s', what, timeline.elapsed())
     async def start() -> None:
-        await step('comfy', 'ComfyUI answers', comfy.start())
+        await _step(timeline, 'comfy', 'ComfyUI answers', comfy.start())
         answers.set()
     async def tracker() -> None:
         for event in (answers, trackers): await event.wait()
-        if warm: await step('warm-up tracker', 'the tracker is warm', warm_up_tracker(Studio(settings, store, comfy, {}), profile))
+        if warm: await _step(timeline, 'warm-up tracker', 'the tracker is warm', warm_up_tracker(bare, profile))
     try:
-        await together(start(), step('bucket', 'the bucket is reachable', asyncio.to_thread(store.check)), get_weights(profile, settings, store, timeline, trackers), tracker())
-        if warm: await step('warm-up', 'the models are loaded', warm_up(Studio(settings, store, comfy, {}), profile, timeline))
+        sweep(place.work_dir)
+        check_disk(settings)
+        bucket = _step(timeline, 'bucket', 'the bucket is reachable', asyncio.to_thread(store.check))
+        await together(start(), bucket, get_weights(profile, settings, store, timeline, trackers), tracker())
+        if warm: await _step(timeline, 'warm-up', 'the models are loaded', warm_up(bare, profile, timeline))
     except BaseException:
         await comfy.close()
         raise
@@ -243,16 +267,19 @@ def progress_sender():
         async with AsyncClientSession() as session: await send_result(session, {'status': 'IN_PROGRESS', 'output': update}, event)
     return send
 
-def main() -> None:
+def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, when it was started already
     "The process of the image: `python -m wan_avatar.worker`"
     timeline = Timeline()
     sdk_environment()
     try: settings = load_settings()
-    except SettingsError as e: sys.exit(f'this worker is not configured: {e}')
+    except SettingsError as e:
+        if launched: launched.end()
+        sys.exit(f'this worker is not configured: {e}')
     logging.basicConfig(level=settings.log_level.upper(), format='%(message)s')
     logging.getLogger('httpx2').setLevel(logging.WARNING) # huggingface_hub's client: a line per request
+    log.info(memory_line(find_memory()))
     background = Background()
-    booted = background.submit(boot(settings, timeline))
+    booted = background.submit(boot(settings, timeline, launched))
     try: serve(background, booted, settings, timeline)
     finally: shut_down(background, booted)
 
@@ -264,4 +291,4 @@ def shut_down(background: Background, booted: Future) -> None:
 
 # %% ../nbs/42_worker.ipynb #829c1736
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(EARLY)
