@@ -20,7 +20,7 @@ from wan_avatar.workflow import PROFILES
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
-LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store']
+LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy']
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
 TREE = os.environ.get('COMFY_TREE')
@@ -28,7 +28,8 @@ TREE = os.environ.get('COMFY_TREE')
 def pytest_configure(config) -> None:
     "COMFY_TREE=<folder of a ComfyUI>: the tests that depend on ComfyUI, on that one, with the environment of .comfy/env"
     if not TREE: return
-    if not (Path(TREE) / 'main.py').is_file(): raise pytest.UsageError(f'COMFY_TREE={TREE} is not a ComfyUI: no main.py in it; name the folder of its source')
+    if not (Path(TREE) / 'main.py').is_file():
+        raise pytest.UsageError(f'COMFY_TREE={TREE} is not a ComfyUI: no main.py in it; name the folder of its source')
     os.environ['COMFY_DIR'] = str(comfy_dir()) # what the tests start themselves takes it from here
     config.add_cleanup(lambda: shutil.rmtree(comfy_dir(), ignore_errors=True))
 
@@ -52,7 +53,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     "Which ComfyUI was tested"
-    ran = f'{" and ".join(ON_A_TREE)} ran on {TREE}' if TREE else 'not run (COMFY_TREE=<folder of its source> runs what depends on it)'
+    ran = f'this run was on {TREE}' if TREE else 'not run (COMFY_TREE=<folder of its source> runs what depends on it)'
     terminalreporter.write_line(f'newer ComfyUI: {ran}')
 
 def pytest_collection_modifyitems(items) -> None:

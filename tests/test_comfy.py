@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import comfy_dir
+from conftest import ROOT, comfy_dir
 
 from wan_avatar.comfy import Comfy, ComfyProcess, run
 from wan_avatar.config import SettingsError, load_settings
@@ -133,3 +133,18 @@ def test_what_may_be_pinned_and_cached_is_of_the_container(tmp_path: Path, limit
     pinned, total, free, available = json.loads(done.stdout.splitlines()[-1])
     if limited: assert (pinned, total, free, available) == (pinned_at_most(memory), 2 * GB, 2 * GB, 2 * GB)
     else: assert total == find_memory().machine and pinned == pytest.approx(0.95 * total)
+
+# a newer ComfyUI
+
+COLLECTED = [(None, 0, {'test_store', 'test_wan', 'test_endpoint'}, 'newer ComfyUI: not run'),
+             ('.comfy/ComfyUI', 0, {'test_wan', 'test_endpoint'}, 'newer ComfyUI: this run was on .comfy/ComfyUI'),
+             ('.comfy', 4, set(), 'ERROR: COMFY_TREE=.comfy is not a ComfyUI: no main.py in it')]
+
+@pytest.mark.parametrize('tree, code, files, words', COLLECTED)
+def test_what_runs_on_a_tree(tree, code, files, words):
+    env = {k: v for k, v in os.environ.items() if k != 'COMFY_TREE'} | ({'COMFY_TREE': tree} if tree else {})
+    done = subprocess.run([sys.executable, '-m', 'pytest', '--collect-only'], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    found = {line.split('.py')[0].split('/')[-1] for line in said.splitlines() if '.py::' in line}
+    assert done.returncode == code and words in said
+    assert found >= files if tree is None else found == files

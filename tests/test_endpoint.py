@@ -14,6 +14,7 @@ from wan_avatar.config import load_settings
 from wan_avatar.launch import FOLDERS, OWN_FOLDERS
 from wan_avatar.local import up
 from wan_avatar.media import check_mp4
+from wan_avatar.memory import find_memory
 from wan_avatar.store import Store
 
 @pytest.fixture(scope='module')
@@ -29,6 +30,7 @@ def local(samples, tmp_path_factory):
 
 JOB = {'input_image_minio_path': 'in/ana portrait.png', 'driving_video_path': 'in/four.mp4'}
 BRIEF = JOB | {'driving_video_path': 'in/half.mp4'}
+LIMIT_S = 240 # a worker that never gets ready is not waited for longer
 
 def worker_processes() -> list[psutil.Process]:
     "The endpoint's worker, and everything under it"
@@ -50,27 +52,31 @@ def test_run_to_mp4_with_the_sdk_client(local, tmp_path):
 
 def test_handler_process_never_imports_torch(local):
     client = local[2]
-    assert list(client.follow(client.submit(BRIEF).id))[-1].state == 'COMPLETED'
+    assert list(client.follow(client.submit(BRIEF).id, LIMIT_S))[-1].state == 'COMPLETED'
     assert not [m.path for m in worker_processes()[0].memory_maps() if '/torch/' in m.path]
+
+def test_worker_says_how_much_memory_it_may_use(local):
+    logs = [path.read_text() for path in local[0].endpoint.rules.log_folder.glob('worker-*.log')]
+    assert logs and all(f'memory: {find_memory().machine / 1e9:.1f} GB of the machine, ' in text for text in logs)
 
 def test_cancel_in_mid_job(local):
     client = local[2]
     job = client.submit(JOB)
-    for status in client.follow(job.id):
+    for status in client.follow(job.id, LIMIT_S):
         if isinstance(status.output, dict) and status.output.get('stage') == 'render': break
     assert client.cancel(job.id).state == 'CANCELLED'
     began = time.monotonic()
-    after = list(client.follow(client.submit(BRIEF).id))[-1]
+    after = list(client.follow(client.submit(BRIEF).id, LIMIT_S))[-1]
     assert after.state == 'COMPLETED' and time.monotonic() - began < 60 and client.status(job.id).state == 'CANCELLED'
 
 def test_sigterm_finishes_the_job_and_leaves_nothing(local):
     client = local[2]
     job = client.submit(JOB)
-    for status in client.follow(job.id):
+    for status in client.follow(job.id, LIMIT_S):
         if isinstance(status.output, dict) and status.output.get('stage') == 'render': break
     processes = worker_processes()
     processes[0].send_signal(signal.SIGTERM)
-    last = list(client.follow(job.id))[-1]
+    last = list(client.follow(job.id, LIMIT_S))[-1]
     assert last.state == 'COMPLETED', last
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
