@@ -192,6 +192,7 @@ class _Requests:
         self.starting, self.revival = asyncio.Lock(), None
         self.heard: dict[str, asyncio.Queue] = {} # prompt id -> its messages
         self.object_info: dict[str, dict] = {}
+        self.learning: asyncio.Task | None = None # fills it
         self.device = 'unknown' # what ComfyUI computes on
 
     @asynccontextmanager
@@ -206,6 +207,8 @@ class _Requests:
         async with self._asked('GET', path) as r:
             r.raise_for_status()
             return await r.json()
+
+    async def _learn(self) -> None: self.object_info = await self._get('/object_info')
 
     async def _post(self, path: str, body: dict) -> tuple[int, Any]:
         async with self._asked('POST', path, json=body) as r: return r.status, (await r.json() if r.content_length else None)
@@ -232,12 +235,12 @@ class _Api(_Requests):
 class Comfy(_Api):
     "ComfyUI, kept running"
     async def start(self) -> None:
-        "Start the process, learn its nodes, open the socket"
+        "Start the process and open the socket; which nodes there are is learned while nobody waits for it yet"
         if self.http is None: self.http = aiohttp.ClientSession()
         await self.process.start(self.http)
-        self.object_info = await self._get('/object_info')
         self.device = device_name(await self._get('/system_stats'))
         await self._connect()
+        self.learning = asyncio.create_task(self._learn())
 
     async def ensure(self) -> None:
         "Start it unless it runs; one start at a time"
@@ -258,8 +261,8 @@ class Comfy(_Api):
 
     async def close(self) -> None:
         "Stop everything"
-        if self.reader: self.reader.cancel()
-        if self.revival: self.revival.cancel()
+        for task in (self.reader, self.revival, self.learning):
+            if task: task.cancel()
         await self.process.stop()
         if self.http: await self.http.close()
         self.http = self.socket = self.reader = None
@@ -276,6 +279,7 @@ async def run(
     while True:
         try:
             await comfy.ensure()
+            await asyncio.shield(comfy.learning) # it is everybody's: who is cancelled here must not end it
             if validate(graph, comfy.object_info): comfy.object_info = await comfy._get('/object_info') # files may have arrived since
             if findings := validate(graph, comfy.object_info): raise JobError('comfy_failed', 'the graph does not fit this ComfyUI: ' + '; '.join(findings))
             return await _run_once(comfy, graph, on_progress)

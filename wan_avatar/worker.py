@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'CLOSE_UP', 'SCALES', 'Background', 'identity', 'check_disk', 'embedding_at_hand', 'missing_trackers',
            'get_weights', 'warm_up_graph', 'warm_up', 'warm_up_tracker', 'check_fit', 'together', 'own_profile',
-           'absolute', 'keep_timeline', 'boot', 'sdk_environment', 'serve', 'fitness_check', 'progress_sender', 'main',
-           'shut_down']
+           'absolute', 'keep_timeline', 'boot', 'sdk_environment', 'spare_the_core', 'serve', 'fitness_check',
+           'progress_sender', 'main', 'shut_down']
 
 # %% ../nbs/42_worker.ipynb #da7c5563
 #| eval: false
@@ -238,10 +238,16 @@ def sdk_environment() -> None:
     for name, value in {'RUNPOD_LOG_LEVEL': 'INFO', 'RUNPOD_SKIP_AUTO_SYSTEM_CHECKS': 'true', 'RUNPOD_SKIP_GPU_CHECK': 'true'}.items():
         os.environ.setdefault(name, value)
 
+def spare_the_core() -> None:
+    "What the SDK asks about the processor is answered without measuring it"
+    import cpuinfo # the SDK's
+    cpuinfo.get_cpu_info = lambda: {'brand_raw': platform.processor() or platform.machine()}
+
 def serve(background: Background, booted: Future, settings: Settings, timeline: Timeline) -> None:
     "Take jobs until RunPod or a signal ends it"
     with timeline.stage('sdk'):
-        import runpod # 1.5 s: while ComfyUI boots
+        spare_the_core()
+        import runpod # while ComfyUI boots
     runpod.serverless.register_fitness_check(fitness_check(booted, timeline))
     handle: list[Handler] = []
 
