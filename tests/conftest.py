@@ -1,4 +1,8 @@
 """What the end-to-end tests share: a bucket, samples, and one booted ComfyUI (booting takes seconds, so it is kept)"""
+import functools
+import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +20,41 @@ from wan_avatar.workflow import PROFILES
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
-LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store']
+LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy']
+
+ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
+TREE = os.environ.get('COMFY_TREE')
+
+def pytest_configure(config) -> None:
+    "COMFY_TREE=<folder of a ComfyUI>: the tests that depend on ComfyUI, on that one, with the environment of .comfy/env"
+    if not TREE: return
+    if not (Path(TREE) / 'main.py').is_file():
+        raise pytest.UsageError(f'COMFY_TREE={TREE} is not a ComfyUI: no main.py in it; name the folder of its source')
+    os.environ['COMFY_DIR'] = str(comfy_dir()) # what the tests start themselves takes it from here
+    config.add_cleanup(lambda: shutil.rmtree(comfy_dir(), ignore_errors=True))
+
+@functools.cache
+def comfy_dir() -> Path:
+    "The ComfyUI and environment to test on; a tree one has is copied, so that nothing is written into it"
+    if not TREE: return ROOT / '.comfy'
+    folder = Path(tempfile.mkdtemp(prefix='comfy-tree-'))
+    shutil.copytree(TREE, folder / 'ComfyUI', symlinks=True, ignore=_source_alone)
+    (folder / 'env').symlink_to(ROOT / '.comfy/env')
+    return folder
+
+def _source_alone(folder: str, names: list[str]) -> set[str]:
+    "Models, results and installations in a tree are not its source"
+    besides = {'.git', 'venv', '.venv', 'models', 'input', 'output', 'user', 'temp', 'custom_nodes', 'extra_model_paths.yaml'}
+    return (besides if Path(folder) == Path(TREE) else set()) & set(names) | {n for n in names if n == '__pycache__'}
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    "The rest does not depend on ComfyUI's version"
+    if TREE and collection_path.suffix == '.py' and collection_path.stem not in ON_A_TREE: return True
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    "Which ComfyUI was tested"
+    ran = f'this run was on {TREE}' if TREE else 'not run (COMFY_TREE=<folder of its source> runs what depends on it)'
+    terminalreporter.write_line(f'newer ComfyUI: {ran}')
 
 def pytest_collection_modifyitems(items) -> None:
     "Files that take longest come first, so that the processes of `make test` end together"
@@ -32,7 +70,7 @@ def bucket(tmp_path_factory):
     with bucket_server(tmp_path_factory.mktemp('bucket')) as server: yield server
 
 def make_settings(bucket, work: Path, **more: str):
-    return load_settings({**bucket.environment(), 'COMFY_DIR': str(ROOT / '.comfy'), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models'),
+    return load_settings({**bucket.environment(), 'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models'),
                           'ALLOW_PRIVATE_URLS': 'false', **more})
 
 class Service:

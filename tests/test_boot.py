@@ -1,6 +1,7 @@
 """A worker gets its weights from a local hub while ComfyUI starts, warms up and renders: the production graph on tiny checkpoints"""
 import functools
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from wan_avatar.job import JobError
 from wan_avatar.models import Lock, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
 from wan_avatar.timeline import Timeline
-from wan_avatar.worker import Background, boot
-from wan_avatar.workflow import ENCODER, TINY
+from wan_avatar.worker import Background, boot, check_fit, warm_up
+from wan_avatar.workflow import TINY, WAN, Profile, needed_files
 
 EMBEDDING = Embedding(TINY.prompt, TINY.encoder_sha256)
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/short.mp4'}
@@ -38,9 +39,9 @@ def lock(hub: ModelHub, weights) -> Lock:
     "The tiny profile as production's is pinned: a tracker's file, the renderer's, and a text encoder nobody should fetch"
     def put(name: str, place: str, data: Path | bytes):
         return replace(hub.put('org/tiny', f'weights/{place}', data), name=name, folder=place.split('/')[0], file=place.split('/')[1])
-    files = [put(w.slot, f'{w.folder}/{w.file}', weights / w.folder / w.file) for w in TINY.weights]
-    files += [put('keypoints', 'detection/keypoints.onnx', b'a tracker'), put('text_encoder', 'text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors', bytes(3_000_000))]
-    needs = Needs(renderer=tuple(w.slot for w in TINY.weights), tracker=('keypoints',), text_encoder='text_encoder', prompt=TINY.prompt)
+    files = [put(w.slot, w.place, weights / w.place) for w in needed_files(TINY)]
+    files += [put('keypoints', 'detection/keypoints.onnx', b'a tracker'), put('text_encoder', TINY.encoder.place, bytes(3_000_000))]
+    needs = Needs(renderer=tuple(w.slot for w in needed_files(TINY)), tracker=('keypoints',), text_encoder='text_encoder', prompt=TINY.prompt)
     return replace(load_lock(), profiles={TINY.name: needs}, files={f.name: f for f in files})
 
 @pytest.fixture
@@ -60,17 +61,17 @@ def test_a_cold_worker_fetches_warms_up_and_renders(hub, bucket, samples, weight
     try:
         stages = {s['name']: s for s in json.loads((tmp_path / 'work/boot.json').read_text())['stages']}
         order = [s for s in stages if s.startswith('weights/')]
-        assert order[0] == 'weights/keypoints' and set(order[1:]) == {f'weights/{w.slot}' for w in TINY.weights}
-        assert stages['weights']['facts'] | {'files': 5} == stages['weights']['facts'] and stages['weights']['facts']['fetched'] == stages['weights']['facts']['bytes'] > 10**6
+        assert order[0] == 'weights/keypoints' and set(order[1:]) == {f'weights/{w.slot}' for w in needed_files(TINY)}
+        assert stages['weights']['facts'] | {'files': 6} == stages['weights']['facts'] and stages['weights']['facts']['fetched'] == stages['weights']['facts']['bytes'] > 10**6
         assert stages['weights']['begin_s'] < stages['comfy']['end_s'] and stages['warm-up']['begin_s'] >= max(stages['comfy']['end_s'], stages['weights']['end_s'])
-        assert asked(hub, ENCODER.file) == [], 'an embedding is in the bucket: no text encoder'
+        assert asked(hub, TINY.encoder.file) == [], 'an embedding is in the bucket: no text encoder'
         service.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
         service.store.upload(cut(samples / 'pexels.mp4', 9, tmp_path), 'in/short.mp4', 'video/mp4')
         answer = service.run('cold', **JOB, seed=7)
         assert answer.get('frames') == 9, answer
         own = service.run('own-prompt', **JOB, seed=7, prompt='a person who waves')
         assert 'comfy_failed' in own['error'], 'the encoder of this test is zeros'
-        assert asked(hub, ENCODER.file) and (tmp_path / 'models/text_encoders' / ENCODER.file).stat().st_size == 3_000_000
+        assert asked(hub, TINY.encoder.file) and (tmp_path / 'models/text_encoders' / TINY.encoder.file).stat().st_size == 3_000_000
     finally: service.close()
 
 def test_a_worker_with_everything_in_a_cached_mount_asks_nobody(hub, bucket, weights, environment, lock, tmp_path):
@@ -92,3 +93,64 @@ def test_weights_that_can_not_be_had_end_the_boot_and_comfyui(hub, bucket, envir
         assert e.value.worker_unfit
     finally: background.close()
     assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in ' '.join(p.cmdline())]
+
+# weights that do not fit
+
+EDIT = """
+import sys
+from safetensors.torch import load_file, save_file
+source, target, gone, new = sys.argv[1:]
+tensors = load_file(source)
+if gone: del tensors[gone]
+if new: tensors[new] = next(iter(tensors.values())).clone()
+save_file(tensors, target)
+"""
+
+def edited(models: Path, slot: str, gone: str = '', new: str = '') -> Profile:
+    "The tiny profile with one tensor of one of its files left out or added"
+    weight = next(w for w in TINY.weights if w.slot == slot)
+    mine = replace(weight, file=f'edited-{weight.file}')
+    places = [models / w.folder / w.file for w in (weight, mine)]
+    subprocess.run([ROOT / '.comfy/env/bin/python', '-c', EDIT, *places, gone, new], check=True, capture_output=True)
+    return replace(TINY, weights=tuple(mine if w is weight else w for w in TINY.weights))
+
+@pytest.fixture(scope='module')
+def cold(bucket, weights, tmp_path_factory):
+    "A worker that has loaded nothing"
+    service = Service(bucket, tmp_path_factory.mktemp('cold'), MODELS_DIR=str(weights), PROFILE=TINY.name, WARMUP='false')
+    yield service
+    service.close()
+
+FILES = [('distill_lora', {'new': 'base_model.q.lora_A.weight'}, 'LoRA: 1 (base_model.q.lora_A.weight)'),
+         ('relight_lora', {'new': 'blocks.0.self_attn.nobody.lora_up.weight'}, 'LoRA: 1 (blocks.0.self_attn.nobody.lora_up.weight)'),
+         ('dit', {'gone': 'blocks.4.self_attn.v.weight'}, 'diffusion model: 1 (blocks.4.self_attn.v.weight)'),
+         ('vae', {'gone': 'decoder.head.2.bias'}, 'VAE: 1 (decoder.head.2.bias)')]
+
+@pytest.mark.parametrize('slot, edit, words', FILES, ids=[f[0] for f in FILES])
+def test_a_file_that_does_not_fit_fails_the_warm_up(cold, weights, slot, edit, words):
+    with pytest.raises(JobError) as e: cold.on_loop(warm_up(cold.studio, edited(weights, slot, **edit), Timeline()))
+    assert e.value.code == 'models_unavailable' and e.value.worker_unfit and words in e.value.message
+
+def test_files_that_fit_pass_it_after_others_did_not(cold):
+    cold.on_loop(warm_up(cold.studio, TINY, Timeline()))
+
+def test_a_worker_whose_weights_do_not_fit_does_not_get_ready(bucket, weights, tmp_path):
+    copy = shutil.copytree(weights, tmp_path / 'models')
+    edited(copy, 'distill_lora', new='base_model.q.lora_A.weight')
+    (copy / 'loras/edited-tiny-distill_lora.safetensors').replace(copy / 'loras/tiny-distill_lora.safetensors')
+    settings, background = make_settings(bucket, tmp_path / 'work', MODELS_DIR=str(copy), PROFILE=TINY.name), Background()
+    try:
+        with pytest.raises(JobError, match='do not fit.*LoRA: 1'): background.submit(boot(settings, Timeline())).result(timeout=60)
+    finally: background.close()
+
+LOGS = [("unet missing: ['face_encoder.a', 'head.x.scale_weight', 'head.x.scale_input']", TINY, ''), ("unet missing: ['face_encoder.a']", WAN, 'diffusion model: 1 (face_encoder.a)'),
+        ('lora key not loaded: a.lora_up.weight\nNOT LOADED b.weight\nlora key not loaded: a.lora_up.weight', WAN, 'LoRA: 2 (a.lora_up.weight, b.weight)'),
+        ('WARNING SHAPE MISMATCH a.weight WEIGHT NOT MERGED torch.Size([2]) != torch.Size([3])', WAN, 'LoRA: 1 (a.weight)'),
+        ("ERROR lora a.weight shape '[2, 2]' is invalid for input of size 3", WAN, 'LoRA: 1 (a.weight)'), ("missing clip vision: ['a']", WAN, 'CLIP vision: 1 (a)'),
+        ("  0%|      | 0/1 [00:00<?, ?it/s]Missing VAE keys ['a', 'b', 'c', 'd']", WAN, 'VAE: 4 (a, b, c, …)'), ("unet unexpected: ['a']\nclip missing: ['b']\ngot prompt", WAN, '')]
+
+@pytest.mark.parametrize('text, profile, words', LOGS)
+def test_what_the_log_says_of_weights(text, profile, words):
+    try: check_fit(text, profile)
+    except JobError as e: assert words and words in e.message
+    else: assert not words

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'PICTURES', 'BENCHES', 'Figure', 'table', 'bench_site', 'timed_job', 'sample_job', 'bench_job',
-           'bench_pictures', 'covered', 'heavy_video', 'bench_handler', 'delivery_s', 'looped', 'PeakMemory',
-           'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot', 'hub_site', 'fetched', 'write_weights',
-           'bench_fetch', 'unthrottled', 'timed_boot', 'tiny_site', 'tiny_lock', 'boot_with_weights', 'boot_figures',
-           'prepared', 'track_once', 'bench_track', 'Relayed', 'window_traffic', 'bench_window', 'run_bench']
+           'bench_pictures', 'covered', 'heavy_video', 'Plain', 'plain_s', 'bench_handler', 'delivery_s',
+           'handler_figures', 'looped', 'PeakMemory', 'bench_memory', 'comfy_boot', 'worker_boot', 'bench_boot',
+           'hub_site', 'fetched', 'write_weights', 'bench_fetch', 'unthrottled', 'timed_boot', 'tiny_site', 'tiny_lock',
+           'boot_with_weights', 'boot_figures', 'prepared', 'track_once', 'bench_track', 'Relayed', 'window_traffic',
+           'bench_window', 'run_bench']
 
 # %% ../nbs/55_bench.ipynb #b6fbeaa0
 import asyncio
+import hashlib
+import io
 import json
 import os
 import platform
@@ -33,17 +36,19 @@ import aiohttp
 import av
 import numpy as np
 import psutil
+from minio import Minio
 from PIL import Image
 from .client import Client, EndpointError, Status, upload_file
-from .comfy import Comfy, ComfyPlace, ComfyProcess, run, running_comfy
-from .config import load_settings
+from .comfy import Comfy, ComfyProcess, run, running_comfy
+from .config import Settings, load_settings
 from .files import sha256_of, whole_file
 from .job import manifest_key
+from .launch import ComfyPlace
 from .local import Local, bucket_server, up
 from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames
 from .models import LockedFile, Needs, dump_lock, load_lock
 from .segments import window_pictures
-from .store import Store
+from .store import Store, address
 from .track import load_track, wholebody_points
 from .workflow import TINY, WAN, Profile, bind, get_profile, load_graph, needed_files, track_graph
 
@@ -130,7 +135,7 @@ def bench_pictures(say: Callable[[str], None]) -> list[Figure]:
     return [Figure('against the ffmpeg command line', found['ratio'], 'x', 1.3), Figure('ours', found['wan_avatar_s'], 's'), Figure('ffmpeg', found['ffmpeg_s'], 's')]
 
 # %% ../nbs/55_bench.ipynb #227fa5f6
-PICTURES = ('normalise', 'track picture', 'track', 'render', 'encode', 'finish', 'check') # stages that work on pictures
+PICTURES = ('normalise', 'track picture', 'track', 'vision', 'render', 'encode', 'finish', 'check') # stages that work on pictures
 
 def covered(
     stages: list[dict], # a timeline's records
@@ -162,22 +167,64 @@ def heavy_video(
         out.mux(stream.encode(None))
     return target
 
+# %% ../nbs/55_bench.ipynb #1bf3a353
+class Plain:
+    "A bucket as a plain worker uses it: a new client for each step, objects whole in memory"
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def client(self) -> Minio:
+        "A new one, with connections of its own"
+        s, (host, secure) = self.settings, address(self.settings.minio_endpoint, self.settings.minio_use_ssl)
+        keys = {'access_key': s.minio_access_key.get_secret_value(), 'secret_key': s.minio_secret_key.get_secret_value()}
+        return Minio(endpoint=host, secure=secure, region=s.minio_region, **keys)
+
+    def get(self, key: str, path: Path) -> None:
+        "An object into a file"
+        response = self.client().get_object(bucket_name=self.settings.minio_bucket, object_name=key)
+        try: path.write_bytes(response.read())
+        finally:
+            response.close()
+            response.release_conn()
+
+    def put(self, data: bytes, key: str) -> None:
+        "An object from memory"
+        self.client().put_object(bucket_name=self.settings.minio_bucket, object_name=key, data=io.BytesIO(data), length=len(data))
+
+# %% ../nbs/55_bench.ipynb #201d10e8
+def plain_s(
+    plain: Plain,
+    inputs: tuple[str, ...], # keys: picture, driving video, its track
+    folder: Path,
+    size: int # bytes of the result
+) -> float: # seconds
+    "What a job's steps beside its pictures take, one after the other"
+    (result := folder / 'plain.mp4').write_bytes(os.urandom(size))
+    began = time.perf_counter()
+    for n, key in enumerate(inputs): plain.get(key, folder / f'plain-{n}')
+    hashlib.sha256((folder / 'plain-1').read_bytes()).hexdigest()
+    digest = hashlib.sha256(result.read_bytes()).hexdigest()
+    plain.put(result.read_bytes(), 'bench/plain.mp4')
+    plain.put(json.dumps({'sha256': digest}).encode(), 'bench/plain.mp4.json')
+    return time.perf_counter() - began
+
 # %% ../nbs/55_bench.ipynb #15727155
 def bench_handler(say: Callable[[str], None]) -> list[Figure]:
-    "A job's seconds outside pictures: from pick-up to result, less those in which pictures were worked on"
-    with bench_site() as (_, client, store), tempfile.TemporaryDirectory() as folder:
-        heavy, found = heavy_video(SAMPLES / 'pexels.mp4', Path(folder) / 'heavy.mp4'), []
+    "A job's seconds outside pictures, from pick-up to result, against the same steps in a plain worker"
+    own, plain, small, large = [], [], [], []
+    with bench_site() as (_, client, store), tempfile.TemporaryDirectory() as d:
+        heavy = heavy_video(SAMPLES / 'pexels.mp4', (folder := Path(d)) / 'heavy.mp4')
         job, size = sample_job(store, heavy), heavy.stat().st_size
         for n in range(6): # the first one boots and tracks
             say(f'handler: job {n + 1} of 6')
             status = timed_job(client, job)[1]
-            timeline = store.read_json(manifest_key(status.output['minio_key']))['timeline']
-            found.append(status.execution_s - covered(timeline))
-        out = status.output['bytes']
-        small, large = (statistics.median(delivery_s(store, Path(folder), n) for _ in range(5)) for n in (out, 20 * 10**6))
-    own = statistics.median(found[1:])
-    return [Figure('outside ComfyUI and pictures, 20 MB in and out', round(own + large - small, 3), 's', 0.25), Figure('of it measured in jobs, median of 5', round(own, 3), 's'),
-            Figure(f'of it 20 MB delivered instead of the {out / 1e6:.1f} MB these jobs made', round(large - small, 3), 's'), Figure('in', round(size / 1e6, 1), 'MB')]
+            if not n: continue
+            own.append(status.execution_s - covered(store.read_json(manifest_key(status.output['minio_key']))['timeline']))
+            inputs = (job['input_image_minio_path'], job['driving_video_path'], *store.list('tracks/')[:1])
+            plain.append(plain_s(Plain(store.settings), inputs, folder, 20 * 10**6))
+            small.append(delivery_s(store, folder, out := status.output['bytes']))
+            large.append(delivery_s(store, folder, 20 * 10**6))
+    return handler_figures({'own': own, 'plain': plain, 'small': small, 'large': large}, size, out)
 
 def delivery_s(store: Store, folder: Path, size: int) -> float: # seconds
     "What hashing and uploading a result of this size takes"
@@ -187,6 +234,17 @@ def delivery_s(store: Store, folder: Path, size: int) -> float: # seconds
     sha256_of(result)
     store.upload(result, 'bench/result.mp4', 'video/mp4')
     return time.perf_counter() - began
+
+# %% ../nbs/55_bench.ipynb #d0a2a434
+def handler_figures(spent: dict[str, list[float]], size: int, out: int) -> list[Figure]: # seconds of each round; bytes in, bytes out
+    "What the rounds say"
+    m = {k: statistics.median(v) for k, v in spent.items()}
+    ours = m['own'] + m['large'] - m['small']
+    return [Figure('outside ComfyUI and pictures, 20 MB in and out, of a plain worker\'s time', round(ours / m['plain'], 3), 'x', 0.5),
+            Figure('a plain worker: one after the other, new connections, whole objects in memory', round(m['plain'], 3), 's'),
+            Figure('ours', round(ours, 3), 's'), Figure('of it measured in jobs, median of 5', round(m['own'], 3), 's'),
+            Figure(f'of it 20 MB delivered instead of the {out / 1e6:.1f} MB these jobs made', round(m['large'] - m['small'], 3), 's'),
+            Figure('in', round(size / 1e6, 1), 'MB')]
 
 # %% ../nbs/55_bench.ipynb #73f4fd9a
 def looped(
@@ -272,7 +330,7 @@ def bench_boot(say: Callable[[str], None], rounds: int = 5) -> list[Figure]:
             bare.append(asyncio.run(comfy_boot(place)))
             whole.append(worker_boot())
     ratio = statistics.median(whole) / statistics.median(bare)
-    return [Figure('worker start to ready, of ComfyUI alone', round(ratio, 3), 'x', 1.15), Figure('worker, median', round(statistics.median(whole), 2), 's'),
+    return [Figure('worker start to ready, of ComfyUI alone', round(ratio, 3), 'x', 1.05), Figure('worker, median', round(statistics.median(whole), 2), 's'),
             Figure('ComfyUI alone, median', round(statistics.median(bare), 2), 's'), *boot_with_weights(say)]
 
 # %% ../nbs/55_bench.ipynb #f4ab4979
@@ -387,12 +445,12 @@ def tiny_site(folder: Path, comfy: Path) -> dict[str, list[str]]: # files of the
     (made / 'detection').mkdir()
     with (made / 'detection/large.onnx').open('wb') as f:
         for _ in range(300): f.write(os.urandom(10**6))
-    return {'renderer': [w.slot for w in TINY.weights], 'tracker': ['large']}
+    return {'renderer': [w.slot for w in needed_files(TINY)], 'tracker': ['large']}
 
 # %% ../nbs/55_bench.ipynb #44f294a6
 def tiny_lock(site: dict, needs: dict[str, list[str]]) -> str: # JSON
     "The lock of that repository"
-    names = {w.file: w.slot for w in TINY.weights} | {'large.onnx': 'large'}
+    names = {w.file: w.slot for w in needed_files(TINY)} | {'large.onnx': 'large'}
     files = {names[p.name]: LockedFile(**f | {'name': names[p.name], 'folder': p.parts[0], 'file': p.name}) for f in site['files'] if (p := Path(f['path'])).name in names}
     return dump_lock(replace(load_lock(), profiles={TINY.name: Needs(tuple(needs['renderer']), tuple(needs['tracker']), None, TINY.prompt)}, files=files))
 
@@ -499,7 +557,8 @@ async def window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # byt
         paths = {k: f'jobs/bench/{v}' for k, v in (('reference', 'reference.png'), ('reference_track', 'reference.track'), ('video', 'driving.mp4'), ('track', 'driving.track'), ('frames', 'frames.u8'))}
         await run(comfy, bind(track_graph(get_profile('draft')), {'source': paths['reference'], 'kind': 'image', 'track': paths['reference_track']}))
         before = process.moved
-        await run(comfy, bind(load_graph('draft'), paths | {'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77}))
+        await run(comfy, bind(load_graph('draft'), paths | {
+            'tail': '', 'start': 0, 'length': 77, 'overlap': 0, 'new': 77, 'frame_width': SIZE[0], 'frame_height': SIZE[1]}))
         return process.moved - before, (job / 'frames.u8').stat().st_size
     finally:
         await comfy.close()

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from .job import Key, shorten
+from .launch import DEFAULTS
 
 # %% ../nbs/01_config.ipynb #115880f0
 def _plain_address(address: str) -> str:
@@ -28,7 +29,7 @@ class WeightSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
     profile: str = 'draft'
     tracker: Annotated[str | None, Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
-    models_dir: Path = Path('models')
+    models_dir: Path = Path(DEFAULTS['models_dir'])
     models_lock: Annotated[Path | None, Field(description='another lock than the one that ships')] = None
     models_mirror: Annotated[str | None, Field(description='prefix in the bucket under which copies of the weights lie')] = None
     models_cache: Annotated[Path, Field(description='where RunPod mounts a cached model; only read')] = Path('/runpod-volume/huggingface-cache/hub')
@@ -47,9 +48,9 @@ class Settings(WeightSettings):
     minio_public_endpoint: Annotated[Address | None, Field(description='address callers reach the bucket by, for presigned URLs')] = None
     default_driving_video_path: Annotated[Key | None, Field(description='key used when a job names no driving video')] = None
     output_prefix: str = 'avatars/'
-    comfy_dir: Path = Path('.comfy')
-    work_dir: Path = Path('/tmp/wan_avatar')
-    use_sage_attention: bool = False
+    comfy_dir: Path = Path(DEFAULTS['comfy_dir'])
+    work_dir: Path = Path(DEFAULTS['work_dir'])
+    use_sage_attention: bool = DEFAULTS['use_sage_attention'] == 'true'
     warmup: Annotated[bool, Field(description='load the models once before the first job')] = True
     allow_private_urls: Annotated[bool, Field(description='let input_image_url reach private networks: tests and local use only')] = False
     comfy_start_seconds: Annotated[float, Field(gt=0, description='longest wait for ComfyUI to answer')] = 600

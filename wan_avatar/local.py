@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 import aiohttp
-from .comfy import die_with_parent, free_port, tail
+from .comfy import tail
 from .job import JobError, shorten
+from .launch import die_with_parent, free_port
 
 log = logging.getLogger(__name__)
 

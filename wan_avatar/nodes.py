@@ -96,12 +96,13 @@ class AvatarDetectors:
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         import folder_paths
-        kinds = {'person': 'detection', 'keypoints': 'detection', 'sam2': 'sam2'}
+        kinds = {'person': 'avatar_detection', 'keypoints': 'avatar_detection', 'sam2': 'avatar_sam2'}
         return {'required': {name: (folder_paths.get_filename_list(kind),) for name, kind in kinds.items()}}
 
     def run(self, person: str, keypoints: str, sam2: str) -> tuple:
-        import folder_paths
-        return (Detectors(*(Path(folder_paths.get_full_path_or_raise(kind, name)) for kind, name in (('detection', person), ('detection', keypoints), ('sam2', sam2)))),)
+        from folder_paths import get_full_path_or_raise as path
+        files = path('avatar_detection', person), path('avatar_detection', keypoints), path('avatar_sam2', sam2)
+        return (Detectors(*map(Path, files)),)
 
 @contextmanager
 def _gpu(needed: int) -> Iterator[bool]: # bytes -> is there one

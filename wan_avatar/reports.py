@@ -25,10 +25,10 @@ from .client import Client, EndpointError
 from .files import whole_file
 from .hub import ModelHub, model_hub
 from .metrics import Difference, JobRecord, compare_runs, measured_job, read_records, start_of
-from .models import Needs, dump_lock, link, load_lock
+from .models import LockedFile, Needs, dump_lock, link, load_lock
 from .prompt import Embedding
 from .store import Store
-from .workflow import TINY
+from .workflow import TINY, Weight, needed_files
 
 # %% ../nbs/59_reports.ipynb #6046252a
 class ReportError(ValueError):
@@ -135,10 +135,11 @@ def tiny_phases(folder: Path, hub: ModelHub, comfy_dir: Path) -> dict[str, Phase
     "Phases B and A of the tiny profile, with a hub and a cached model of this machine"
     weights, mount, embedding = folder / 'weights', folder / 'mount', Embedding(TINY.prompt, TINY.encoder_sha256)
     subprocess.run([comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', weights, comfy_dir / 'ComfyUI'], check=True, capture_output=True)
-    places = [f'{w.folder}/{w.file}' for w in TINY.weights]
-    pinned = [replace(hub.put('local/tiny', p, weights / p), name=w.slot, folder=w.folder, file=w.file) for w, p in zip(TINY.weights, places, strict=True)]
+    def put(w: Weight) -> LockedFile:
+        return replace(hub.put('local/tiny', w.place, weights / w.place), name=w.slot, folder=w.folder, file=w.file)
+    pinned = [put(w) for w in needed_files(TINY)]
     shipped = f'embeddings/{embedding.name}'
-    for place in [*places, shipped]: link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
+    for place in [*(f.place for f in pinned), shipped]: link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
     lock = replace(load_lock(), profiles={TINY.name: Needs(tuple(f.name for f in pinned), prompt=TINY.prompt)}, files={f.name: f for f in pinned})
     (folder / 'lock.json').write_text(dump_lock(lock))
     both = {'PROFILE': TINY.name, 'MODELS_LOCK': str(folder / 'lock.json'), 'HF_TOKEN': hub.token, 'FETCH_CONNECTIONS': '2'}

@@ -310,10 +310,10 @@ def locked_files(
     pinned = {f.place: f for f in lock.files.values()}
     known = {w.place for w in (*profile.detectors, *profile.weights, *filter(None, [profile.clip_vision, profile.encoder]))}
     needs = lock.profiles.get(profile.name, Needs())
-    more = [f for f in (lock.files[n] for n in (*needs.tracker, *needs.renderer)) if f.place not in known]
+    def more(names: tuple[str, ...]) -> list[LockedFile]: return [f for f in map(lock.files.get, names) if f.place not in known]
     wanted = [pinned[w.place] for w in needed_files(profile) if w.place in pinned]
-    first = [f for f in wanted if f.place in tracker_places(profile)]
-    then = sorted((f for f in (*wanted, *more) if f not in first), key=lambda f: -(f.bytes or 0))
+    first = [f for f in wanted if f.place in tracker_places(profile)] + more(needs.tracker)
+    then = sorted((f for f in wanted + more(needs.renderer) if f not in first), key=lambda f: -(f.bytes or 0))
     last = [pinned[profile.encoder.place]] if text_encoder and profile.encoder and profile.encoder.place in pinned else []
     return (*first, *then, *last)
 
