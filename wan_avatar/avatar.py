@@ -9,7 +9,8 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
            'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
-           'prove', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'seed_of']
+           'prove', 'removed_on_failure', 'upload_proven', 'deliver', 'rendered_with', 'make_avatar', 'deadline',
+           'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -474,26 +475,60 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
     "Add a presigned address when one was asked for; it never goes into the manifest"
     return result.model_copy(update={'presigned_url': store.presign(result.minio_key, presign_s)}) if presign_s else result
 
-def prove(key: str, inputs: Inputs, profile: Profile, seed: int, timeline: Timeline, identity: dict[str, str]) -> Result:
-    "Check a finished video against what it must be, and describe it"
+def prove(
+    inputs: Inputs,
+    timeline: Timeline
+) -> dict[str, Any]: # fields of the result
+    "Check a finished video against what it must be; JobError `internal` names the figure that is off"
+    clip = inputs.clip
     with timeline.stage('check'):
-        f = check_mp4(inputs.result, inputs.clip.frames, inputs.clip.size, inputs.clip.fps, has_audio=inputs.clip.audio is not None, audio_s=inputs.clip.audio_s)
-        digest = sha256_of(inputs.result)
-    return Result(minio_key=key, width=f.width, height=f.height, fps=f.fps, frames=f.frames, duration_s=f.duration_s, bytes=f.bytes, has_audio=f.has_audio, sha256=digest,
-                  seed=seed, profile=profile.name, timings=timeline.seconds(), worker=identity)
+        found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s)
+        figures = {k: getattr(found, k) for k in ('width', 'height', 'fps', 'frames', 'duration_s', 'bytes', 'has_audio')}
+        return figures | {'sha256': sha256_of(inputs.result)}
 
 # %% ../nbs/40_avatar.ipynb #e493a98b
-def deliver(video: Path, result: Result, extra: dict, studio: Studio, progress: Callable, cancelled: Callable[[], bool]) -> None:
-    "Upload video, then manifest; both or neither"
-    key = result.minio_key
-    try:
-        studio.store.upload(video, key, 'video/mp4', cancelled=cancelled, progress=progress)
-        if cancelled(): raise JobError('cancelled', 'the job was cancelled while its video was uploaded')
-        studio.store.write_json(manifest_key(key), result.model_dump(exclude={'presigned_url'}) | extra)
-    except JobError:
-        try: studio.store.remove(key)
+@asynccontextmanager
+async def removed_on_failure(store: Store, key: str) -> AsyncIterator[None]:
+    "Whatever fails inside, a cancellation too, leaves no object under the key"
+    def remove() -> None:
+        try: store.remove(key)
         except JobError as e: log.warning('%s may be left without a manifest: %s', key, e) # the first failure is the one to tell
+    try: yield
+    except BaseException:
+        await asyncio.shield(asyncio.to_thread(remove))
         raise
+
+async def upload_proven(key: str, inputs: Inputs, studio: Studio, timeline: Timeline, report: Report) -> dict[str, Any]: # fields of the result
+    "Upload the video while it is checked; the first failure ends both"
+    progress = StageProgress(report, 'upload', timeline)
+    async def upload() -> None:
+        with timeline.stage('upload', bytes=inputs.result.stat().st_size):
+            await in_thread(studio.store.upload, inputs.result, key, 'video/mp4', progress=progress)
+    uploading = asyncio.create_task(upload())
+    try:
+        proven = await asyncio.to_thread(prove, inputs, timeline)
+        await uploading
+    finally:
+        uploading.cancel()
+        await asyncio.wait({uploading})
+    return proven
+
+async def deliver(
+    key: str, # of the MP4
+    inputs: Inputs,
+    about: dict[str, Any], # fields of the result that its file does not show
+    more: dict[str, Any], # what only the manifest says
+    studio: Studio,
+    timeline: Timeline,
+    report: Report
+) -> Result:
+    "Video and manifest into the bucket; both or neither"
+    async with removed_on_failure(studio.store, key):
+        proven = await upload_proven(key, inputs, studio, timeline, report)
+        result = Result(minio_key=key, **proven, **about, timings=timeline.seconds())
+        manifest = result.model_dump(exclude={'presigned_url'}) | more | {'timeline': timeline.records()}
+        await asyncio.to_thread(studio.store.write_json, manifest_key(key), manifest)
+    return result
 
 # %% ../nbs/40_avatar.ipynb #47a9ad5e
 def rendered_with(
@@ -530,11 +565,10 @@ async def make_avatar(
             values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)
         finally: studio.renderer.release()
-        result = await asyncio.to_thread(prove, key, inputs, profile, seed, timeline, studio.identity | {'job_number': str(started['job_number'])})
-        with timeline.stage('upload', bytes=result.bytes):
-            extra = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'track': seen,
-                     'timeline': timeline.records(), 'boot': started}
-            await in_thread(deliver, inputs.result, result, extra, studio, StageProgress(report, 'upload', timeline))
+        about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])}}
+        rendered = rendered_with(profile, job.prompt or profile.prompt)
+        more = {'job_id': job_id, 'rendered_with': rendered, 'track': seen, 'boot': started}
+        result = await deliver(key, inputs, about, more, studio, timeline, report)
         return sign(result, studio.store, job.presign_seconds)
 
 # %% ../nbs/40_avatar.ipynb #f4a3b3f1
