@@ -18,7 +18,7 @@ from wan_avatar.models import Lock, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import Background, boot, check_fit, warm_up
-from wan_avatar.workflow import TINY, WAN, Profile, needed_files
+from wan_avatar.workflow import TINY, WAN, Profile, needed_files, with_tracker
 
 EMBEDDING = Embedding(TINY.prompt, TINY.encoder_sha256)
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/short.mp4'}
@@ -154,3 +154,29 @@ def test_what_the_log_says_of_weights(text, profile, words):
     try: check_fit(text, profile)
     except JobError as e: assert words and words in e.message
     else: assert not words
+
+# boot and job ask for the same files
+
+def test_production_with_the_other_tracker_boots_without_sam2(bucket, tmp_path):
+    "TRACKER=mediapipe PROFILE=wan22-animate: nobody fetches networks that no job loads"
+    with model_hub(tmp_path / 'hub') as hub:
+        def put(w): return replace(hub.put('org/wan', w.place, w.place.encode()), name=w.slot, folder=w.folder, file=w.file)
+        lock = replace(load_lock(), files={f.name: f for f in map(put, needed_files(WAN))}, profiles={WAN.name: Needs(prompt=WAN.prompt)})
+        (tmp_path / 'lock.json').write_text(dump_lock(lock))
+        embedding = Embedding(WAN.prompt, WAN.encoder_sha256)
+        (tmp_path / 'models/embeddings').mkdir(parents=True)
+        write_embedding(tmp_path / 'models/embeddings' / embedding.name, embedding)
+        settings = {'PROFILE': WAN.name, 'TRACKER': 'mediapipe', 'MODELS_LOCK': str(tmp_path / 'lock.json'), 'MODELS_DIR': str(tmp_path / 'models'),
+                    'HF_TOKEN': hub.token, 'MODELS_CACHE': str(tmp_path / 'none'), 'WARMUP': 'false'}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(fetching, 'Hub', functools.partial(Hub, endpoint=hub.endpoint))
+            service = Service(bucket, tmp_path / 'work', **settings)
+        try: fetched = {w.place for w in needed_files(WAN) if (tmp_path / 'models' / w.place).exists()}
+        finally: service.close()
+        assert fetched == {w.place for w in needed_files(with_tracker(WAN, 'mediapipe'))} and not [p for p in fetched if 'sam2' in p or 'onnx' in p]
+
+def write_embedding(path: Path, wanted: Embedding) -> None:
+    "A whole embedding of zeros"
+    size = 2 * 512 * 4096
+    header = json.dumps({'__metadata__': wanted.metadata(), 'embedding': {'dtype': 'F16', 'shape': wanted.shape, 'data_offsets': [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(size))

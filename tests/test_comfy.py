@@ -60,7 +60,8 @@ def test_cached_files_are_not_held(tmp_path, version, files, expected):
 
 def test_this_machine_says_how_much_there_is():
     found = find_memory()
-    assert found.machine == os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') and (found.allowed or 1) < found.machine
+    pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') # some containers show their own number in one of the two
+    assert found.machine == pytest.approx(pages, rel=0.5) and (found.allowed or 1) < found.machine
 
 # how it is started
 
@@ -110,7 +111,7 @@ def test_prompt_ids_are_uuids_with_hyphens(told_of_5_gb):
 
 def test_it_knows_the_containers_memory(told_of_5_gb):
     system = told_of_5_gb['system']
-    assert (system['ram_total'], system['ram_free']) == (5 * GB, 3 * GB)
+    assert system['ram_total'] == 5 * GB and 0 < system['ram_free'] <= 3 * GB, 'the container has 3 GB left, the machine perhaps less'
     assert 'memory: 64.0 GB of the machine, 5.0 GB allowed by cgroup v2' in told_of_5_gb['log'] and 'ComfyUI pins nothing' in told_of_5_gb['log'], 'no GPU here'
 
 IN_COMFYUI = """
@@ -131,7 +132,7 @@ def test_what_may_be_pinned_and_cached_is_of_the_container(tmp_path: Path, limit
     argv = [comfy_dir() / 'env/bin/python', '-B', '-c', IN_COMFYUI, comfy_dir() / 'ComfyUI']
     done = subprocess.run(argv, env=os.environ | told(memory), check=True, capture_output=True, text=True, timeout=120)
     pinned, total, free, available = json.loads(done.stdout.splitlines()[-1])
-    if limited: assert (pinned, total, free, available) == (pinned_at_most(memory), 2 * GB, 2 * GB, 2 * GB)
+    if limited: assert (pinned, total) == (pinned_at_most(memory), 2 * GB) and 0 < free <= 2 * GB and 0 < available <= 2 * GB
     else: assert total == find_memory().machine and pinned == pytest.approx(0.95 * total)
 
 # a newer ComfyUI

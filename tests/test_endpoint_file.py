@@ -175,7 +175,7 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
 @pytest.mark.parametrize('edits, image, words', [
     ([], None, 'image is not set'), ([], 'dexsynccom/twin-avatar:latest', 'can mean other content'), ([], IMAGE + '-dirty', 'can mean other content'), ([], 'dexsynccom/twin-avatar', 'can mean other content'),
     ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE, 'the weights of wan22-animate (29.5 GB) and 20 % need 35'), ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
-    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, '29.5 GB at 100 MB/s take 295 s'), ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 819')], IMAGE, 'take 820 s on AMPERE_80'),
+    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, '29.5 GB at 100 MB/s take 295 s'), ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 691')], IMAGE, 'take 692 s on AMPERE_80'),
     ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take 4100 s on AMPERE_80'), ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
     ([(r'^max = .*', 'max = 2')], IMAGE, 'workers.max is 2; say why'), ([(r'^min = .*', 'min = 2')], IMAGE, 'workers.min is 2'), ([(r'^order = .*', 'order = ["H100"]')], IMAGE, "'H100'; pools are ADA_80_PRO"),
     ([(r'^excluded_types = .*', 'excluded_types = ["NVIDIA H200"]')], IMAGE, 'in none of these pools'), ([(r'^profile = .*', 'profile = "wan"')], IMAGE, "profile 'wan' does not exist"),

@@ -13,13 +13,13 @@ PYTHON = ROOT / '.comfy/env/bin/python'
 FRAMES = 13 # two windows of 9, of which the second goes on from 5
 
 # what makes it possible on a CPU; everything else is WAN's, as the first test says
-SMALL = replace(WAN, name='production-small', length=9, weights=TINY.weights, clip_vision=TINY.clip_vision, vision_graph=TINY.vision_graph,
+SMALL = replace(WAN, name='production-small', length=9, weights=TINY.weights, clip_vision=TINY.clip_vision, vision_loader=TINY.vision_loader,
                 detectors=tuple(replace(w, bytes=None) for w in WAN.detectors), encoder=TINY.encoder, encoder_sha256=TINY.encoder_sha256,
                 prompt=TINY.prompt, negative_prompt=TINY.negative_prompt, values={**WAN.values, 'steps': 1})
 
 def test_only_weights_steps_and_frames_are_small():
     changed = {f.name for f in fields(WAN) if getattr(WAN, f.name) != getattr(SMALL, f.name)}
-    assert changed == {'name', 'length', 'weights', 'clip_vision', 'vision_graph', 'detectors', 'encoder', 'encoder_sha256', 'prompt',
+    assert changed == {'name', 'length', 'weights', 'clip_vision', 'vision_loader', 'detectors', 'encoder', 'encoder_sha256', 'prompt',
                        'negative_prompt', 'values'}
     assert {k for k in WAN.values if WAN.values[k] != SMALL.values[k]} == {'steps'}
     assert profile_graph(WAN).keys() == profile_graph(SMALL).keys() and SMALL.face and vision_graph(SMALL)

@@ -3,6 +3,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_second_job_with_the_same_video_skips_tracking(service, alone):
     assert [s['facts']['cached'] for s in stages if s['name'] == 'track'] == [True]
 
 def test_damaged_track_is_made_again(service, alone):
-    key = track_key(hashlib.sha256(service.store.read_bytes('in/two windows.mp4', 10**8)).hexdigest())
+    key = track_key(hashlib.sha256(service.store.read_bytes('in/two windows.mp4', 10**8)).hexdigest(), (1280, 720), 24)
     good = service.store.read_bytes(key, 10**8)
     service.store.write_bytes(key, good[:len(good) // 2], 'application/octet-stream')
     answer = service.run('healed', **JOB)
@@ -100,6 +101,26 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
         return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
     assert service.on_loop(free())
     assert service.store.stat('avatars/cancelled.mp4') is None and service.run('after', **JOB)['sha256'] == alone['sha256']
+
+def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
+    "Cancelled when the bucket has the video already, and the worker has not heard of it yet"
+    put, stored, go_on = service.store.client.put_object, threading.Event(), threading.Event()
+    def slow(**asked):
+        done = put(**asked)
+        if asked['object_name'] == 'avatars/late.mp4':
+            stored.set()
+            assert go_on.wait(60)
+        return done
+    monkeypatch.setattr(service.store.client, 'put_object', slow)
+    future = service.submit('late', **JOB)
+    assert stored.wait(120) and service.store.stat('avatars/late.mp4')
+    future.cancel()
+    async def heard() -> None: pass
+    service.on_loop(heard()) # the cancellation has reached the job
+    go_on.set()
+    until = time.monotonic() + 60
+    while list((service.settings.work_dir / 'jobs').iterdir()) and time.monotonic() < until: threading.Event().wait(0.05)
+    assert service.store.list('avatars/late') == []
 
 def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
     future = service.submit('outage', **JOB)

@@ -74,10 +74,12 @@ def test_masks_round_trip_any_size():
 
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
-    assert track_key(sha) == f'tracks/mediapipe-1/1280x720-24/{sha}.track'
-    assert len({track_key(sha), track_key(sha, fps=25), track_key(sha, size=(640, 360)), track_key(sha, tracker='wholebody-sam2'), track_key('0' * 64)}) == 5
+    hd = (1280, 720)
+    assert track_key(sha, hd, 24) == f'tracks/mediapipe-1/1280x720-24/{sha}.track'
+    others = track_key(sha, hd, 25), track_key(sha, (640, 360), 24), track_key(sha, hd, 24, 'wholebody-sam2'), track_key('0' * 64, hd, 24)
+    assert len({track_key(sha, hd, 24), *others}) == 5
     for bad in ('', 'abc', '../' + 'a' * 61, 'G' * 64, sha.upper()):
-        with pytest.raises(ValueError): track_key(bad)
+        with pytest.raises(ValueError): track_key(bad, hd, 24)
 
 # nobody there
 

@@ -9,8 +9,8 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
            'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
-           'prove', 'removed_on_failure', 'upload_proven', 'deliver', 'rendered_with', 'make_avatar', 'deadline',
-           'seed_of']
+           'prove', 'removed_on_failure', 'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar',
+           'deadline', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -30,7 +30,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ async def in_thread(
     try: return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait({work}, timeout=15) # longer than any one read, write or request may block
+        await asyncio.wait({work}, timeout=15) # a request that takes longer cleans up behind itself
         if work.done() and not work.cancelled(): work.exception() # it was told to stop: how it did is no news
         raise
 
@@ -285,7 +285,7 @@ def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: P
     graph, job = profile_graph(shoot.profile), shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index)}
     return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in slots(graph)} | {
         'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new,
-        **dict(zip(('frame_width', 'frame_height'), shoot.inputs.clip.size, strict=True))})
+        **{k: v for k, v in zip(('frame_width', 'frame_height'), shoot.inputs.clip.size, strict=True) if k in slots(graph)}})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
 async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Report) -> None:
@@ -300,7 +300,7 @@ async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Repor
             graph = window_graph(shoot, s, studio.settings.work_dir, frames.path, tail)
             step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
             try:
-                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph, step, shoot.restarts)
+                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph | loaders(profile), step, shoot.restarts)
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await studio.comfy.free()
@@ -489,29 +489,33 @@ def prove(
 # %% ../nbs/40_avatar.ipynb #e493a98b
 @asynccontextmanager
 async def removed_on_failure(store: Store, key: str) -> AsyncIterator[None]:
-    "Whatever fails inside, a cancellation too, leaves no object under the key"
+    "Whatever fails inside, a cancellation too, leaves neither manifest nor video"
     def remove() -> None:
-        try: store.remove(key)
-        except JobError as e: log.warning('%s may be left without a manifest: %s', key, e) # the first failure is the one to tell
+        try:
+            for each in (manifest_key(key), key): store.remove(each)
+        except JobError as e: log.warning('%s may be left in the bucket: %s', key, e) # the first failure is the one to tell
     try: yield
     except BaseException:
         await asyncio.shield(asyncio.to_thread(remove))
         raise
 
 async def upload_proven(key: str, inputs: Inputs, studio: Studio, timeline: Timeline, report: Report) -> dict[str, Any]: # fields of the result
-    "Upload the video while it is checked; the first failure ends both"
+    "Upload the video while it is checked; the first failure is raised at once"
     progress = StageProgress(report, 'upload', timeline)
     async def upload() -> None:
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(studio.store.upload, inputs.result, key, 'video/mp4', progress=progress)
     uploading = asyncio.create_task(upload())
-    try:
-        proven = await asyncio.to_thread(prove, inputs, timeline)
-        await uploading
+    try: proven, _ = await asyncio.gather(asyncio.to_thread(prove, inputs, timeline), uploading)
     finally:
         uploading.cancel()
         await asyncio.wait({uploading})
     return proven
+
+def write_manifest(store: Store, key: str, manifest: dict[str, Any], cancelled: Callable[[], bool]) -> None:
+    "Say that the video is whole; taken back when the job was cancelled meanwhile"
+    store.write_json(manifest_key(key), manifest)
+    if cancelled(): store.remove(manifest_key(key))
 
 async def deliver(
     key: str, # of the MP4
@@ -527,7 +531,7 @@ async def deliver(
         proven = await upload_proven(key, inputs, studio, timeline, report)
         result = Result(minio_key=key, **proven, **about, timings=timeline.seconds())
         manifest = result.model_dump(exclude={'presigned_url'}) | more | {'timeline': timeline.records()}
-        await asyncio.to_thread(studio.store.write_json, manifest_key(key), manifest)
+        await in_thread(write_manifest, studio.store, key, manifest)
     return result
 
 # %% ../nbs/40_avatar.ipynb #47a9ad5e
@@ -567,7 +571,7 @@ async def make_avatar(
         finally: studio.renderer.release()
         about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])}}
         rendered = rendered_with(profile, job.prompt or profile.prompt)
-        more = {'job_id': job_id, 'rendered_with': rendered, 'track': seen, 'boot': started}
+        more = {'job_id': job_id, 'rendered_with': rendered, 'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
         result = await deliver(key, inputs, about, more, studio, timeline, report)
         return sign(result, studio.store, job.presign_seconds)
 

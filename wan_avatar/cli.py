@@ -320,8 +320,7 @@ def run_up(
 @app.command()
 def worker() -> None:
     "Serve jobs of a RunPod endpoint: what the image runs."
-    from wan_avatar.worker import main
-    main()
+    os.execv(sys.executable, [sys.executable, '-m', 'wan_avatar.worker'])
 
 # %% ../nbs/60_cli.ipynb #302d4454
 class BootWatch:

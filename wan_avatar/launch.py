@@ -130,7 +130,8 @@ class Launched:
 def sage_importable(place: ComfyPlace) -> bool:
     "Is SageAttention installed in ComfyUI's environment? Asked without importing it"
     code = 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sageattention") is None)'
-    return subprocess.run([place.python, '-c', code], check=False, timeout=60).returncode == 0
+    try: return subprocess.run([place.python, '-c', code], check=False, timeout=20).returncode == 0
+    except subprocess.TimeoutExpired: return False # a disk so slow that nothing is won by it
 
 def _no_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if not k.startswith(('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN'))}

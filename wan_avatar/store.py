@@ -188,12 +188,15 @@ class Files(Objects):
                 self.client.put_object(bucket_name=self.bucket, object_name=key, data=watched, length=size,
                                        content_type=content_type, part_size=PART)
         self.attempt(put, cancelled)
+        if cancelled and cancelled(): # a request under way cannot be stopped: what it wrote is taken back
+            self.remove(key)
+            raise JobError('cancelled', 'the job was cancelled while its file was uploaded')
 
 # %% ../nbs/11_store.ipynb #f372cf77
 PART = 32 * 2**20 # bytes held in memory; a result below it, most of them, is one request instead of four
 
 class _Watched:
-    "A file that reports how far it was read and refuses to go on when cancelled; minio then aborts its multipart upload"
+    "A file that reports how far it was read and refuses to go on when cancelled"
     def __init__(self, file: BinaryIO, size: int, cancelled: Cancelled | None, progress: Callable | None):
         self.file, self.size, self.cancelled, self.progress, self.done = file, size, cancelled, progress, 0
 

@@ -175,8 +175,8 @@ def load_track(
 # %% ../nbs/21_track.ipynb #01b07dd7
 def track_key(
     video_sha256: str, # of the driving video as it lies in the bucket
-    size: tuple[int, int] = (1280, 720), # what it was normalised to
-    fps: int = 24,
+    size: tuple[int, int], # what it was normalised to
+    fps: int,
     tracker: str = 'mediapipe', # one of TRACKERS
     detectors: str = '' # digest of its networks, where they are files of their own
 ) -> str: # key in the bucket

@@ -141,7 +141,7 @@ class Profile:
     face: bool = True # connect the close-up of the face
     vision: str = 'off' # one of VISIONS
     clip_vision: Weight | None = None # the model that `vision='clip'` takes
-    vision_graph: str = 'vision' # what encodes the picture with it, as `load_graph` takes it
+    vision_loader: str = 'CLIPVisionLoader' # the node that loads it
     carries: bool = False # a window goes on from the last frames of the one before
 
     def __post_init__(self):
@@ -214,7 +214,7 @@ REFERENCE = _wan('wan22-animate-reference', steps=20, sampler='dpmpp_2m', shift=
 def _tiny(w: Weight) -> Weight: return replace(w, file=f'tiny-{w.slot}.safetensors', bytes=None)
 
 TINY = replace(WAN, name='wan22-animate-tiny', tracker='mediapipe', other_trackers=('wholebody-sam2',), length=9,
-               face=False, weights=tuple(map(_tiny, WAN.weights)), clip_vision=_tiny(CLIP_VISION), vision_graph='vision-tiny',
+               face=False, weights=tuple(map(_tiny, WAN.weights)), clip_vision=_tiny(CLIP_VISION), vision_loader='AvatarTinyVisionLoader',
                encoder=_tiny(ENCODER), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody',
                values={**WAN.values, 'width': 64, 'height': 48, 'steps': 2})
 
@@ -285,7 +285,9 @@ def vision_graph(profile: Profile) -> Graph:
     "What encodes the picture; its path and the file to write stay slots. Empty where the profile reads no CLIP tokens"
     if profile.vision != 'clip' or profile.clip_vision is None: return {}
     own = {'clip_vision': profile.clip_vision.file, **{k: profile.values[k] for k in ('width', 'height')}}
-    return bind(load_graph(profile.vision_graph), own | {s: f'{{{{{s}}}}}' for s in ('reference', 'vision')})
+    graph = load_graph('vision')
+    graph['clip_vision']['class_type'] = profile.vision_loader
+    return bind(graph, own | {s: f'{{{{{s}}}}}' for s in ('reference', 'vision')})
 
 # %% ../nbs/30_workflow.ipynb #48b3a17e
 def track_graph(profile: Profile) -> Graph:
@@ -296,7 +298,7 @@ def track_graph(profile: Profile) -> Graph:
 
 def needed_files(profile: Profile) -> list[Weight]:
     "Every file a profile loads: the tracker's, the renderer's, CLIP's. The text encoder is not among them (`33_prompt`)"
-    detectors = profile.detectors if profile.tracker == 'wholebody-sam2' else ()
+    detectors = [w for w in profile.detectors if w.place in tracker_places(profile)]
     clip = [profile.clip_vision] if profile.vision == 'clip' and profile.clip_vision else []
     return [*detectors, *profile.weights, *clip]
 
@@ -334,7 +336,7 @@ def detectors_digest(
     models_dir: Path
 ) -> str: # 8 hex digits; empty: the tracker's networks come with its package
     "Which networks find the person: other files, other tracks"
-    if profile.tracker != 'wholebody-sam2': return ''
+    if not tracker_places(profile): return ''
     files = [(w.file, (models_dir / w.folder / w.file).stat().st_size) for w in profile.detectors]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
 
