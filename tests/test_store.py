@@ -12,7 +12,7 @@ import pytest
 from conftest import make_settings
 
 from wan_avatar.job import JobError
-from wan_avatar.store import Store, address, check_url, fetch_image, is_public
+from wan_avatar.store import PART, Store, address, check_url, fetch_image, is_public
 
 class Line:
     "A TCP relay to the bucket: counts connections, and cuts the n-th of them after so many bytes of the answer"
@@ -138,11 +138,11 @@ def test_what_a_proxy_says_in_the_buckets_place(bucket, tmp_path, what, code, ag
     assert (asked[0] > 1) == again and not (tmp_path / 'out').exists()
 
 def test_a_cancelled_upload_leaves_nothing(store, tmp_path):
-    (tmp_path / 'in').write_bytes(bytes(50_000_000))
+    (tmp_path / 'in').write_bytes(bytes(size := 3 * PART))
     seen = []
     with pytest.raises(JobError, match='cancelled'):
         store.upload(tmp_path / 'in', 'never.bin', 'application/octet-stream', cancelled=lambda: len(seen) > 1, progress=lambda done, total: seen.append(done))
-    assert store.stat('never.bin') is None and 0 < seen[-1] < 50_000_000
+    assert store.stat('never.bin') is None and 0 < seen[-1] < size
     assert 'never.bin' not in [u.object_name for u in store.client._list_multipart_uploads(store.bucket).uploads]
 
 def test_a_cancelled_wait_for_the_bucket_ends(bucket, tmp_path):
