@@ -20,7 +20,7 @@ from wan_avatar.workflow import PROFILES
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
-LONG = ['test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy']
+LONG = ['test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy']
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
 TREE = os.environ.get('COMFY_TREE')
