@@ -497,7 +497,9 @@ def bench(
 @app.command()
 def profiles() -> None:
     "List the profiles a job may name."
-    for profile in PROFILES.values(): print(f'{profile.name}: graph {profile.graph}, tracker {profile.tracker}, windows of {profile.length} frames overlapping by {profile.overlap}')
+    for profile in PROFILES.values():
+        windows = f'windows of up to {profile.length} frames, {profile.overlap} of them shared'
+        print(f'{profile.name}: graph {profile.graph}, tracker {profile.tracker}, {windows}')
 
 # %% ../nbs/60_cli.ipynb #0e23a5e4
 @app.command()
