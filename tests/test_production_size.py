@@ -39,7 +39,7 @@ def production(bucket, samples, tmp_path_factory):
 
 def test_two_windows_at_1280x720(production, tmp_path):
     job = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/thirteen.mp4', 'seed': 1, 'profile': SMALL.name}
-    answer = production.submit('size', **job).result(timeout=600)
+    answer = production.submit('size', **job).result(timeout=1500)
     assert 'error' not in answer, answer
     manifest = production.store.read_json('avatars/size.mp4.json')
     windows = [(s['facts']['segment'], s['facts']['frames']) for s in manifest['timeline'] if s['name'] == 'render']
