@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, Service, cut, make_settings
+from test_bundle import embedding_bytes
 
 import wan_avatar.fetch as fetching
 from wan_avatar.fetch import Hub
@@ -165,7 +166,7 @@ def test_production_with_the_other_tracker_boots_without_sam2(bucket, tmp_path):
         (tmp_path / 'lock.json').write_text(dump_lock(lock))
         embedding = Embedding(WAN.prompt, WAN.encoder_sha256)
         (tmp_path / 'models/embeddings').mkdir(parents=True)
-        write_embedding(tmp_path / 'models/embeddings' / embedding.name, embedding)
+        (tmp_path / 'models/embeddings' / embedding.name).write_bytes(embedding_bytes())
         settings = {'PROFILE': WAN.name, 'TRACKER': 'mediapipe', 'MODELS_LOCK': str(tmp_path / 'lock.json'), 'MODELS_DIR': str(tmp_path / 'models'),
                     'HF_TOKEN': hub.token, 'MODELS_CACHE': str(tmp_path / 'none'), 'WARMUP': 'false'}
         with pytest.MonkeyPatch.context() as patched:
@@ -174,9 +175,3 @@ def test_production_with_the_other_tracker_boots_without_sam2(bucket, tmp_path):
         try: fetched = {w.place for w in needed_files(WAN) if (tmp_path / 'models' / w.place).exists()}
         finally: service.close()
         assert fetched == {w.place for w in needed_files(with_tracker(WAN, 'mediapipe'))} and not [p for p in fetched if 'sam2' in p or 'onnx' in p]
-
-def write_embedding(path: Path, wanted: Embedding) -> None:
-    "A whole embedding of zeros"
-    size = 2 * 512 * 4096
-    header = json.dumps({'__metadata__': wanted.metadata(), 'embedding': {'dtype': 'F16', 'shape': wanted.shape, 'data_offsets': [0, size]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(size))

@@ -282,10 +282,11 @@ def segment_seed(
 def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: Path | None) -> Graph:
     "The prompt of one window"
     files = {'reference': shoot.inputs.reference, 'reference_track': shoot.tracks[0], 'video': shoot.inputs.clip.path, 'track': shoot.tracks[1], 'frames': frames}
-    graph, job = profile_graph(shoot.profile), shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index)}
-    return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in slots(graph)} | {
-        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new,
-        **{k: v for k, v in zip(('frame_width', 'frame_height'), shoot.inputs.clip.size, strict=True) if k in slots(graph)}})
+    graph, (width, height) = profile_graph(shoot.profile), shoot.inputs.clip.size
+    job = shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index), 'frame_width': width, 'frame_height': height}
+    wanted = slots(graph) # a graph takes of the job's what it has
+    return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in wanted} | {
+        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
 async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Report) -> None:
@@ -293,14 +294,14 @@ async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Repor
     profile, clip, folder, tail = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None
     length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
-    encoder = Encoder(shoot.inputs.result, clip.size, clip.fps, clip.audio)
+    encoder, kept = Encoder(shoot.inputs.result, clip.size, clip.fps, clip.audio), loaders(profile)
     async with entered_in_thread(encoder, lambda: timeline.stage('finish')), encoding() as encode:
         while todo:
             s, frames = todo[0], RawFrames(folder / f'frames-{todo[0].index}.u8', clip.size)
             graph = window_graph(shoot, s, studio.settings.work_dir, frames.path, tail)
             step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
             try:
-                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph | loaders(profile), step, shoot.restarts)
+                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph | kept, step, shoot.restarts)
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await studio.comfy.free()

@@ -47,7 +47,7 @@ from .files import whole_file
 from .job import manifest_key
 from .launch import ComfyPlace
 from .local import Local, bucket_server, up
-from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames
+from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames, timed_call
 from .models import LockedFile, Needs, dump_lock, load_lock
 from .segments import window_pictures
 from .store import Store, address
@@ -247,13 +247,9 @@ def beside_check_s(
     "What uploading it adds to checking it: a job does both at once"
     inputs = Inputs(result.parent, result, SimpleNamespace(frames=RESULT_FRAMES, size=SIZE, fps=FPS, audio=None, audio_s=0.0), sha256='')
     shutil.copy(result, inputs.result)
-    def timed(work: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
     shop = SimpleNamespace(store=store)
-    check = timed(lambda: prove(inputs, Timeline()))
-    both = timed(lambda: asyncio.run(upload_proven('bench/result.mp4', inputs, shop, Timeline(), lambda update: None)))
+    check = timed_call(lambda: prove(inputs, Timeline()))
+    both = timed_call(lambda: asyncio.run(upload_proven('bench/result.mp4', inputs, shop, Timeline(), lambda update: None)))
     return max(both - check, 0.0)
 
 # %% ../nbs/55_bench.ipynb #d0a2a434

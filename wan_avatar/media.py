@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FP
            'Rectangle', 'Clip', 'RawFrames', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture',
            'draw_test_video', 'nearest', 'fitted_size', 'centred', 'check_length', 'extract_audio', 'place_samples',
            'normalise_video', 'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image',
-           'flatten_image', 'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media']
+           'flatten_image', 'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media', 'timed_call']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
 import os
@@ -896,15 +896,16 @@ def bench_media(
     command = [ffmpeg, '-y', '-v', 'error', '-i', str(source), '-an', '-vf', scale, '-c:v', 'libx264', '-threads', str(thread_count()),
                *chain(*((f'-{key}', value) for key, value in DELIVERY.items())), str(theirs)]
     try:
-        mine = min(_timed_call(lambda: _normalise_pictures(source, ours, 3600, SIZE, FPS, None, None, DELIVERY)) for _ in range(rounds))
+        mine = min(timed_call(lambda: _normalise_pictures(source, ours, 3600, SIZE, FPS, None, None, DELIVERY)) for _ in range(rounds))
         if not ffmpeg: return {'wan_avatar_s': mine, 'ffmpeg_s': None, 'ratio': None}
-        other = min(_timed_call(lambda: subprocess.run(command, check=True, stdin=subprocess.DEVNULL)) for _ in range(rounds))
+        other = min(timed_call(lambda: subprocess.run(command, check=True, stdin=subprocess.DEVNULL)) for _ in range(rounds))
         return {'wan_avatar_s': mine, 'ffmpeg_s': other, 'ratio': round(mine / other, 3)}
     finally:
         for path in (ours, theirs): path.unlink(missing_ok=True)
 
 # %% ../nbs/20_media.ipynb #9719964f
-def _timed_call(work: Callable[[], Any]) -> float: # seconds
+def timed_call(work: Callable[[], Any]) -> float: # seconds
+    "How long a call takes"
     begin = time.perf_counter()
     work()
     return round(time.perf_counter() - begin, 3)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 import httpx
@@ -28,7 +27,9 @@ from .client import Client, Status
 from .endpoint import API, POOLS, PRICED
 from .files import whole_file
 from .job import manifest_key
+from .models import load_lock
 from .store import Store
+from .workflow import get_profile, locked_files
 
 # %% ../nbs/54_metrics.ipynb #a104557d
 class JobRecord(BaseModel):
@@ -306,10 +307,8 @@ class FullSize:
 @cache
 def full_weights(profile: str = 'wan22-animate') -> tuple[tuple[str, int], ...]: # (file, bytes), largest first
     "What the lock says production needs; a file whose size it does not know yet is left out"
-    lock = json.loads((files('wan_avatar') / 'models.lock.json').read_text())
-    wanted = lock['profiles'][profile]
-    names = {*wanted['renderer'], *wanted['tracker'], wanted['text_encoder']}
-    return tuple(sorted(((f['file'], f['bytes']) for f in lock['files'] if f['name'] in names and f['bytes']), key=lambda f: -f[1]))
+    wanted = locked_files(get_profile(profile), load_lock(), text_encoder=True)
+    return tuple(sorted(((f.file, f.bytes) for f in wanted if f.bytes), key=lambda f: -f[1]))
 
 def full_size_start(
     full: FullSize,

@@ -24,7 +24,7 @@ import numpy as np
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
 from .job import JobError
-from .media import FPS, probe, read_frames, read_image
+from .media import FPS, RawFrames, probe, read_frames, read_image
 from .prompt import Embedding
 from .segments import SHAPES, MaskShape, letterbox, window_pictures
 from wan_avatar.track import (
@@ -280,7 +280,7 @@ def _tail(segment: Window, size: tuple[int, int]):
     import torch
     if segment.tail is None: return None
     video = probe(segment.video)
-    frames = np.fromfile(segment.tail, np.uint8).reshape(-1, video.height, video.width, 3)
+    frames = RawFrames(segment.tail, (video.width, video.height)).pixels()
     return torch.from_numpy(np.stack([sized(f, size) for f in frames])) / 255
 
 # %% ../nbs/32_nodes.ipynb #a05ef142
