@@ -80,6 +80,7 @@ IMAGES = {
     'one pixel': (encoded(grey((1, 1)), 'PNG'), 'input_unreadable'),
     'decompression bomb': (png_header(30000, 30000), 'input_unreadable'),
     'nobody in it': (encoded(grey(), 'PNG'), 'no_person'),
+    'five people in it': ((ROOT / 'runs/samples/group.jpg').read_bytes(), 'bad_input'),
     'empty': (b'', 'input_unreadable'),
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wan_avatar.job import JobError
-from wan_avatar.track import (GROUPS, MAGIC, STILL, TRACKERS, Camera, Plate, Track, TrackDamaged, calm_camera, check_person, draw_debug, dump_track, fill_unseen,
+from wan_avatar.track import (GROUPS, MAGIC, STILL, TRACKERS, Camera, Plate, Track, TrackDamaged, calm_camera, check_alone, check_person, count_faces, draw_debug, dump_track, fill_unseen,
                               is_present, load_track, one_piece, pack_mask, pack_points, parse_track, refine_matte, save_track, skin_colour, smooth,
                               stand_still, track_facts, track_key, unpack_mask, unpack_points)
 
@@ -75,7 +75,7 @@ def test_masks_round_trip_any_size():
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
     hd = (1280, 720)
-    assert track_key(sha, hd, 24) == f'tracks/mediapipe-1/1280x720-24/{sha}.track'
+    assert track_key(sha, hd, 24) == f'tracks/mediapipe-2/1280x720-24/{sha}.track'
     others = track_key(sha, hd, 25), track_key(sha, (640, 360), 24), track_key(sha, hd, 24, 'wholebody-sam2'), track_key('0' * 64, hd, 24)
     assert len({track_key(sha, hd, 24), *others}) == 5
     for bad in ('', 'abc', '../' + 'a' * 61, 'G' * 64, sha.upper()):
@@ -100,8 +100,8 @@ def test_guesses_are_in_the_file_and_absent_in_older_ones():
     older, newer = parse_track(dump_track(track)), parse_track(dump_track(mended))
     assert older.guessed is None and newer.guessed.dtype == bool
     assert newer.guessed.tolist() == [True, False, True, False]
-    assert track_facts(older) == {'frames': 4, 'present': 3, 'guessed_masks': 0}
-    assert track_facts(newer) == {'frames': 4, 'present': 3, 'guessed_masks': 2}
+    assert track_facts(older) == {'frames': 4, 'present': 3, 'faces': 3, 'guessed_masks': 0}
+    assert track_facts(newer) == {'frames': 4, 'present': 3, 'faces': 3, 'guessed_masks': 2}
     assert all(type(v) is int for v in track_facts(newer).values()), 'they go into JSON'
 
 def test_a_track_written_before_guesses_were_counted_is_read():
@@ -119,9 +119,43 @@ def test_too_many_guesses(n, missing, guessed, refused):
     assert e.value.code == 'no_person' and '25%' in e.value.message
     assert f'lost in {guessed} of the {n - len(missing)} frames' in e.value.message
 
-def test_image_needs_a_face():
-    track = make_track(1)
-    with pytest.raises(JobError, match='no face'): check_person(replace(track, points=track.points | {'face': np.full_like(track.face, np.nan)}), 'image')
+def turned(track: Track, aside: float, width: float = 100) -> Track:
+    "A face so many pixels wide, its nose moved aside by a share of half its width"
+    face = np.zeros((1, 478, 3), np.float32)
+    face[0, 454, 0], face[0, 1, 0] = width, width / 2 * (1 + aside)
+    return replace(track, points=track.points | {'face': face})
+
+NO_FACE = np.full((1, 478, 3), np.nan, np.float32)
+FACES = {'no face': (lambda t: replace(t, points=t.points | {'face': NO_FACE}), '', 'no_person', 'no face was found in the image'),
+         'towards the camera': (lambda t: turned(t, 0), 'draft', '', ''),
+         'a little turned': (lambda t: turned(t, .6), 'draft', '', ''),
+         'turned too far': (lambda t: turned(t, -1), 'draft', 'bad_input', 'turned by 40 degrees; the profile draft takes up to 35'),
+         'turned, for a model that can': (lambda t: turned(t, -1), '', '', ''),
+         'large enough': (lambda t: turned(t, 0, 64), '', '', ''),
+         'too small': (lambda t: turned(t, 0, 63), '', 'bad_input', 'face is 63 pixels large; it needs 64')}
+@pytest.mark.parametrize('change, face_for, code, says', FACES.values(), ids=FACES)
+def test_a_pictures_face(change, face_for, code, says):
+    track = change(make_track(1))
+    if not code: return check_person(track, 'image', face_for)
+    with pytest.raises(JobError, match=says) as e: check_person(track, 'image', face_for)
+    assert e.value.code == code
+
+@pytest.mark.parametrize('faces, refused', [(12, False), (3, False), (2, True), (0, True)])
+def test_a_renderer_that_draws_by_the_face_needs_one(faces, refused):
+    track = make_track(12)
+    track.face[faces:] = np.nan
+    check_person(track, 'video')
+    if not refused: return check_person(track, 'video', 'draft')
+    with pytest.raises(JobError, match=f'a body in 12 of 12 frames, a face in {faces}; the profile draft needs a face in 25%') as e: check_person(track, 'video', 'draft')
+    assert e.value.code == 'no_person'
+
+@pytest.mark.parametrize('widths, people', [([], 0), ([90], 1), ([90, 80], 2), ([90, 36], 2), ([90, 35, 12], 1), ([20, 20, 20], 3)])
+def test_faces_of_a_picture_are_counted_but_for_the_background(widths, people):
+    boxes = np.array([(200 * k, 0, 200 * k + w, w) for k, w in enumerate(widths)], float).reshape(-1, 4)
+    assert count_faces(boxes) == people
+    if people < 2: return check_alone(people)
+    with pytest.raises(JobError, match=f'the picture shows {people} people') as e: check_alone(people)
+    assert e.value.code == 'bad_input'
 
 def test_presence_needs_both_detectors():
     nan, body = np.full((478, 3), np.nan), np.ones((33, 3))

@@ -96,7 +96,7 @@ def test_several_windows_with_masks_tail_and_embedding(wan, made):
     assert (made['width'], made['height'], made['frames'], made['profile'], made['seed']) == (1280, 720, 14, 'wan22-animate-tiny', 7)
     manifest = wan.store.read_json('avatars/tiny.mp4.json')
     assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9)]
-    assert (manifest['rendered_with']['steps'], manifest['rendered_with']['tracker'], manifest['rendered_with']['prompt']) == (2, 'mediapipe-1', 'a person') and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
+    assert (manifest['rendered_with']['steps'], manifest['rendered_with']['tracker'], manifest['rendered_with']['prompt']) == (2, 'mediapipe-2', 'a person') and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
 
 def test_one_seed_one_video_another_seed_another(wan, made):
     assert wan.run('tiny-again', **JOB, seed=7)['sha256'] == made['sha256']
@@ -427,7 +427,7 @@ def test_a_prompt_of_ones_own_needs_the_encoder_once(wan, weights, monkeypatch, 
 def test_wholebody_tracker_in_comfyui(wan, tmp_path):
     answer = wan.run('body', **BRIEF, profile='tiny-body', seed=1)
     assert 'error' not in answer, answer
-    key, = wan.store.list('tracks/wholebody-sam2-2-')
+    key, = wan.store.list('tracks/wholebody-sam2-3-')
     wan.store.download(key, tmp_path / 'five.track', 'x', 10**9)
     track = load_track(tmp_path / 'five.track')
     assert track.present.all() and len(track) == 5 and track.wholebody.shape == (5, 133, 3) and track.plate is None
@@ -438,7 +438,7 @@ def test_wholebody_tracker_in_comfyui(wan, tmp_path):
     left, top = 640 - wide / 2, 382.5 - height / 2
     assert np.abs(nose - [left + 8 * wide / 48, top + 6 * height / 64]).max() < 4
     assert np.abs(corner - [left + 8 * wide / 48, top + (6 + 52) * height / 64]).max() < 4
-    assert wan.store.read_json('avatars/body.mp4.json')['track'] == {'frames': 5, 'present': 5, 'guessed_masks': 0}
+    assert wan.store.read_json('avatars/body.mp4.json')['track'] == {'frames': 5, 'present': 5, 'faces': 5, 'guessed_masks': 0}
     again = wan.run('body-again', **BRIEF, profile='tiny-body', seed=1)
     assert again['sha256'] == answer['sha256']
     assert [s['facts']['cached'] for s in wan.store.read_json('avatars/body-again.mp4.json')['timeline'] if s['name'] == 'track'] == [True]

