@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'in_thread', 'entered_in_thread',
            'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs', 'take_image',
-           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'track_picture', 'relative', 'track_video_cached',
-           'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
+           'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
+           'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
            'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
            'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
            'prove', 'removed_on_failure', 'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar',
@@ -222,7 +222,7 @@ async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, wo
     await run(comfy, graph | (loaders(profile) if others else {}), lambda p: progress(p.value, p.maximum), restarts)
     return target
 
-async def track_picture(inputs: Inputs, studio: Studio, profile: Profile, restarts: Restarts) -> Path:
+async def _track_reference(inputs: Inputs, studio: Studio, profile: Profile, restarts: Restarts) -> Path:
     "The picture's track file; JobError when this profile can do nothing with the picture"
     path = await track_file(studio.comfy, inputs.reference, 'image', profile, studio.settings.work_dir, lambda *a: None, restarts)
     check_person(await asyncio.to_thread(load_track, path), 'image', profile.name if profile.needs_face else '')
@@ -571,7 +571,7 @@ async def make_avatar(
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
         with timeline.stage('wait for renderer'): await studio.renderer.acquire()
         try:
-            with timeline.stage('track picture'): reference_track = await track_picture(inputs, studio, profile, restarts)
+            with timeline.stage('track picture'): reference_track = await _track_reference(inputs, studio, profile, restarts)
             track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
             values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)
