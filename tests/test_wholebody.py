@@ -421,6 +421,13 @@ def test_who_stands_where_the_person_was_is_not_the_person(stage):
     track, _ = stage.run(60, empty=range(20, 40), paint=paint)
     assert track.present.tolist() == [True] * 20 + [False] * 40
 
+def test_who_is_hidden_behind_somebody_is_not_there(stage):
+    "Five frames show somebody else's box over the person's place, as when they walk past in front"
+    def where(i: int) -> tuple: return (2, 2, 50, 34) if 20 <= i < 25 else PERSON
+    def paint(frame, i): frame[:, :50] = (40, 160, 60) if 20 <= i < 25 else (200, 60, 40)
+    track, _ = stage.run(45, where=where, paint=paint, sees=lambda i, told: box_mask(where(i)))
+    assert np.flatnonzero(~track.present).tolist() == list(range(20, 25)) and not track.mask(22).any()
+
 def test_track_file_and_person_check(stage):
     track, _ = stage.run(4)
     again = parse_track(dump_track(track))
