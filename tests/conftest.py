@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ TREE = os.environ.get('COMFY_TREE')
 
 def pytest_configure(config) -> None:
     "COMFY_TREE=<folder of a ComfyUI>: the tests that depend on ComfyUI, on that one, with the environment of .comfy/env"
+    config.addinivalue_line('markers', 'hostile(kind, cases=1): damaged or made on purpose; `pytest -m hostile` runs these alone and counts them')
     if not TREE: return
     if not (Path(TREE) / 'main.py').is_file():
         raise pytest.UsageError(f'COMFY_TREE={TREE} is not a ComfyUI: no main.py in it; name the folder of its source')
@@ -52,12 +54,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if TREE and collection_path.suffix == '.py' and collection_path.stem not in ON_A_TREE: return True
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    "Which ComfyUI was tested"
+    "Which ComfyUI was tested, and how many hostile cases"
     ran = f'this run was on {TREE}' if TREE else 'not run (COMFY_TREE=<folder of its source> runs what depends on it)'
     terminalreporter.write_line(f'newer ComfyUI: {ran}')
+    tried = Counter()
+    for report in terminalreporter.stats.get('passed', []) + terminalreporter.stats.get('failed', []):
+        for name, value in report.user_properties:
+            if name == 'hostile': tried[value[0]] += value[1]
+    if tried: terminalreporter.write_line(f'hostile cases: {sum(tried.values())}, of them ' + ', '.join(f'{n} {kind}' for kind, n in tried.most_common()))
 
 def pytest_collection_modifyitems(items) -> None:
-    "Files that take longest come first, so that the processes of `make test` end together"
+    "Files that take longest come first, so that the processes of `make test` end together; hostile cases are counted where they ran"
+    for item in items:
+        if mark := item.get_closest_marker('hostile'): item.user_properties.append(('hostile', (mark.args[0], mark.kwargs.get('cases', 1))))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 @pytest.fixture(scope='session')
