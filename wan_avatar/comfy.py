@@ -91,7 +91,7 @@ class ComfyProcess:
 
     def last_words(self, lines: int = 12) -> str:
         "The end of its log"
-        return '\n'.join(self.log.since(self.log.end() - 16384).splitlines()[-lines:]) if self.log else '(no log)'
+        return self.log.last(lines) if self.log else '(no log)'
 
     async def stop(self, grace_s: float = 3) -> None:
         "End the process and what it started: SIGTERM, then SIGKILL; one that nobody waited for yet, at once"

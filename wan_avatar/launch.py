@@ -76,7 +76,7 @@ def absolute_folder(path: str | Path) -> Path:
     path = Path(path)
     return path.resolve() if path.name in ('', '..') else path.parent.resolve() / path.name
 
-# %% ../nbs/05_launch.ipynb #693bb1e5
+# %% ../nbs/05_launch.ipynb #f410ea04
 def private_folder(
     path: Path,
     name: str = 'WORK_DIR' # what to call it
@@ -130,7 +130,7 @@ def lay_out(place: ComfyPlace) -> None:
     taken = {'input': '', 'custom_nodes/__pycache__': ''} # names that ComfyUI and Python would make folders of
     only(place.base, nodes | taken | {'extra_paths.json': json.dumps({'weights': weights})})
 
-# %% ../nbs/05_launch.ipynb #383054ee
+# %% ../nbs/05_launch.ipynb #79df4c24
 def only(
     folder: Path,
     wanted: Mapping[str, str | Path] # name inside it -> text of a file, or where a link goes
@@ -201,7 +201,7 @@ def free_port() -> int: # 10000 to 22767
             except OSError: continue
             return port
 
-# %% ../nbs/05_launch.ipynb #694b835d
+# %% ../nbs/05_launch.ipynb #e3c8fd4e
 HEADER = 'X-Wan-Avatar' # carries the secret
 DOOR, TREE = 'WAN_AVATAR_DOOR', 'WAN_AVATAR_TREE' # variables of the child: `port:secret`; the work tree
 _ROUTES = {'GET': r'/(system_stats|object_info|queue|ws|history(/[0-9a-f-]{36})?)',
@@ -235,7 +235,7 @@ def guard(environ: MutableMapping[str, str]) -> None:
 
     PromptServer.instance.app.middlewares.insert(0, ours_alone)
 
-# %% ../nbs/05_launch.ipynb #0907fb43
+# %% ../nbs/05_launch.ipynb #3f292454
 class BoundedFile:
     "A file that becomes NAME.1 when it is full; readable by this user alone"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of each of the two
@@ -266,7 +266,7 @@ class BoundedFile:
         parts = [path.read_bytes() if path.exists() else b'' for path in (self.older, self.path)]
         return b''.join(parts)[max(0, position - self.gone + len(parts[0])):].decode(errors='replace')
 
-# %% ../nbs/05_launch.ipynb #696fa639
+# %% ../nbs/05_launch.ipynb #f28a6a54
 class Log:
     "What a child prints, kept in a bounded file"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of the file, and of the one before it
@@ -305,6 +305,10 @@ class Log:
         "What was printed after `end` said this"
         self.take()
         return self.kept.since(position)
+
+    def last(self, lines: int = 12, position: int = 0) -> str:
+        "The last lines that were printed, or of those since then"
+        return '\n'.join(self.since(max(position, self.end() - 16384)).splitlines()[-lines:])
 
 # %% ../nbs/05_launch.ipynb #60d47ca3
 @dataclass
