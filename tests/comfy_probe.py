@@ -78,9 +78,12 @@ class SayPrompt:
 class FullDisk:
     "Writes to a device that is always full, as somebody's code does"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
-    WRITERS = {'python': lambda f: f.write(b'x' * 10**6), 'numpy': lambda f: np.zeros(10**5).tofile(f),
-               'numpy archive': lambda f: np.savez(f, a=np.zeros(10**5)), 'torch': lambda f: torch.save(torch.zeros(10**5), f),
-               'pillow': lambda f: Image.effect_noise((300, 300), 50).save(f, 'PNG'), 'pyav': lambda f: record('/dev/full')}
+    WRITERS = {'python': lambda f: f.write(b'x' * 10**6),
+               'numpy': lambda f: np.zeros(10**5).tofile(f),
+               'numpy archive': lambda f: np.savez(f, a=np.zeros(10**5)),
+               'torch': lambda f: torch.save(torch.zeros(10**5), f),
+               'pillow': lambda f: Image.effect_noise((300, 300), 50).save(f, 'PNG'),
+               'pyav': lambda f: record('/dev/full')}
 
     @classmethod
     def INPUT_TYPES(cls): return {'required': {'writer': (list(cls.WRITERS),)}}
@@ -93,7 +96,8 @@ def record(path):
     "A video of noise"
     with av.open(path, 'w', format='mpegts') as out:
         stream = out.add_stream('mpeg4', rate=24, width=320, height=240, bit_rate=10**8)
-        for _ in range(24): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.random.randint(0, 255, (240, 320, 3), np.uint8))))
+        noise = np.random.default_rng(0)
+        for _ in range(24): out.mux(stream.encode(av.VideoFrame.from_ndarray(noise.integers(0, 255, (240, 320, 3), np.uint8))))
         out.mux(stream.encode())
 
 class Variables:

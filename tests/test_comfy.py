@@ -114,8 +114,9 @@ def told_of_5_gb(running) -> dict:
     comfy = running.comfy
     async def drive() -> dict:
         await run(comfy, PICTURE)
-        return {'pid': comfy.process.child.pid, 'early': running.early.process.pid, 'history': await comfy._get('/history'),
-                'system': (await comfy._get('/system_stats'))['system'], 'log': comfy.process.log.since(0)}
+        pids = {'pid': comfy.process.child.pid, 'early': running.early.process.pid}
+        return pids | {'history': await comfy._get('/history'),
+                       'system': (await comfy._get('/system_stats'))['system'], 'log': comfy.process.log.since(0)}
     return running.do(drive())
 
 def test_one_that_was_started_early_is_taken_over(told_of_5_gb):
@@ -156,7 +157,12 @@ def test_what_may_be_pinned_and_cached_is_of_the_container(tmp_path: Path, limit
 
 SECRET, PORT = '<secret>', '<port>' # stand for those of the start
 OURS = {HEADER: SECRET}
+PAGE = {'Origin': 'http://page.example'}
+ASKED_FOR = {'json': {'prompt': PICTURE}}
 CODE = {'files': {'image': ('evil.py', b'raise SystemExit')}}
+
+def into(folder: str) -> dict: return {'data': {'subfolder': folder}}
+
 STRANGERS = {
     'no secret': ('GET', '/system_stats', {}, {}),
     'another secret': ('GET', '/system_stats', {HEADER: 'x' * 43}, {}),
@@ -166,19 +172,20 @@ STRANGERS = {
     'a rebound name': ('GET', '/queue', OURS | {'Host': f'page.example:{PORT}'}, {}),
     'localhost': ('GET', '/queue', OURS | {'Host': f'localhost:{PORT}'}, {}),
     'a host without port': ('GET', '/queue', OURS | {'Host': '127.0.0.1'}, {}),
-    'a page': ('POST', '/prompt', OURS | {'Origin': 'http://page.example'}, {'json': {'prompt': PICTURE}}),
-    'a sandboxed page': ('POST', '/prompt', OURS | {'Origin': 'null'}, {'json': {'prompt': PICTURE}}),
-    'a page of its own': ('POST', '/prompt', OURS | {'Origin': f'http://127.0.0.1:{PORT}'}, {'json': {'prompt': PICTURE}}),
-    'a form of a page': ('POST', '/prompt', {'Content-Type': 'text/plain'}, {'content': json.dumps({'prompt': PICTURE})}),
-    'a preflight': ('OPTIONS', '/prompt', {'Origin': 'http://page.example', 'Access-Control-Request-Method': 'POST'}, {}),
+    'a page': ('POST', '/prompt', OURS | PAGE, ASKED_FOR),
+    'a sandboxed page': ('POST', '/prompt', OURS | {'Origin': 'null'}, ASKED_FOR),
+    'a page of its own': ('POST', '/prompt', OURS | {'Origin': f'http://127.0.0.1:{PORT}'}, ASKED_FOR),
+    'a form of a page': ('POST', '/prompt', {'Content-Type': 'text/plain'}, {'content': json.dumps(ASKED_FOR['json'])}),
+    'a preflight': ('OPTIONS', '/prompt', PAGE | {'Access-Control-Request-Method': 'POST'}, {}),
     'a preflight with the secret': ('OPTIONS', '/prompt', OURS, {}),
     'the socket': ('GET', '/ws', {'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13',
                                   'Sec-WebSocket-Key': 'MDEyMzQ1Njc4OTAxMjM0NQ=='}, {}),
     'the other name of the socket': ('GET', '/api/ws', OURS, {}),
-    'another name of a prompt': ('POST', '/api/prompt', OURS, {'json': {'prompt': PICTURE}}),
+    'another name of a prompt': ('POST', '/api/prompt', OURS, ASKED_FOR),
     'an upload': ('POST', '/upload/image', OURS, CODE),
-    'an upload of code': ('POST', '/upload/image', OURS, CODE | {'data': {'subfolder': 'comfy/base/custom_nodes'}}),
-    'an upload of code beside the input': ('POST', '/upload/image', OURS, CODE | {'data': {'subfolder': '../base/custom_nodes'}}),
+    'an upload of code': ('POST', '/upload/image', OURS, CODE | into('comfy/base/custom_nodes')),
+    'an upload of code as it was once': ('POST', '/upload/image', OURS, CODE | into('comfy/custom_nodes')),
+    'an upload of code beside the input': ('POST', '/upload/image', OURS, CODE | into('../base/custom_nodes')),
     'an upload by the other name': ('POST', '/api/upload/image', OURS, CODE),
     'an upload of a mask': ('POST', '/upload/mask', OURS, CODE),
     'an upload by a stranger': ('POST', '/upload/image', {}, CODE),
@@ -186,7 +193,7 @@ STRANGERS = {
     'a view upwards': ('GET', '/view?filename=comfy.log&subfolder=..&type=input', OURS, {}),
     'metadata of a model': ('GET', '/view_metadata/loras?filename=a.safetensors', OURS, {}),
     'user data': ('GET', '/userdata?dir=.', OURS, {}),
-    'a file of user data': ('POST', '/userdata/..%2f..%2fbase%2fcustom_nodes%2fevil.py', OURS, {'content': b'raise SystemExit'}),
+    'a file of user data': ('POST', '/userdata/..%2f..%2fbase%2fcustom_nodes%2fevil.py', OURS, {'content': b'exit()'}),
     'user data by the other name': ('POST', '/api/userdata/evil.py', OURS, {'content': b'raise SystemExit'}),
     'no more user data': ('DELETE', '/userdata/evil.py', OURS, {}),
     'settings': ('POST', '/settings', OURS, {'json': {'a': 1}}),
@@ -205,12 +212,13 @@ STRANGERS = {
     'models': ('GET', '/models/loras', OURS, {}),
     'no more history': ('POST', '/history', OURS, {'json': {'clear': True}}),
     'a prompt upwards': ('GET', '/history/../view', OURS, {}),
-    'twice a slash': ('POST', '//prompt', OURS, {'json': {'prompt': PICTURE}}),
-    'a slash more': ('POST', '/prompt/', OURS, {'json': {'prompt': PICTURE}}),
-    'another method': ('PUT', '/prompt', OURS, {'json': {'prompt': PICTURE}}),
+    'twice a slash': ('POST', '//prompt', OURS, ASKED_FOR),
+    'a slash more': ('POST', '/prompt/', OURS, ASKED_FOR),
+    'another method': ('PUT', '/prompt', OURS, ASKED_FOR),
     'nothing that there is': ('GET', '/nowhere', OURS, {})}
 
-def of_this_start(text: str, process: ComfyProcess) -> str: return text.replace(SECRET, process.secret).replace(PORT, str(process.port))
+def of_this_start(text: str, process: ComfyProcess) -> str:
+    return text.replace(SECRET, process.secret).replace(PORT, str(process.port))
 
 @pytest.mark.parametrize('method, path, headers, more', STRANGERS.values(), ids=STRANGERS)
 def test_requests_that_are_not_ours_are_refused(running, method, path, headers, more):
@@ -228,8 +236,9 @@ ASKED = [('GET', '/system_stats'), ('GET', '/object_info'), ('GET', '/queue'), (
 @pytest.mark.parametrize('method, path', ASKED)
 def test_what_the_worker_asks_for_is_answered(running, method, path):
     process = running.comfy.process
+    body = {} if method == 'POST' else None
     with httpx.Client(trust_env=False) as client:
-        answer = client.request(method, process.url + path, headers=process.headers, timeout=30, json={} if method == 'POST' else None)
+        answer = client.request(method, process.url + path, headers=process.headers, timeout=30, json=body)
     assert answer.status_code == 200
 
 def test_the_secret_stays_with_the_two(running):
@@ -238,11 +247,13 @@ def test_the_secret_stays_with_the_two(running):
     tree = [psutil.Process(process.child.pid), *psutil.Process(process.child.pid).children(recursive=True)]
     assert len(process.secret) >= 43 and len(said) > 3 and process.log.end() > 100
     for text in (*said, process.log.since(0), *(' '.join(p.cmdline()) for p in tree)): assert process.secret not in text
-    for path in running.place.work_dir.rglob('*'): assert not path.is_file() or process.secret.encode() not in path.read_bytes()
+    files = [path for path in running.place.work_dir.rglob('*') if path.is_file()]
+    assert files and not [path for path in files if process.secret.encode() in path.read_bytes()]
 
 def test_nobody_else_can_open_its_folders_or_change_its_code(running):
     place = running.place
-    modes = {place.work_dir: 0o700, place.home: 0o700, place.log_path: 0o600, place.base: 0o500, place.base / 'custom_nodes': 0o500,
+    modes = {place.work_dir: 0o700, place.home: 0o700, place.log_path: 0o600,
+             place.base: 0o500, place.base / 'custom_nodes': 0o500,
              place.base / 'extra_paths.json': 0o400, place.base / 'custom_nodes/wan_avatar_nodes.py': 0o400}
     assert {p: p.stat().st_mode & 0o777 for p in modes} == modes
     assert not [p for p in (place.home / 'input').rglob('*') if p.is_file()], 'ComfyUI has no inputs of its own'
@@ -271,7 +282,8 @@ def test_one_that_lets_strangers_in_is_ended(tmp_path):
 def test_one_that_cannot_close_its_door_ends(tmp_path):
     lay_out(place := ComfyPlace(tmp_path / 'comfy', tmp_path / 'work', tmp_path / 'models'))
     nodes = place.base / 'custom_nodes/wan_avatar_nodes.py' # outside of ComfyUI there is no server to guard
-    done = subprocess.run([sys.executable, nodes], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=60)
+    environ = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, nodes], env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7 and 'server' in done.stderr
 
 # folders
@@ -309,7 +321,9 @@ PLANTED = {
 def test_code_that_was_changed_is_made_anew(tmp_path, change):
     (tmp_path / 'comfy/custom_nodes/theirs').mkdir(parents=True)
     place = ComfyPlace(tmp_path / 'comfy', tmp_path / 'work', tmp_path / 'models')
-    def contents() -> dict: return {str(p): os.readlink(p) if p.is_symlink() else p.read_text() for p in place.base.rglob('*') if not p.is_dir() or p.is_symlink()}
+    def contents() -> dict[Path, str]:
+        there = [p for p in place.base.rglob('*') if p.is_symlink() or not p.is_dir()]
+        return {p: os.readlink(p) if p.is_symlink() else p.read_text() for p in there}
     lay_out(place)
     before = contents()
     change(place.base)
@@ -323,10 +337,16 @@ def opened(path: Path, mode: int) -> None:
     path.chmod(mode)
 
 FOLDERS = {
-    'none': (lambda p: None, ''), 'ours': (lambda p: opened(p, 0o700), ''), 'for the group': (lambda p: opened(p, 0o770), ''),
-    'for all': (lambda p: opened(p, 0o777), ''), 'sticky': (lambda p: opened(p, 0o1777), ''), 'read-only': (lambda p: opened(p, 0o500), ''),
-    'a link': (lambda p: p.symlink_to('/var'), 'is a link; name a folder'), 'a link to ours': (lambda p: p.symlink_to(p.parent), 'is a link'),
-    'a broken link': (lambda p: p.symlink_to('nowhere'), 'is a link'), 'a file': (lambda p: p.touch(), 'is no folder; name a folder')}
+    'none': (lambda p: None, ''),
+    'ours': (lambda p: opened(p, 0o700), ''),
+    'for the group': (lambda p: opened(p, 0o770), ''),
+    'for all': (lambda p: opened(p, 0o777), ''),
+    'sticky': (lambda p: opened(p, 0o1777), ''),
+    'read-only': (lambda p: opened(p, 0o500), ''),
+    'a link': (lambda p: p.symlink_to('/var'), 'is a link; name a folder'),
+    'a link to ours': (lambda p: p.symlink_to(p.parent), 'is a link'),
+    'a broken link': (lambda p: p.symlink_to('nowhere'), 'is a link'),
+    'a file': (lambda p: p.touch(), 'is no folder; name a folder')}
 
 @pytest.mark.parametrize('make, why', FOLDERS.values(), ids=FOLDERS)
 def test_the_work_folder_is_ours_alone_or_refused(tmp_path, make, why):
@@ -342,8 +362,8 @@ def test_the_work_folder_is_ours_alone_or_refused(tmp_path, make, why):
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'geteuid', lambda: 10001)
-    with pytest.raises(PermissionError, match=f'WORK_DIR .* belongs to user {tmp_path.stat().st_uid}, this worker is user 10001: name another'):
-        private_folder(tmp_path)
+    whose = f'belongs to user {tmp_path.stat().st_uid}, this worker is user 10001: name another folder'
+    with pytest.raises(PermissionError, match=f'WORK_DIR .* {whose}'): private_folder(tmp_path)
 
 def test_a_link_is_seen_through_the_environment(tmp_path):
     (tmp_path / 'link').symlink_to('/var')
@@ -360,11 +380,13 @@ def test_a_log_is_bounded_while_its_process_lives_and_keeps_the_last_words(tmp_p
     log.follow()
     child.wait()
     end = log.end()
-    assert {p.name for p in tmp_path.iterdir()} == {'log', 'log.1'} and all(p.stat().st_size <= 20_000 and p.stat().st_mode & 0o777 == 0o600 for p in tmp_path.iterdir())
+    files = sorted(tmp_path.iterdir())
+    assert [p.name for p in files] == ['log', 'log.1'] and max(p.stat().st_size for p in files) <= 20_000
+    assert {p.stat().st_mode & 0o777 for p in files} == {0o600}
     assert end == sum(len(f'line {i}\n') for i in range(20000)) + len('last words\n')
     assert log.since(end - 30).endswith('line 19999\nlast words\n') and len(log.since(end - 30)) == 30
     kept = log.since(0).splitlines()
-    assert kept[-2::-1][:1000] == [f'line {i}' for i in range(19999, 18999, -1)], 'nothing is missing between the two files'
+    assert kept[-2::-1][:1000] == [f'line {i}' for i in range(19999, 18999, -1)], 'nothing is missing between the two'
 
 def test_what_was_printed_can_be_read_at_once(tmp_path):
     log = Log(tmp_path / 'log')
@@ -404,19 +426,25 @@ def test_a_node_that_meets_a_full_disk_ends_the_worker(running, writer):
         running.do(run(running.comfy, graph))
     assert e.value.answer()['refresh_worker'] is True
 
-RAISED = [('OSError', '[Errno 28] No space left on device: a.u8', True), ('builtins.OSError', '3600 requested and 512 written', True),
-          ('OSError', '[Errno 122] Disk quota exceeded', True), ('av.error.OSError', "[Errno 28] No space left on device: 'a.mp4'", True),
-          ('RuntimeError', '[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598', True),
-          ('RuntimeError', 'PytorchStreamWriter failed writing file data/0: file write failed', True),
-          ('RuntimeError', 'write(): fd 3 failed with No space left on device', True),
-          ('safetensors_rust.SafetensorError', 'Error while serializing: I/O error: No space left on device (os error 28)', True),
-          ('wan_avatar.job.JobError', 'input_unreadable: the video cannot be read: [Errno 28] No space left on device', True),
-          ('wan_avatar.job.JobError', 'input_unreadable: the video cannot be read', False),
-          ('OSError', '[Errno 2] No such file or directory', False), ('OSError', '[Errno 280] no', False), ('RuntimeError', 'unexpected pos 3 of tensor', False)]
+RAISED = [
+    ('OSError', '[Errno 28] No space left on device: a.u8', True),
+    ('builtins.OSError', '3600 requested and 512 written', True),
+    ('OSError', '[Errno 122] Disk quota exceeded', True),
+    ('av.error.OSError', "[Errno 28] No space left on device: 'a.mp4'", True),
+    ('RuntimeError', '[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598', True),
+    ('RuntimeError', 'PytorchStreamWriter failed writing file data/0: file write failed', True),
+    ('RuntimeError', 'write(): fd 3 failed with No space left on device', True),
+    ('SafetensorError', 'Error while serializing: I/O error: No space left on device (os error 28)', True),
+    ('wan_avatar.job.JobError', 'input_unreadable: no video: [Errno 28] No space left on device', True),
+    ('wan_avatar.job.JobError', 'input_unreadable: no video', False),
+    ('OSError', '[Errno 2] No such file or directory', False),
+    ('OSError', '[Errno 280] no', False),
+    ('RuntimeError', 'unexpected pos 3 of tensor', False)]
 
 @pytest.mark.parametrize('kind, message, full', RAISED, ids=[r[1][:40] for r in RAISED])
 def test_what_a_full_disk_says(kind, message, full):
-    error = node_error({'exception_type': kind, 'exception_message': message, 'node_id': '7', 'node_type': 'AvatarFrames'})
+    node = {'node_id': '7', 'node_type': 'AvatarFrames'}
+    error = node_error(node | {'exception_type': kind, 'exception_message': message})
     assert (error.code == 'storage_failed') is full and error.worker_unfit is full
 
 # a newer ComfyUI

@@ -86,7 +86,8 @@ class ComfyProcess:
     async def start(self, http: aiohttp.ClientSession) -> None:
         "Start, or take over, and wait until it answers; JobError `comfy_failed` with the end of its log"
         launched, self.launched = self.launched or launch(self.place, self.use_sage), None
-        self.child, self.port, self.secret, self.log = Child(launched.process), launched.port, launched.secret, launched.log
+        self.child, self.port = Child(launched.process), launched.port
+        self.secret, self.log = launched.secret, launched.log
         await _until_it_answers(self, http)
 
     def last_words(self, lines: int = 12) -> str:
@@ -118,7 +119,8 @@ async def _until_it_answers(process: ComfyProcess, http: aiohttp.ClientSession) 
                 raise _not_started(process, 'answers requests that are not ours')
     except TimeoutError:
         await process.stop()
-        raise _not_started(process, f'did not answer within {process.start_seconds:.0f} s (COMFY_START_SECONDS)') from None
+        why = f'did not answer within {process.start_seconds:.0f} s (COMFY_START_SECONDS)'
+        raise _not_started(process, why) from None
     finally: exited.cancel()
 
 def _not_started(process: ComfyProcess, why: str) -> JobError:
@@ -143,8 +145,9 @@ class Progress:
 
 _OUT_OF_MEMORY = ('outofmemory', 'out of memory', 'failed to allocate memory', 'alloc_failed') # torch, CUDA, onnxruntime, cuDNN
 
-_DISK_FULL = re.compile(r'no space left on device|errno (28|122)\b|os error (28|122)\b|quota exceeded|disk is full'
-                        r'|\d+ requested and \d+ written|inline_container.*unexpected pos|file write failed', re.I | re.S)
+_DISK_FULL = re.compile(
+    r'no space left on device|errno (28|122)\b|os error (28|122)\b|quota exceeded|disk is full'
+    r'|\d+ requested and \d+ written|inline_container.*unexpected pos|file write failed', re.I | re.S)
 
 def node_error(
     data: Mapping[str, Any] # of an `execution_error` message
@@ -232,8 +235,8 @@ class _Api(_Requests):
     "Beside them the one socket that all prompts share"
     async def _connect(self) -> None:
         if self.reader: self.reader.cancel()
-        address, options = f'{self.process.url}/ws?clientId={self.client_id}', {'max_msg_size': 64 * 2**20, 'heartbeat': 20}
-        opening = self.http.ws_connect(address, headers=self.process.headers, **options)
+        address, most = f'{self.process.url}/ws?clientId={self.client_id}', 64 * 2**20 # bytes
+        opening = self.http.ws_connect(address, headers=self.process.headers, max_msg_size=most, heartbeat=20)
         try: self.socket = await asyncio.wait_for(opening, self.answer_s)
         except TimeoutError: raise ComfyDied(f'the socket did not open in {self.answer_s:.0f} s') from None
         self.reader = asyncio.create_task(self._read(self.socket))

