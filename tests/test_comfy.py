@@ -257,27 +257,40 @@ def test_nobody_else_can_open_its_folders_or_change_its_code(running):
              place.base / 'extra_paths.json': 0o400, place.base / 'custom_nodes/wan_avatar_nodes.py': 0o400}
     assert {p: p.stat().st_mode & 0o777 for p in modes} == modes
     assert not [p for p in (place.home / 'input').rglob('*') if p.is_file()], 'ComfyUI has no inputs of its own'
+    before = place.base.stat().st_ino
+    lay_out(place)
+    assert place.base.stat().st_ino == before, 'a start has changed nothing there'
 
 STRANGER = """#!{python}
-import http.server, sys
+import http.server, os, sys
 class Any(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        print(dict(self.headers), flush=True)
+        self.send_response({status})
+        self.send_header('X-Wan-Avatar', 'a guess')
         self.end_headers()
+        Any.left -= 1
+        if not Any.left: os._exit(9)
+    left = 3
 http.server.HTTPServer(('127.0.0.1', int(sys.argv[sys.argv.index('--port') + 1])), Any).serve_forever()
 """
 
-def test_one_that_lets_strangers_in_is_ended(tmp_path):
+@pytest.mark.parametrize('status, why', [(200, 'answers requests that are not ours'), (404, 'answers requests that are not ours'),
+                                         (403, 'ended with 9 while starting')])
+def test_who_does_not_know_the_secret_is_not_told_it(tmp_path, status, why):
+    "Somebody else on the port, or a ComfyUI that lets strangers in"
     (python := tmp_path / 'comfy/env/bin/python').parent.mkdir(parents=True)
-    python.write_text(STRANGER.format(python=sys.executable))
+    python.write_text(STRANGER.replace('{python}', sys.executable).replace('{status}', str(status)))
     python.chmod(0o755)
     async def begin() -> ComfyProcess:
         process = ComfyProcess(ComfyPlace(tmp_path / 'comfy', tmp_path / 'work', tmp_path / 'models'))
         async with aiohttp.ClientSession() as http:
-            with pytest.raises(JobError, match='answers requests that are not ours') as e: await process.start(http)
+            with pytest.raises(JobError, match=why) as e: await process.start(http)
         assert e.value.worker_unfit
         return process
-    assert not asyncio.run(begin()).alive
+    process = asyncio.run(begin())
+    asked = process.log.since(0)
+    assert not process.alive and 'X-Wan-Avatar-Asked' in asked and process.secret not in asked
 
 def test_one_that_cannot_close_its_door_ends(tmp_path):
     lay_out(place := ComfyPlace(tmp_path / 'comfy', tmp_path / 'work', tmp_path / 'models'))

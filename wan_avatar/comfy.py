@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import re
+import secrets
 import signal
 import subprocess
 import threading
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 import aiohttp
 from .job import ErrorCode, JobError
-from .launch import HEADER, ComfyPlace, Launched, Log, launch
+from .launch import ASKED, HEADER, ComfyPlace, Launched, Log, launch, proof
 from .workflow import Graph, validate
 
 log = logging.getLogger(__name__)
@@ -114,9 +115,6 @@ async def _until_it_answers(process: ComfyProcess, http: aiohttp.ClientSession) 
             while not await _answers(process, http):
                 done, _ = await asyncio.wait({exited}, timeout=0.1)
                 if done: raise _not_started(process, f'ended with {process.child.returncode} while starting')
-            if await _status(process, http, {}) != 403:
-                await process.stop()
-                raise _not_started(process, 'answers requests that are not ours')
     except TimeoutError:
         await process.stop()
         why = f'did not answer within {process.start_seconds:.0f} s (COMFY_START_SECONDS)'
@@ -127,13 +125,15 @@ def _not_started(process: ComfyProcess, why: str) -> JobError:
     return JobError('comfy_failed', f'ComfyUI {why}:\n{process.last_words()}', worker_unfit=True)
 
 async def _answers(process: ComfyProcess, http: aiohttp.ClientSession) -> bool:
-    return await _status(process, http, process.headers) == 200
-
-async def _status(process: ComfyProcess, http: aiohttp.ClientSession, headers: Mapping[str, str]) -> int: # 0: no answer
-    limit = aiohttp.ClientTimeout(total=5)
+    "Does the ComfyUI that was started listen? JobError when it lets strangers in"
+    number, limit = secrets.token_hex(16), aiohttp.ClientTimeout(total=5)
     try:
-        async with http.get(f'{process.url}/system_stats', headers=headers, timeout=limit) as r: return r.status
-    except (aiohttp.ClientError, TimeoutError): return 0
+        async with http.get(f'{process.url}/system_stats', headers={ASKED: number}, timeout=limit) as r:
+            shut, said = r.status == 403, r.headers.get(HEADER)
+    except (aiohttp.ClientError, TimeoutError): return False
+    if shut: return said == proof(process.secret, number)
+    await process.stop()
+    raise _not_started(process, 'answers requests that are not ours')
 
 # %% ../nbs/31_comfy.ipynb #9e28137b
 @dataclass(frozen=True)
