@@ -1,10 +1,13 @@
 """Nodes that the tests put into ComfyUI: to see what flows along a link, and to make what no real node makes"""
 import json
+import os
 from pathlib import Path
 
+import av
 import folder_paths
 import numpy as np
 import torch
+from PIL import Image
 
 class Any(str):
     "A type that takes every link"
@@ -37,7 +40,7 @@ class Probe:
     def INPUT_TYPES(cls): return {'required': {'value': (Any('*'),), 'name': ('STRING', {})}}
 
     def run(self, value, name):
-        folder = Path(folder_paths.get_input_directory()) / 'probes'
+        folder = Path(folder_paths.get_output_directory()) / 'probes'
         folder.mkdir(exist_ok=True)
         np.savez(folder / f'{name}.npz', **tensors(value))
         (folder / f'{name}.json').write_text(json.dumps(described(value)))
@@ -72,4 +75,38 @@ class SayPrompt:
 
     def run(self, text, encoder): return ([[torch.full((1, 512, 4096), len(text) / 100), {}]],)
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Probe, NumberedMask, FullMemory, SayPrompt)}
+class FullDisk:
+    "Writes to a device that is always full, as somebody's code does"
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
+    WRITERS = {'python': lambda f: f.write(b'x' * 10**6),
+               'numpy': lambda f: np.zeros(10**5).tofile(f),
+               'numpy archive': lambda f: np.savez(f, a=np.zeros(10**5)),
+               'torch': lambda f: torch.save(torch.zeros(10**5), f),
+               'pillow': lambda f: Image.effect_noise((300, 300), 50).save(f, 'PNG'),
+               'pyav': lambda f: record('/dev/full')}
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {'writer': (list(cls.WRITERS),)}}
+
+    def run(self, writer):
+        with open('/dev/full', 'wb') as f: self.WRITERS[writer](f)
+        return {}
+
+def record(path):
+    "A video of noise"
+    with av.open(path, 'w', format='mpegts') as out:
+        stream = out.add_stream('mpeg4', rate=24, width=320, height=240, bit_rate=10**8)
+        noise = np.random.default_rng(0)
+        for _ in range(24): out.mux(stream.encode(av.VideoFrame.from_ndarray(noise.integers(0, 255, (240, 320, 3), np.uint8))))
+        out.mux(stream.encode())
+
+class Variables:
+    "What a process that ComfyUI starts is told"
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {}}
+
+    def run(self): return {'ui': {'variables': [f'{k}={v}' for k, v in os.environ.items()]}}
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Probe, NumberedMask, FullMemory, SayPrompt, FullDisk, Variables)}

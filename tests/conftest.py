@@ -15,7 +15,7 @@ from wan_avatar.handler import Handler
 from wan_avatar.local import bucket_server
 from wan_avatar.media import Encoder, normalise_video, read_frames
 from wan_avatar.timeline import Timeline
-from wan_avatar.worker import Background, boot
+from wan_avatar.worker import Background, boot, shut_down
 from wan_avatar.workflow import PROFILES
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,13 @@ def comfy_dir() -> Path:
     folder = Path(tempfile.mkdtemp(prefix='comfy-tree-'))
     shutil.copytree(TREE, folder / 'ComfyUI', symlinks=True, ignore=_source_alone)
     (folder / 'env').symlink_to(ROOT / '.comfy/env')
+    return folder
+
+def comfy_with_probe(folder: Path) -> Path:
+    "The same with the nodes of the tests, which come as an image's do"
+    (nodes := folder / 'custom_nodes/probe').mkdir(parents=True)
+    shutil.copy(ROOT / 'tests/comfy_probe.py', nodes / '__init__.py')
+    for name in ('ComfyUI', 'env'): (folder / name).symlink_to(comfy_dir() / name)
     return folder
 
 def _source_alone(folder: str, names: list[str]) -> set[str]:
@@ -87,7 +94,8 @@ class Service:
     def __init__(self, bucket, work: Path, **more: str):
         self.background, self.reports = Background(), []
         self.settings = make_settings(bucket, work, **more)
-        self.studio = self.background.submit(boot(self.settings, Timeline())).result(timeout=120)
+        self.booted = self.background.submit(boot(self.settings, Timeline()))
+        self.studio = self.booted.result(timeout=120)
         self.handler, self.store, self.comfy = Handler(self.studio, self.note), self.studio.store, self.studio.comfy
 
     async def note(self, event: dict, update: dict) -> None: self.reports.append((event['id'], update))
@@ -117,9 +125,7 @@ class Service:
         "Run a coroutine where the service lives"
         return self.background.submit(work).result(timeout=60)
 
-    def close(self) -> None:
-        self.on_loop(self.comfy.close())
-        self.background.close()
+    def close(self) -> None: shut_down(self.background, self.booted)
 
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):

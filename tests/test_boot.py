@@ -1,4 +1,5 @@
 """A worker gets its weights from a local hub while ComfyUI starts, warms up and renders: the production graph on tiny checkpoints"""
+import asyncio
 import functools
 import json
 import shutil
@@ -15,10 +16,11 @@ import wan_avatar.fetch as fetching
 from wan_avatar.fetch import Hub
 from wan_avatar.hub import ModelHub, model_hub
 from wan_avatar.job import JobError
+from wan_avatar.launch import ComfyPlace, launch
 from wan_avatar.models import Lock, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
 from wan_avatar.timeline import Timeline
-from wan_avatar.worker import Background, boot, check_fit, warm_up
+from wan_avatar.worker import Background, boot, check_fit, shut_down, warm_up
 from wan_avatar.workflow import TINY, WAN, Profile, needed_files, with_tracker
 
 EMBEDDING = Embedding(TINY.prompt, TINY.encoder_sha256)
@@ -94,6 +96,21 @@ def test_weights_that_can_not_be_had_end_the_boot_and_comfyui(hub, bucket, envir
         assert e.value.worker_unfit
     finally: background.close()
     assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in ' '.join(p.cmdline())]
+
+@pytest.mark.parametrize('turns', [0, 1, 3, 10, 100])
+def test_a_worker_that_is_stopped_while_it_boots_leaves_no_comfyui(bucket, tmp_path, turns):
+    "Stopped when its loop has turned so often, while a ComfyUI that was started early does not answer yet"
+    (python := tmp_path / 'comfy/env/bin/python').parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nexec sleep 600\n')
+    python.chmod(0o755)
+    settings = make_settings(bucket, tmp_path / 'work', COMFY_DIR=str(tmp_path / 'comfy'))
+    launched, background = launch(ComfyPlace(settings.comfy_dir, settings.work_dir, settings.models_dir)), Background()
+    async def turn() -> None:
+        for _ in range(turns): await asyncio.sleep(0)
+    booted = background.submit(boot(settings, Timeline(), launched))
+    background.submit(turn()).result(timeout=30)
+    shut_down(background, booted)
+    assert booted.cancelled() and launched.process.poll() is not None and not background.thread.is_alive()
 
 # weights that do not fit
 

@@ -2,9 +2,12 @@
 import json
 import os
 import signal
+import ssl
 import subprocess
 import time
+from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from conftest import ROOT, comfy_dir, cut
@@ -68,6 +71,81 @@ def test_cancel_in_mid_job(local):
     began = time.monotonic()
     after = list(client.follow(client.submit(BRIEF).id, LIMIT_S))[-1]
     assert after.state == 'COMPLETED' and time.monotonic() - began < 60 and client.status(job.id).state == 'CANCELLED'
+
+# every open port
+
+def listening(processes: list[psutil.Process]) -> set[int | str]:
+    "Ports these listen on, and paths of their sockets"
+    found = set()
+    for process in processes:
+        for c in process.net_connections('all'):
+            if isinstance(c.laddr, str): found |= {c.laddr} - {''}
+            elif c.status == psutil.CONN_LISTEN:
+                assert c.laddr.ip == '127.0.0.1', f'{process.name()} listens to the network, at port {c.laddr.port}'
+                found.add(c.laddr.port)
+    return found
+
+SECRET_TEXT = b'what the owner of the bucket keeps'
+FORM = {'files': {'file': ('a.txt', b'x')}, 'data': {'key': 'in/evil.txt', 'subfolder': '../base/custom_nodes'}}
+PAGE = {'Origin': 'http://page.example', 'Referer': 'http://page.example/'}
+READ = [
+    '/', '/media', '/media/', '/media/in/secret.txt', '/media?list-type=2', '/buckets', '/buckets/media/in/secret.txt',
+    '/dir/status', '/dir/assign', '/dir/lookup?volumeId=1', '/vol/status', '/cluster/status', '/metrics', '/debug/pprof/',
+    '/stats/disk', '/ui/index.html', '/1,01637037d6', '/v2/local/health', '/v2/local/status/x', '/v2/local/job-take/x',
+    '/v2/local/ping/x', '/system_stats', '/history', '/view?filename=a', '/internal/logs']
+WRITTEN = ['/media/in/evil.txt', '/buckets/media/in/evil.txt', '/evil', '/1,01637037d6']
+DELETED = ['/media/in/secret.txt', '/buckets/media/in/secret.txt', '/buckets?recursive=true', '/1,01637037d6']
+CALLED = ['/v2/local/run', '/v2/local/purge-queue', '/v2/local/job-done/x/y', '/prompt', '/free']
+FORMS = [
+    '/', '/media', '/media/in/evil.txt', '/buckets/media/in/evil.txt', '/submit', '/col/delete?collection=media',
+    '/vol/grow?count=1', '/vol/vacuum', '/1,01637037d6', '/upload/image', '/v2/local/run', '/v2/local/cancel/x']
+ASKED = [
+    *(('GET', path, {}) for path in READ),
+    *(('PUT', path, {'content': b'x'}) for path in WRITTEN),
+    *(('DELETE', path, {}) for path in DELETED),
+    *(('POST', path, {'json': {'input': {}, 'prompt': {}}}) for path in CALLED),
+    *(('POST', path, FORM | {'headers': PAGE}) for path in FORMS),
+    ('OPTIONS', '/v2/local/run', {'headers': PAGE | {'Access-Control-Request-Method': 'POST'}})]
+
+EXCEPTIONS: dict[str, str] = {} # what stands open -> why; `up` and the guide would have to say so
+
+def answers(port: int) -> list[str]:
+    "What a stranger gets to hear from a port, in plain and in TLS; nothing when all he asks is refused"
+    anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    heard = []
+    for scheme, asked in (('http', ASKED), ('https', ASKED[::10])): # without a certificate nobody gets to name a path
+        with httpx.Client(verify=anyone, trust_env=False, timeout=10) as client:
+            for method, path, more in asked:
+                try: answer = client.request(method, f'{scheme}://127.0.0.1:{port}{path}', **more)
+                except httpx.TransportError: continue
+                if answer.status_code < 400 or SECRET_TEXT in answer.content:
+                    heard.append(f'{port} {scheme} {method} {path}: {answer.status_code} {answer.text[:60]}')
+    return heard
+
+def test_every_open_port_refuses_strangers(local, tmp_path):
+    started, store, client = local
+    (tmp_path / 'secret.txt').write_bytes(SECRET_TEXT)
+    store.upload(tmp_path / 'secret.txt', 'in/secret.txt', 'text/plain')
+    assert list(client.follow(client.submit(BRIEF).id, LIMIT_S))[-1].state == 'COMPLETED'
+    weed = psutil.Process(started.bucket.pid)
+    of_workers, of_weed = listening(worker_processes()), listening([weed, *weed.children(recursive=True)])
+    own = {int(started.endpoint.url.split(':')[2].split('/')[0])}
+    ports = {p for p in of_workers | of_weed | own if isinstance(p, int)}
+    assert (len(of_workers), len(ports)) == (1, 12), 'ComfyUI; the endpoint, five of SeaweedFS, as many for gRPC'
+    before = {key: store.stat(key) for key in store.list('')}
+    heard = [said for port in sorted(ports) for said in answers(port)]
+    assert [h for h in heard if h not in EXCEPTIONS] == []
+    assert {key: store.stat(key) for key in store.list('')} == before and 'in/secret.txt' in before
+    for path in of_weed - ports: assert Path(path).stat().st_mode & 0o077 == 0, f'others can speak to {path}'
+
+def test_logs_and_folders_are_for_this_user_alone(local):
+    started = local[0]
+    folders = [started.endpoint.rules.log_folder, started.bucket.folder]
+    names = ('weed.log', 's3.json', 'key.pem')
+    files = [*folders[0].glob('worker-*.log'), *(started.bucket.folder / name for name in names)]
+    assert len(files) > 3 and {f.stat().st_mode & 0o777 for f in files} == {0o600}
+    assert {f.stat().st_mode & 0o777 for f in folders} == {0o700}
 
 def test_sigterm_finishes_the_job_and_leaves_nothing(local):
     client = local[2]

@@ -1,13 +1,23 @@
 """The job path with everything real but RunPod: faults in the middle of a job, and jobs beside each other"""
+import asyncio
+import gc
 import hashlib
 import os
 import signal
+import subprocess
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from wan_avatar.avatar import Studio, make_avatar, work_folder
+from wan_avatar.comfy import Child, Comfy, ComfyProcess
+from wan_avatar.handler import Handler
+from wan_avatar.store import Store
 from wan_avatar.track import track_key
+from wan_avatar.worker import Background, shut_down
 
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/two windows.mp4'}
 
@@ -136,3 +146,79 @@ def test_two_people_at_once_are_never_mixed(service, alone):
     assert 'error' not in face and face['sha256'] != alone['sha256']
     both = service.submit('both-a', **JOB), service.submit('both-b', **other)
     assert [f.result(timeout=120)['sha256'] for f in both] == [alone['sha256'], face['sha256']]
+
+# a worker that is stopped in mid-job
+
+class Borrowed(ComfyProcess):
+    "The service's ComfyUI seen from another worker; what that one stops is a process of its own"
+    def __init__(self, lender: ComfyProcess):
+        super().__init__(lender.place)
+        self.lender = lender
+
+    async def start(self, http) -> None:
+        self.child = Child(subprocess.Popen(['sleep', '600'], start_new_session=True))
+        self.port, self.secret, self.log = self.lender.port, self.lender.secret, self.lender.log
+
+BRIEF = JOB | {'driving_video_path': 'in/brief.mp4'}
+
+class Doomed:
+    "A worker with one job in hand, and word of when that has reported so often"
+    def __init__(self, service, reports: int, monkeypatch):
+        self.background, self.told, self.reached = Background(), 0, threading.Event()
+        monkeypatch.setattr('wan_avatar.handler.make_avatar', partial(self.make, reports))
+        self.comfy = Comfy(Borrowed(service.comfy.process))
+        self.booted = self.background.submit(self.boot(service))
+        handler = Handler(self.booted.result(timeout=30), self.note)
+        if not reports: self.reached.set()
+        self.job = self.background.submit(handler({'id': f'doomed-{reports}', 'input': BRIEF}))
+        self.job.add_done_callback(lambda f: self.reached.set())
+
+    async def boot(self, service) -> Studio:
+        await self.comfy.start()
+        return replace(service.studio, store=Store(service.settings), comfy=self.comfy, renderer=asyncio.Lock())
+
+    async def note(self, event: dict, update: dict) -> None: pass
+
+    async def make(self, reports: int, job_id, job, studio, report, timeline):
+        def count(update: dict) -> None:
+            self.told += 1
+            if self.told == reports: self.reached.set()
+            report(update)
+        return await make_avatar(job_id, job, studio, count, timeline)
+
+MOMENTS = [(0, True), (1, True), (2, True), (2, False), (3, True), (4, True), (6, True), (8, False), (10, True), (12, True),
+           (15, True), (18, False), (24, True), (30, False), (1000, True)]
+
+@pytest.mark.parametrize('reports, cancelled', MOMENTS)
+def test_a_worker_that_is_stopped_in_mid_job_leaves_nothing(service, alone, caplog, monkeypatch, reports, cancelled):
+    """When the job has reported so often: at once, in its inputs, its track, its windows, its delivery, after its end;
+    and when the SDK has cancelled the job just before, as it does at SIGTERM"""
+    gc.collect()
+    before, jobs = set(threading.enumerate()), service.settings.work_dir / 'jobs'
+    assert list(jobs.iterdir()) == []
+    worker = Doomed(service, reports, monkeypatch)
+    assert worker.reached.wait(60)
+    began = time.monotonic()
+    if cancelled: worker.job.cancel()
+    shut_down(worker.background, worker.booted)
+    assert time.monotonic() - began < 15 and worker.job.done()
+    assert list(jobs.iterdir()) == [] and not worker.comfy.process.alive and worker.background.loop.is_closed()
+    del worker
+    gc.collect()
+    for thread in set(threading.enumerate()) - before: thread.join(5)
+    assert set(threading.enumerate()) <= before
+    for words in ('Unclosed', 'destroyed', 'never retrieved'): assert words not in caplog.text
+
+@pytest.mark.parametrize('turns', range(8))
+def test_a_folder_goes_at_whatever_moment_of_its_removal_the_loop_ends(tmp_path, turns):
+    "The end of a loop cancels every task that is left, those that tidy up too"
+    async def job() -> None:
+        async with work_folder(tmp_path): await asyncio.Event().wait()
+    async def main() -> None:
+        task = asyncio.create_task(job())
+        await asyncio.sleep(0)
+        assert len(list((tmp_path / 'jobs').iterdir())) == 1
+        task.cancel()
+        for _ in range(turns): await asyncio.sleep(0)
+    asyncio.run(main())
+    assert list((tmp_path / 'jobs').iterdir()) == []

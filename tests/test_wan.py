@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import rules
-from conftest import ROOT, Service, cut
+from conftest import ROOT, Service, comfy_with_probe, cut
 
 from wan_avatar import avatar
 from wan_avatar.comfy import run
@@ -67,9 +67,8 @@ with (folder / 'clip_vision' / clip).open('wb') as f:
 @pytest.fixture(scope='module')
 def wan(bucket, samples, weights, tmp_path_factory):
     work = tmp_path_factory.mktemp('wan')
-    (work / 'comfy/avatar_nodes').mkdir(parents=True)
-    shutil.copy(ROOT / 'tests/comfy_probe.py', work / 'comfy/avatar_nodes')
-    made = Service(bucket, work, MODELS_DIR=str(weights), PROFILE='wan22-animate-tiny')
+    probed = comfy_with_probe(tmp_path_factory.mktemp('probed'))
+    made = Service(bucket, work, MODELS_DIR=str(weights), PROFILE='wan22-animate-tiny', COMFY_DIR=str(probed))
     made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
     made.store.upload(cut(samples / 'pexels.mp4', 14, tmp_path_factory.mktemp('short')), 'in/short.mp4', 'video/mp4')
     made.store.upload(cut(samples / 'pexels.mp4', 5, tmp_path_factory.mktemp('five')), 'in/five frames.mp4', 'video/mp4')
@@ -181,7 +180,7 @@ def probe(wan, graph: dict, **links: list) -> dict[str, tuple]:
     "Run a graph and look at these links: name -> (shapes, tensors)"
     looking = {f'probe_{name}': {'class_type': 'Probe', 'inputs': {'value': link, 'name': name}} for name, link in links.items()}
     wan.on_loop(run(wan.comfy, graph | looking))
-    folder = wan.settings.work_dir / 'probes'
+    folder = wan.settings.work_dir / 'comfy/output/probes'
     return {name: (json.loads((folder / f'{name}.json').read_text()), dict(np.load(folder / f'{name}.npz'))) for name in links}
 
 def window_values() -> dict:
@@ -302,7 +301,7 @@ def test_clip_at_its_true_size(wan, window):
     graph = bind(vision_graph(WAN), {k: window_values()[k] for k in ('reference', 'vision')} | {'vision': 'jobs/by-hand/large.safetensors'})
     said = probe(wan, graph, described=['described', 0], letterboxed=['letterboxed', 0])
     assert said['described'][0]['penultimate_hidden_states'] == [1, 257, 1280] and said['letterboxed'][0] == [1, 720, 1280, 3]
-    assert 'missing clip vision' not in wan.comfy.process.log_path.read_text()
+    assert 'missing clip vision' not in wan.comfy.process.log.since(0)
 
 # the close-up of the face
 

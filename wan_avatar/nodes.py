@@ -12,6 +12,7 @@ __all__ = ['NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'Avata
 # %% ../nbs/32_nodes.ipynb #7cb4450a
 import gc
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ import numpy as np
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
 from .job import JobError
+from .launch import SHARED, TREE
 from .media import FPS, RawFrames, probe, read_frames, read_image
 from .prompt import Embedding
 from .segments import SHAPES, MaskShape, letterbox, window_pictures
@@ -35,17 +37,16 @@ from .wholebody import GPU_MEMORY, Detectors, track_picture, track_wholebody
 # %% ../nbs/32_nodes.ipynb #2afab9e3
 def inside(
     path: str, # relative to the work tree
-    tree: Path # ComfyUI's input folder
+    tree: Path
 ) -> Path: # absolute
-    "A path inside the work tree; JobError `internal` otherwise"
+    "A path inside the folders that nodes may use; JobError `internal` otherwise"
     tree = tree.resolve()
     full = (tree / path).resolve()
-    if not full.is_relative_to(tree) or full == tree: raise JobError('internal', f'path "{path}" leaves the work tree')
+    if not any(tree / folder in full.parents for folder in SHARED):
+        raise JobError('internal', f'path "{path}" leaves the folders {" and ".join(SHARED)} of the work tree')
     return full
 
-def _work_path(path: str) -> Path:
-    import folder_paths # ComfyUI's own module: only there inside its process
-    return inside(path, Path(folder_paths.get_input_directory()))
+def _work_path(path: str) -> Path: return inside(path, Path(os.environ[TREE])) # of ComfyUI's process
 
 def _progress(total: int) -> Callable[[int, int], None]:
     "A callback (done, total) that moves ComfyUI's bar; ComfyUI raises its interruption from in here"

@@ -26,8 +26,9 @@ import re
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -37,13 +38,13 @@ from PIL import Image
 from wan_avatar.avatar import (
     Studio, describe_picture, find_embedding, in_thread, prompt_embeddings, relative, sweep, track_file, work_folder,
 )
-from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys, written
+from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .fetch import Coming, ProgressLines, fetch_weights, places_of
 from .files import whole_file
 from .handler import Handler
 from .job import JobError
-from .launch import Launched
+from .launch import Launched, absolute_folder, private_folder
 from .memory import find_memory, memory_line
 from .models import Lock, LockedFile, link, load_lock, snapshots
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
@@ -57,25 +58,41 @@ log = logging.getLogger(__name__)
 class Background:
     "An event loop on a thread of its own"
     def __init__(self):
-        self.loop = asyncio.new_event_loop()
+        self.loop, self.pool = asyncio.new_event_loop(), ThreadPoolExecutor(thread_name_prefix='service')
+        self.loop.set_default_executor(self.pool)
+        self.works: weakref.WeakSet[Coroutine] = weakref.WeakSet() # that were handed to it and have not ended
         self.thread = threading.Thread(target=self.loop.run_forever, name='service', daemon=True)
         self.thread.start()
 
     def submit(self, work: Coroutine) -> Future:
         "Run a coroutine over there; cancelling the future cancels it"
+        self.works.add(work)
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def close(self) -> None:
-        "Cancel what still runs, let it clean up, stop the loop; bounded"
-        try: self.submit(_wind_up()).result(timeout=20)
+        "Stop the loop and its threads, when everything on it has ended; bounded"
+        try: self.end()
         finally:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join(timeout=5)
+            waiting = threading.Thread(target=self.pool.shutdown, daemon=True) # waits without a limit
+            waiting.start()
+            waiting.join(timeout=15)
+            if not self.thread.is_alive(): self.loop.close()
 
-async def _wind_up() -> None:
+    def end(self) -> None:
+        "Cancel what was handed over, let it tidy up, then what is left; bounded"
+        asyncio.run_coroutine_threadsafe(_wind_up(self.works), self.loop).result(timeout=25)
+
+async def _wind_up(works: weakref.WeakSet) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    handed = {task for task in others if task.get_coro() in works}
+    for task in handed:
+        if not task.cancelling(): task.cancel() # a second time would cancel its tidying up
+    if handed: await asyncio.wait(handed, timeout=15)
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest: task.cancel()
-    if rest: await asyncio.wait(rest, timeout=15)
+    if rest: await asyncio.wait(rest, timeout=5)
 
 # %% ../nbs/42_worker.ipynb #5a1de7e1
 def identity(comfy_dir: Path) -> dict[str, str]:
@@ -99,8 +116,9 @@ def check_disk(
     needed: int = 2 * 10**9, # bytes: two windows of raw frames and a long video
     disk_usage=shutil.disk_usage
 ) -> None:
-    "There must be room to work in; JobError `storage_failed` otherwise"
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    "There must be a folder of our own with room to work in; JobError `storage_failed` otherwise"
+    try: private_folder(settings.work_dir)
+    except OSError as e: raise JobError('storage_failed', str(e), worker_unfit=True) from e
     if (free := disk_usage(settings.work_dir).free) < needed:
         raise JobError('storage_failed', f'WORK_DIR has {free / 1e9:.1f} GB free; a job needs {needed / 1e9:.0f} GB', worker_unfit=True)
 
@@ -163,13 +181,13 @@ def warm_up_graph(profile: Profile) -> Graph: # slots: embedding, vision, frames
 async def warm_up(studio: Studio, profile: Profile, timeline: Timeline) -> None:
     "Load the models of the renderer; JobError `models_unavailable` when a file does not fit"
     values = await prompt_embeddings(None, studio, profile, timeline, Restarts(0))
-    log_path = studio.comfy.process.log_path
-    before = log_path.stat().st_size
+    printed = studio.comfy.process.log
+    before = printed.end()
     async with work_folder(studio.settings.work_dir) as folder:
         values |= await describe_picture(empty_picture(folder), studio, profile, timeline, Restarts(0))
         values |= {'frames': relative(folder / 'frames.u8', studio.settings.work_dir)}
         await run(studio.comfy, bind(warm_up_graph(profile), values) | loaders(profile))
-    check_fit(written(log_path, before), profile)
+    check_fit(printed.since(before), profile)
 
 def empty_picture(folder: Path) -> Path:
     "A black picture, to run networks on"
@@ -219,7 +237,8 @@ async def _step(timeline: Timeline, name: str, what: str, work: Awaitable) -> No
 
 def absolute(settings: Settings) -> Settings:
     "The same with absolute folders: ComfyUI works in another one"
-    return settings.model_copy(update={k: getattr(settings, k).resolve() for k in ('comfy_dir', 'work_dir', 'models_dir')})
+    places = {k: getattr(settings, k).resolve() for k in ('comfy_dir', 'models_dir')}
+    return settings.model_copy(update=places | {'work_dir': absolute_folder(settings.work_dir)})
 
 def keep_timeline(timeline: Timeline, work_dir: Path) -> Path:
     "The boot as JSON, for reports"
@@ -246,8 +265,8 @@ async def boot(
         for event in (answers, trackers): await event.wait()
         if warm: await _step(timeline, 'warm-up tracker', 'the tracker is warm', warm_up_tracker(bare, profile))
     try:
-        sweep(place.work_dir)
         check_disk(settings)
+        sweep(place.work_dir)
         bucket = _step(timeline, 'bucket', 'the bucket is reachable', asyncio.to_thread(store.check))
         await together(start(), bucket, get_weights(profile, settings, store, timeline, trackers), tracker())
         if warm: await _step(timeline, 'warm-up', 'the models are loaded', warm_up(bare, profile, timeline))
@@ -312,12 +331,15 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
     background = Background()
     booted = background.submit(boot(settings, timeline, launched))
     try: serve(background, booted, settings, timeline)
-    finally: shut_down(background, booted)
+    finally:
+        shut_down(background, booted)
+        if launched and launched.process.poll() is None: launched.end() # boot never began
 
 def shut_down(background: Background, booted: Future) -> None:
-    "Stop ComfyUI and the loop, whatever state boot was in; bounded"
-    if booted.done() and not booted.cancelled() and booted.exception() is None: background.submit(booted.result().comfy.close()).result(timeout=15)
-    else: booted.cancel()
+    "End jobs and boot, then ComfyUI, then the loop, whatever state they are in; bounded"
+    background.end()
+    if booted.done() and not booted.cancelled() and booted.exception() is None:
+        background.submit(booted.result().comfy.close()).result(timeout=15)
     background.close()
 
 # %% ../nbs/42_worker.ipynb #829c1736
