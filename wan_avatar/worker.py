@@ -255,7 +255,9 @@ async def boot(
         await comfy.close()
         raise
     keep_timeline(timeline, place.work_dir)
-    return Studio(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
+    studio = Studio(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
+    studio.reading.start() # only now: it imports beside what comes first, the download of the first job's files
+    return studio
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:
@@ -316,9 +318,11 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
 
 def shut_down(background: Background, booted: Future) -> None:
     "Stop ComfyUI and the loop, whatever state boot was in; bounded"
-    if booted.done() and not booted.cancelled() and booted.exception() is None: background.submit(booted.result().comfy.close()).result(timeout=15)
+    ready = booted.done() and not booted.cancelled() and booted.exception() is None
+    if ready: background.submit(booted.result().comfy.close()).result(timeout=15)
     else: booted.cancel()
     background.close()
+    if ready: booted.result().reading.close() # after the jobs that read there
 
 # %% ../nbs/42_worker.ipynb #829c1736
 #| eval: false
