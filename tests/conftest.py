@@ -111,6 +111,7 @@ class Service:
     def close(self) -> None:
         self.on_loop(self.comfy.close())
         self.background.close()
+        self.studio.reading.close()
 
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):

@@ -6,7 +6,7 @@
 __all__ = ['log', 'MEMORY', 'CODE', 'STACK', 'SECONDS', 'limit_memory', 'small_stacks', 'peak_memory', 'bare_environment',
            'serve', 'Apart']
 
-# %% ../nbs/06_apart.ipynb #75d0f48f
+# %% ../nbs/06_apart.ipynb #7dd268bc
 import ctypes
 import errno
 import logging
@@ -32,7 +32,7 @@ from .launch import die_with_parent
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/06_apart.ipynb #57f187cb
+# %% ../nbs/06_apart.ipynb #7984262c
 MEMORY = 960_000_000 # bytes a child may write to; with the libraries' code it stays under 1 GB
 CODE = 512 << 20 # more addresses than that: libraries, and what is reserved and never used
 STACK = 1 << 20 # bytes, of a thread
@@ -61,7 +61,7 @@ def peak_memory() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/06_apart.ipynb #e28d67ac
+# %% ../nbs/06_apart.ipynb #8ea443b2
 _KEPT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 # one heap for all threads; no threads of BLAS, since a process with threads is not to be forked
 _CALM = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
@@ -73,7 +73,7 @@ def bare_environment(
     "The environment of the process that waits"
     return {k: v for k, v in environ.items() if k in _KEPT} | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, path))}
 
-# %% ../nbs/06_apart.ipynb #52c158ad
+# %% ../nbs/06_apart.ipynb #f0718160
 @dataclass(frozen=True)
 class _Call:
     "What a child is asked to do"
@@ -88,10 +88,18 @@ def _too_much(call: _Call) -> JobError:
     return JobError('input_unreadable', f'{call.what} needs more than {call.memory // 10**6} MB of memory to be read, the limit for one file; '
                     'send a smaller one, or one that was encoded anew')
 
+def _full_disk(error: BaseException | None) -> BaseException | None:
+    "The one among an error and its causes that says so: causes are not pickled"
+    for _ in range(16): # no chain is longer
+        if error is None or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return error
+        error = error.__cause__ or error.__context__
+    return None
+
 def _as_told(error: Exception, call: _Call) -> Exception:
     "An error as the caller gets it: one that can be pickled"
     number = getattr(error, 'errno', None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM: return _too_much(call)
+    if (behind := _full_disk(error)) and behind is not error: return _as_told(behind, call)
     if isinstance(error, JobError):
         if error.code != 'input_unreadable' or (held := peak_memory()) < call.memory * 0.75: return error
         return JobError(error.code, f'{error.message}; reading it took {held // 10**6} MB of memory, {call.memory // 10**6} MB is the limit')
@@ -99,7 +107,7 @@ def _as_told(error: Exception, call: _Call) -> Exception:
     try: return pickle.loads(pickle.dumps(error))
     except Exception: return RuntimeError(f'{type(error).__name__}: {error}') # noqa: BLE001 - anything may go wrong in an exception of somebody else
 
-# %% ../nbs/06_apart.ipynb #ee36aca6
+# %% ../nbs/06_apart.ipynb #6c6137ef
 class _Teller:
     "Passes progress on, but not more often than anybody looks"
     def __init__(self, caller: Connection): self.caller, self.last, self.held = caller, 0.0, None
@@ -127,7 +135,7 @@ def _answer(caller: Connection) -> None:
     tell.flush()
     caller.send(answer)
 
-# %% ../nbs/06_apart.ipynb #472c4ea9
+# %% ../nbs/06_apart.ipynb #d95c8315
 class _Waiting:
     "Forks a child per call"
     def __init__(self, calls: socket.socket):
@@ -186,7 +194,7 @@ def serve(
         for key, _ in waiting.ready.select():
             if waiting.ready.get_map().get(key.fd) is key: key.data() # not that of a call before, whose number is used again
 
-# %% ../nbs/06_apart.ipynb #2a8326cd
+# %% ../nbs/06_apart.ipynb #32fb0c36
 SECONDS = 3600 # the longest any file is read; a job has a limit of its own
 
 class Apart:
@@ -256,7 +264,7 @@ class Apart:
         if kind == 'error': raise value
         return value
 
-# %% ../nbs/06_apart.ipynb #63b24a46
+# %% ../nbs/06_apart.ipynb #7049efb8
 def _follow(child: Connection, what: str, until: float, seconds: float, progress: Callable | None, cancelled: Callable[[], bool]) -> tuple[str, Any] | None:
     "The child's answer; None: it died without one"
     while True:

@@ -6,8 +6,8 @@
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'MAX_IMAGE_SECONDS', 'in_thread',
            'entered_in_thread', 'Turnstile', 'Studio', 'work_folder', 'sweep', 'boot_report', 'StageProgress', 'Inputs',
            'take_image', 'take_video', 'driving_key', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
-           'keep', 'take_cached_track', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter', 'window_progress',
-           'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
+           'keep', 'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter',
+           'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
            'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
            'prove', 'removed_on_failure', 'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar',
            'deadline', 'seed_of']
@@ -48,7 +48,7 @@ from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Store, fetch_image
 from .timeline import Timeline
-from .track import TRACKERS, Track, TrackDamaged, load_track, parse_track, track_facts, track_key
+from .track import TRACKERS, Track, TrackDamaged, load_track, parse_track, track_bytes_at_most, track_facts, track_key
 from wan_avatar.workflow import (
     Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
     track_graph, vision_graph, with_tracker,
@@ -240,7 +240,7 @@ async def track_video_cached(
     target = inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
-        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip.frames)
+        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip, TRACKERS[profile.tracker])
         stage.facts['cached'] = track is not None
         if track is None:
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
@@ -253,18 +253,31 @@ def keep(store: Store, key: str, path: Path) -> None:
     try: store.write_bytes(key, path.read_bytes(), 'application/octet-stream')
     except JobError as e: log.warning('%s was not cached: %s', key, e)
 
-def take_cached_track(store: Store, key: str, target: Path, frames: int) -> Track | None: # None: there was no good one
-    "Copy a track from the bucket; a damaged one, or one of another length, is as good as none"
-    found = store.stat(key)
-    if found is None or found['bytes'] > MAX_TRACK_BYTES: return None
-    data = store.read_bytes(key, MAX_TRACK_BYTES) or b''
-    try: track = parse_track(data)
+def take_cached_track(
+    store: Store, key: str,
+    target: Path, # gets the file
+    clip: Clip, # that was tracked
+    tracker: str # name and version
+) -> Track | None: # None: there was no good one
+    "Copy a track from the bucket; one that is damaged, or of something else, is as good as none"
+    most = min(MAX_TRACK_BYTES, track_bytes_at_most(clip.frames, clip.size))
+    data = cached_bytes(store, key, most)
+    if data is None: return None
+    try: track = parse_track(data, clip.frames, clip.size, tracker)
     except TrackDamaged as e:
         log.warning('%s: %s; tracking again', key, e)
         return None
-    if len(track) != frames: return None
     target.write_bytes(data) # as it is: writing it anew would compress its pictures a second time
     return track
+
+def cached_bytes(store: Store, key: str, most: int) -> bytes | None: # None: nothing there that could be it
+    "A cache's object, unless it is longer than what is looked for can be"
+    found = store.stat(key)
+    if found is None: return None
+    if found['bytes'] > most:
+        log.warning('%s has %d bytes, more than there can be; passing over it', key, found['bytes'])
+        return None
+    return store.read_bytes(key, most)
 
 # %% ../nbs/40_avatar.ipynb #2fa3cd6f
 @dataclass(frozen=True)
@@ -407,9 +420,11 @@ def find_embedding(
     if good(shipped):
         with whole_file(target) as part: shutil.copyfile(shipped, part)
         return 'weights'
-    if (data := store.read_bytes(key, 10**8)) is None: return None
+    if (data := cached_bytes(store, key, wanted.bytes_at_most)) is None: return None
     with whole_file(target) as part: part.write_bytes(data)
-    return 'bucket' if good(target) else None
+    if good(target): return 'bucket'
+    target.unlink()
+    return None
 
 def embedding_key(wanted: Embedding) -> str:
     "Where the bucket keeps it"
