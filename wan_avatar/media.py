@@ -783,7 +783,7 @@ def read_image(
     name, bare = Path(path).name, strip_metadata(Path(path).read_bytes())
     try:
         flat = _decoded_picture(bare, name)
-        if not bare.ended and not _is_whole(bare): raise ValueError('pixels are missing at its end')
+        if not bare.ended and not _has_all_pixels(bare): raise ValueError('pixels are missing at its end')
         return np.array(flat)
     except (JobError, MemoryError): raise
     except UnidentifiedImageError: raise JobError('input_unreadable', f'{name} {_no_picture(path)}; send a {", ".join(IMAGE_FORMATS)}') from None
@@ -806,7 +806,7 @@ def _decoded_picture(bare: Bare, name: str) -> Image.Image:
         image.close()
         return flat
 
-def _is_whole(bare: Bare) -> bool:
+def _has_all_pixels(bare: Bare) -> bool:
     "A JPEG without its end: do all its pixels stand in it?"
     if missing_scans(bare.data): return False
     seen = set()

@@ -6,14 +6,14 @@
 __all__ = ['MAX_PROFILE', 'Bare', 'read_orientation', 'strip_png', 'strip_jpeg', 'missing_scans', 'strip_webp', 'strip_tiff',
            'strip_avif', 'strip_metadata']
 
-# %% ../nbs/07_metadata.ipynb #3bc66735
+# %% ../nbs/07_metadata.ipynb #6816abf4
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# %% ../nbs/07_metadata.ipynb #a552ee3b
+# %% ../nbs/07_metadata.ipynb #7c6fe087
 @dataclass(frozen=True)
 class Bare:
     "A picture's file and the two things that were said about it"
@@ -36,7 +36,7 @@ def read_orientation(
         if tag == 0x0112: return value if (kind, number) == (3, 1) and 1 <= value <= 8 else 1
     return 1
 
-# %% ../nbs/07_metadata.ipynb #cb405848
+# %% ../nbs/07_metadata.ipynb #9f3df313
 MAX_PROFILE = 4_000_000 # bytes of an ICC profile; the largest of printing presses have 3
 _PNG = b'\x89PNG\r\n\x1a\n'
 
@@ -68,7 +68,7 @@ def _inflated(data: bytes) -> bytes: # empty: damaged, or too much of it
     except zlib.error: return b''
     return profile if unpack.eof else b''
 
-# %% ../nbs/07_metadata.ipynb #04daa267
+# %% ../nbs/07_metadata.ipynb #ac105f61
 _EOI, _ADOBE = b'\xff\xd9', 0xee
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]: # marker, content, the whole segment; last: 0xda and all that follows
@@ -93,7 +93,7 @@ def strip_jpeg(data: bytes) -> Bare:
     if not ended: kept[-1] = kept[-1].removesuffix(b'\xff') + _EOI
     return Bare(b''.join(kept), orientation, b''.join(profile[k] for k in sorted(profile)), ended)
 
-# %% ../nbs/07_metadata.ipynb #7f2b926f
+# %% ../nbs/07_metadata.ipynb #b9fbf7f1
 def missing_scans(
     data: bytes # a JPEG from `strip_jpeg`
 ) -> bool:
@@ -112,7 +112,7 @@ def _note_scan(lacking: dict[int, set[int]], content: bytes) -> None:
     for number in content[1:1 + 2 * count:2]:
         if not bits & 15 and number in lacking: lacking[number] -= set(range(begin, end + 1))
 
-# %% ../nbs/07_metadata.ipynb #e938d3eb
+# %% ../nbs/07_metadata.ipynb #cfa213b6
 def strip_webp(data: bytes) -> Bare:
     "Frames and their flags, in a container that says its true size"
     kept, found, at = [b'WEBP'], {}, 12
@@ -148,7 +148,7 @@ def strip_avif(data: bytes) -> Bare:
     "The same file with its EXIF hidden"
     return Bare(re.sub(rb'(infe(?:\x02.{7}|\x03.{9}))Exif', rb'\1skip', data, count=100, flags=re.DOTALL))
 
-# %% ../nbs/07_metadata.ipynb #2325f067
+# %% ../nbs/07_metadata.ipynb #85668bf8
 def strip_metadata(
     data: bytes # of any file
 ) -> Bare:

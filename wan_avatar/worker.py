@@ -255,9 +255,7 @@ async def boot(
         await comfy.close()
         raise
     keep_timeline(timeline, place.work_dir)
-    studio = Studio(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
-    studio.reading.start() # only now: it imports beside what comes first, the download of the first job's files
-    return studio
+    return Studio(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:
@@ -287,8 +285,9 @@ def serve(background: Background, booted: Future, settings: Settings, timeline: 
 def fitness_check(booted: Future, timeline: Timeline):
     "The one check of our own: ComfyUI answers, bucket reachable, disk free"
     async def ready() -> None:
-        await asyncio.wrap_future(booted)
+        studio = await asyncio.wrap_future(booted)
         log.info(log_line('boot', timeline))
+        studio.reading.start() # only now: its imports take no core from the boot, and are done before a first job's files are here
     return ready
 
 # %% ../nbs/42_worker.ipynb #c7fb4dcf
