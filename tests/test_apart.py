@@ -1,4 +1,5 @@
 "What a file does to the process that reads it stays there: memory, crashes, endless loops; and nothing is left running"
+import asyncio
 import errno
 import os
 import resource
@@ -15,10 +16,13 @@ import av
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from wan_avatar.apart import MEMORY, Apart, bare_environment, peak_memory
-from wan_avatar.job import JobError
+from wan_avatar.avatar import Studio, in_thread, take_image, take_video
+from wan_avatar.job import Job, JobError
 from wan_avatar.media import draw_test_video, normalise_video
+from wan_avatar.timeline import Timeline
 
 @pytest.fixture(scope='module')
 def apart():
@@ -218,6 +222,48 @@ def test_a_video_that_needs_more_is_refused(apart, tmp_path):
     source = drawn(tmp_path / 'x.mp4', 'libx264', (1920, 1080), 8, refs='16')
     with pytest.raises(JobError) as e: apart.run(normalise, source, tmp_path, memory=130_000_000, progress=print)
     assert e.value.code == 'input_unreadable' and apart.run(pow, 2, 2) == 4
+
+# in a job
+
+def sabotage() -> None:
+    "Runs in the waiting process: a decoder of pictures that crashes"
+    import wan_avatar.media
+    wan_avatar.media.read_image = lambda path: segfault()
+
+class Shelf:
+    "A store of files on this disk"
+    def __init__(self, folder: Path): self.folder = folder
+    def download(self, key: str, target: Path, *rest, **more) -> int: return target.write_bytes((self.folder / key).read_bytes())
+
+JOB = Job(input_image_minio_path='picture', driving_video_path='video')
+
+def shop(folder: Path, reading: Apart) -> Studio: return Studio(None, Shelf(folder), None, {}, reading=reading)
+
+def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
+    "Two jobs in hand share the waiting process"
+    draw_test_video(tmp_path / 'video', size=(320, 240), seconds=2, container='mp4')
+    Image.new('RGB', (64, 64)).save(tmp_path / 'picture', 'PNG')
+    reading, folders = Apart('wan_avatar.media:load_decoders', f'{__name__}:sabotage'), [tmp_path / name for name in ('a', 'b')]
+    for folder in folders: folder.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(take_video, JOB, shop(tmp_path, reading), folders[0], lambda *p: None, Timeline(), lambda: False)
+        crashed = pool.submit(take_image, JOB, shop(tmp_path, reading), folders[1], lambda: False)
+        with pytest.raises(JobError) as e: crashed.result(timeout=60)
+        assert whole.result(timeout=60)[0].frames == 48
+    reading.close()
+    assert e.value.code == 'input_unreadable' and 'the decoder of the picture crashed (by SIGSEGV)' in e.value.message
+
+def test_a_cancelled_job_leaves_no_process(apart, tmp_path):
+    "Its thread is told, and the process that reads its video is gone when the job is"
+    draw_test_video(tmp_path / 'video', size=(320, 240), seconds=20, container='mp4')
+    moving = threading.Event()
+    async def job() -> None:
+        task = asyncio.create_task(in_thread(take_video, JOB, shop(tmp_path, apart), tmp_path, lambda *p: moving.set(), Timeline()))
+        await asyncio.to_thread(moving.wait, 30)
+        assert children(apart) and task.cancel()
+        with pytest.raises(asyncio.CancelledError): await task
+        assert not children(apart)
+    asyncio.run(job())
 
 def test_a_clip_comes_back_whole(apart, tmp_path):
     source = draw_test_video(tmp_path / 'x.mp4', audio='aac', size=(64, 48))
