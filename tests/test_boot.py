@@ -87,6 +87,23 @@ def test_a_worker_with_everything_in_a_cached_mount_asks_nobody(hub, bucket, wei
     try: assert hub.requests == [] and all((tmp_path / 'models' / place).resolve() == blob.resolve() for place, blob in places.items())
     finally: service.close()
 
+def test_a_poisoned_default_embedding_does_not_keep_a_worker_from_booting(hub, bucket, environment, lock, tmp_path, monkeypatch):
+    "Wherever one may lie there is one with no offsets in its header; the encoder is fetched and asked anew, and the bucket's is replaced"
+    poison = json.dumps({'__metadata__': EMBEDDING.metadata(), 'embedding': {'dtype': 'F16', 'shape': EMBEDDING.shape}}).encode()
+    poison = len(poison).to_bytes(8, 'little') + poison + bytes(4_194_304)
+    snapshot = Path(environment['MODELS_CACHE']) / 'models--me--bundle/snapshots/c0ffee/embeddings'
+    for folder in (snapshot, tmp_path / 'models/embeddings', tmp_path / 'work/embeddings'):
+        folder.mkdir(parents=True)
+        (folder / EMBEDDING.name).write_bytes(poison)
+    fetching.Store(make_settings(bucket, tmp_path)).write_bytes(f'embeddings/{EMBEDDING.name}', poison, 'application/octet-stream')
+    async def ask(wanted, target, *rest) -> None: # the encoder is 5.7 B parameters and cannot be had here
+        assert wanted == EMBEDDING and not target.exists()
+        target.write_bytes(embedding_bytes(wanted))
+    monkeypatch.setattr('wan_avatar.avatar.make_embedding', ask)
+    service = Service(bucket, tmp_path / 'work', **environment)
+    try: assert service.store.read_bytes(f'embeddings/{EMBEDDING.name}', 10**8) == embedding_bytes(EMBEDDING) and asked(hub, TINY.encoder.file)
+    finally: service.close()
+
 def test_weights_that_can_not_be_had_end_the_boot_and_comfyui(hub, bucket, environment, lock, tmp_path):
     Path(environment['MODELS_LOCK']).write_text(dump_lock(replace(lock, files={n: replace(f, revision='e' * 40) for n, f in lock.files.items()})))
     background = Background()

@@ -20,10 +20,10 @@ from wan_avatar.workflow import WAN
 
 EMBEDDING = Embedding(WAN.prompt, WAN.encoder_sha256)
 
-def embedding_bytes() -> bytes:
-    "A whole embedding of the default prompt, all zeros"
+def embedding_bytes(wanted: Embedding = EMBEDDING) -> bytes:
+    "A whole embedding, by default of the default prompt, all zeros"
     size = 2 * 512 * 4096
-    header = json.dumps({'__metadata__': EMBEDDING.metadata(), 'embedding': {'dtype': 'F16', 'shape': EMBEDDING.shape, 'data_offsets': [0, size]}}).encode()
+    header = json.dumps({'__metadata__': wanted.metadata(), 'embedding': {'dtype': 'F16', 'shape': wanted.shape, 'data_offsets': [0, size]}}).encode()
     return len(header).to_bytes(8, 'little') + header + bytes(size)
 
 class Shop:

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FPS', 'VIDEO_FORMATS', 'AUDIO_FORMATS', 'MAX_HOLE',
-           'HDR_TRANSFERS', 'DELIVERY', 'INTERMEDIATE', 'JITTER', 'IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'Probe',
-           'Rectangle', 'Clip', 'RawFrames', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture',
+           'HDR_TRANSFERS', 'DELIVERY', 'INTERMEDIATE', 'JITTER', 'IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'STRIP',
+           'Probe', 'Rectangle', 'Clip', 'RawFrames', 'thread_count', 'probe', 'draw_test_picture', 'read_test_picture',
            'draw_test_video', 'nearest', 'fitted_size', 'centred', 'check_length', 'extract_audio', 'place_samples',
            'normalise_video', 'read_frames', 'to_rgb', 'Encoder', 'to_yuv', 'Mp4Figures', 'check_mp4', 'read_image',
-           'flatten_image', 'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg', 'bench_media', 'timed_call']
+           'load_decoders', 'flatten_image', 'normalise_image', 'filmstrip', 'pictures_at', 'find_ffmpeg',
+           'bench_media', 'timed_call']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
+import hashlib
 import os
 import shutil
 import struct
 import subprocess
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from .files import whole_file
 from .job import JobError
+from .metadata import Bare, missing_scans, strip_metadata
 
 # %% ../nbs/20_media.ipynb #46dd2f60
 SIZE = (1280, 720) # of everything after `normalise_video`, in pixels
@@ -778,19 +780,44 @@ def read_image(
     path: Path | str
 ) -> np.ndarray: # (h, w, 3) uint8 RGB
     "A still picture, upright, in sRGB; raises JobError `input_unreadable` saying what is wrong"
-    name = Path(path).name
+    name, bare = Path(path).name, strip_metadata(Path(path).read_bytes())
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS: raise JobError('input_unreadable', f'{name} is {width}x{height}; a picture has at most {MAX_PIXELS // 10**6} megapixels')
-            if min(width, height) < MIN_SIDE: raise JobError('input_unreadable', f'{name} is {width}x{height}; a person needs at least {MIN_SIDE} pixels a side')
-            image.load()
-            return np.array(flatten_image(image))
+        flat = _decoded_picture(bare, name)
+        if not bare.ended and not _has_all_pixels(bare): raise ValueError('pixels are missing at its end')
+        return np.array(flat)
+    except (JobError, MemoryError): raise
     except UnidentifiedImageError: raise JobError('input_unreadable', f'{name} {_no_picture(path)}; send a {", ".join(IMAGE_FORMATS)}') from None
     except Image.DecompressionBombError: raise JobError('input_unreadable', f'{name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels; '
                                                         f'a picture has at most {MAX_PIXELS // 10**6}') from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as e:
+    except Exception as e: # noqa: BLE001 - decoders answer damage with whatever class they like
         raise JobError('input_unreadable', f'{name} is damaged or cut off ({e}); send the whole picture') from e
+
+def _decoded_picture(bare: Bare, name: str) -> Image.Image:
+    "Size first, then pixels, then colours; the decoder's picture is gone before this returns"
+    with Image.open(BytesIO(bare.data), formats=IMAGE_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS: raise JobError('input_unreadable', f'{name} is {width}x{height}; a picture has at most {MAX_PIXELS // 10**6} megapixels')
+        if min(width, height) < MIN_SIDE: raise JobError('input_unreadable', f'{name} is {width}x{height}; a person needs at least {MIN_SIDE} pixels a side')
+        image.load()
+        vars(image).pop('_decoder', None) # WebP's and AVIF's keep copies of all pixels
+        if bare.orientation != 1: image.getexif()[ExifTags.Base.Orientation] = bare.orientation
+        if bare.profile: image.info['icc_profile'] = bare.profile
+        flat = flatten_image(image)
+        image.close()
+        return flat
+
+def _has_all_pixels(bare: Bare) -> bool:
+    "A JPEG without its end: do all its pixels stand in it?"
+    if missing_scans(bare.data): return False
+    seen = set()
+    for n in range(3): # pseudo-random bits that any pixel still to come would be made of
+        bits = hashlib.sha512(bytes([n])).digest().replace(b'\xff', b'') * 4
+        with Image.open(BytesIO(bare.data[:-2] + bits + bare.data[-2:]), formats=['JPEG']) as image: seen.add(hashlib.sha256(image.tobytes()).digest())
+    return len(seen) == 1
+
+def load_decoders() -> None:
+    "Import what opens pictures now, not with the first of them"
+    Image.init()
 
 # %% ../nbs/20_media.ipynb #17716f01
 def _no_picture(path: Path | str) -> str:
@@ -801,28 +828,44 @@ def _no_picture(path: Path | str) -> str:
     return 'is text, not a picture' if not any(b < 9 for b in head) else 'is not a picture of a known kind'
 
 # %% ../nbs/20_media.ipynb #d6979116
+STRIP = 256 # rows that are converted at a time: steps between need little memory
+
 def flatten_image(
     image: Image.Image # loaded, any mode
 ) -> Image.Image: # mode RGB
     "Upright, sRGB, opaque"
-    profile = image.info.get('icc_profile')
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'): image = _to_8_bits(image)
-    if profile and image.mode in ('RGB', 'RGBA', 'CMYK', 'L'): image = _to_srgb(image, profile)
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, (int(GREY),) * 3 + (255,)), image).convert('RGB')
-    return image.convert('RGB')
+    top, to_srgb, flat = _white(image), _to_srgb(image), Image.new('RGB', image.size)
+    for at in range(0, image.height, STRIP):
+        strip = image.crop((0, at, image.width, min(at + STRIP, image.height)))
+        if top: strip = _to_8_bits(strip, top)
+        if to_srgb: strip = ImageCms.applyTransform(strip, to_srgb)
+        if strip.has_transparency_data:
+            strip = strip.convert('RGBA')
+            strip = Image.alpha_composite(Image.new('RGBA', strip.size, (int(GREY),) * 3 + (255,)), strip)
+        flat.paste(strip.convert('RGB'), (0, at))
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return flat if turn is None else flat.transpose(turn)
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    top = 1.0 if values.max() <= 1 and image.mode == 'F' else 255 if values.max() <= 255 and image.mode == 'F' else 65535
-    return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
+_TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270',
+                                                                   'TRANSVERSE', 'ROTATE_90')), strict=True))
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    mode = 'RGBA' if image.mode == 'RGBA' else 'RGB'
-    try: return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile('sRGB'), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError): return image # a broken profile, or one of another mode, says nothing
+def _white(image: Image.Image) -> float: # 0: of 8 bits
+    "The value that is white in a picture of more than 8 bits"
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;16'): return 0
+    if image.mode != 'F': return 65535
+    most = max(float(np.max(image.crop((0, at, image.width, min(at + STRIP, image.height))))) for at in range(0, image.height, STRIP))
+    return 1 if most <= 1 else 255 if most <= 255 else 65535
+
+def _to_8_bits(image: Image.Image, white: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float32))
+    return Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
+
+def _to_srgb(image: Image.Image) -> Any: # ImageCms.ImageCmsTransform; None: as it is
+    profile, mode = image.info.get('icc_profile'), 'L' if _white(image) else image.mode
+    if not profile or mode not in ('RGB', 'RGBA', 'CMYK', 'L'): return None
+    target = ImageCms.createProfile('sRGB'), mode, 'RGBA' if mode == 'RGBA' else 'RGB'
+    try: return ImageCms.buildTransform(ImageCms.ImageCmsProfile(BytesIO(profile)), *target)
+    except (ImageCms.PyCMSError, OSError, TypeError): return None # a broken profile, or one of another mode, says nothing
 
 # %% ../nbs/20_media.ipynb #9afdc47f
 def normalise_image(

@@ -304,8 +304,9 @@ def serve(background: Background, booted: Future, settings: Settings, timeline: 
 def fitness_check(booted: Future, timeline: Timeline):
     "The one check of our own: ComfyUI answers, bucket reachable, disk free"
     async def ready() -> None:
-        await asyncio.wrap_future(booted)
+        studio = await asyncio.wrap_future(booted)
         log.info(log_line('boot', timeline))
+        studio.reading.start() # only now: its imports take no core from the boot, and are done before a first job's files are here
     return ready
 
 # %% ../nbs/42_worker.ipynb #c7fb4dcf
@@ -338,9 +339,10 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
 def shut_down(background: Background, booted: Future) -> None:
     "End jobs and boot, then ComfyUI, then the loop, whatever state they are in; bounded"
     background.end()
-    if booted.done() and not booted.cancelled() and booted.exception() is None:
-        background.submit(booted.result().comfy.close()).result(timeout=15)
+    ready = booted.done() and not booted.cancelled() and booted.exception() is None
+    if ready: background.submit(booted.result().comfy.close()).result(timeout=15)
     background.close()
+    if ready: booted.result().reading.close() # after the jobs that read there
 
 # %% ../nbs/42_worker.ipynb #829c1736
 #| eval: false
