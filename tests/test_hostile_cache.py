@@ -24,8 +24,8 @@ from wan_avatar.apart import Apart, peak_memory
 from wan_avatar.avatar import find_embedding, take_cached_track
 from wan_avatar.media import Clip
 from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
-from wan_avatar.track import (GROUPS, KEYPOINTS, MAGIC, TRACKERS, TrackDamaged, draw_debug, dump_track, has_face, parse_track, track_bytes_at_most, track_facts,
-                              wholebody_points)
+from wan_avatar.track import (GROUPS, KEYPOINTS, MAGIC, TRACKERS, TrackDamaged, draw_debug, dump_track, parse_track, track_bytes_at_most, track_facts,
+                              wholebody_points, with_face)
 
 N, SIZE, WHO = 5, (160, 90), TRACKERS['mediapipe']
 PLATE = np.full((90, 160, 3), 77, np.uint8)
@@ -153,10 +153,10 @@ def use(track) -> None:
     "What jobs do with a track; raises if something in it is not as it should be"
     frame = np.zeros((*track.size[::-1], 3), np.uint8)
     for i in range(len(track)):
-        assert track.mask(i).shape == track.size[::-1] and isinstance(has_face(track, i), bool)
+        assert track.mask(i).shape == track.size[::-1]
         draw_debug(frame, track, i)
     facts = track_facts(track)
-    assert 0 <= facts['present'] <= facts['frames'] == len(track) and facts['guessed_masks'] <= facts['frames']
+    assert with_face(track).shape == (len(track),) and 0 <= facts['present'] <= facts['frames'] == len(track) and facts['guessed_masks'] <= facts['frames']
     assert wholebody_points(track).shape == (len(track), 133, 3) and not any(np.isinf(v).any() for v in track.points.values())
 
 def taken(data: bytes) -> str:
