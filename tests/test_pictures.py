@@ -17,6 +17,7 @@ from wan_avatar.job import JobError
 from wan_avatar.media import normalise_image, read_image
 from wan_avatar.metadata import strip_metadata
 
+MEMORY_DISK = '/dev/shm' if Path('/dev/shm').is_dir() else None # thousands of small files
 SIZE = (96, 64)
 Y, X = np.mgrid[:SIZE[1], :SIZE[0]]
 PICTURE = Image.fromarray(np.stack([X * 2, Y * 3, X + Y], -1).astype(np.uint8))
@@ -176,10 +177,11 @@ def pixels(data: bytes, folder: Path) -> str | None: # None: refused
         return None
     return min(hashlib.sha256(np.ascontiguousarray(np.rot90(got, k))).hexdigest() for k in range(4))
 
+@pytest.mark.filterwarnings('ignore::UserWarning') # a decoder's opinion of a TIFF
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_file_cut_anywhere_shows_all_its_pixels_or_is_refused(kind, tmp_path):
     whole, size = KINDS[kind], len(KINDS[kind])
-    seen = {pixels(whole[:cut], tmp_path) for cut in {*range(size - 24, size), *range(0, size, max(1, size // 40))}}
+    seen = {pixels(whole[:cut], tmp_path) for cut in {*range(size - 14, size), *range(0, size, max(1, size // 24))}}
     assert seen <= {None, pixels(whole, tmp_path)} and pixels(whole, tmp_path) and pixels(whole[:size // 3], tmp_path) is None
 
 SCANS = [i for i in range(len(STEPS)) if STEPS[i:i + 2] == b'\xff\xda'][1:]
@@ -206,7 +208,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def try_mutations(kind: str, count: int) -> Counter:
     "Runs apart: how many were read, how many refused, and what else came out"
     rng, seen = random.Random(kind), Counter()
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as d:
         for _ in range(count):
             (path := Path(d) / 'x').write_bytes(mutated(KINDS[kind], rng))
             try: seen['read'] += read_image(path).dtype == np.uint8
@@ -214,16 +216,18 @@ def try_mutations(kind: str, count: int) -> Counter:
             except Exception as e: seen[repr(e)] += 1 # noqa: BLE001 - what comes out is what is asked
     return seen
 
+def ready() -> None: "Runs apart: this module is imported once"
+
 @pytest.fixture(scope='module')
 def apart():
-    made = Apart('wan_avatar.media:load_decoders')
+    made = Apart('wan_avatar.media:load_decoders', f'{__name__}:ready')
     yield made
     made.close()
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_mutations(kind, apart):
-    seen = apart.run(try_mutations, kind, 50, memory=200_000_000)
-    assert set(seen) <= {'read', 'input_unreadable'} and sum(seen.values()) == 50 and seen['input_unreadable'], seen
+    seen = apart.run(try_mutations, kind, 30, memory=200_000_000)
+    assert set(seen) <= {'read', 'input_unreadable'} and sum(seen.values()) == 30 and seen['input_unreadable'], seen
 
 # memory
 
