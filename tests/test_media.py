@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+import zlib
 from fractions import Fraction
 
 import av
@@ -625,10 +626,22 @@ STALE = { # file's ending, encoder, what of it is stale
 }
 
 
-@pytest.mark.parametrize('name', [n for n in STALE if n != 'MP4 size of the data'])
+def remuxed(source, target, flags):
+    "The same packets in another layout of MP4"
+    with av.open(str(source)) as i, av.open(str(target), 'w', options={'movflags': flags}) as o:
+        tracks = {s.index: o.add_stream_from_template(s) for s in i.streams}
+        for packet in i.demux():
+            if packet.dts is None: continue
+            packet.stream = tracks[packet.stream_index]
+            o.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize('name', STALE)
 def test_stale_headers_are_no_reason_to_refuse(tmp_path, name):
     ending, codec, changes = STALE[name]
     source = draw_test_video(tmp_path / f'whole.{ending}', seconds=2, size=(96, 64), codec=codec)
+    if ending == 'mp4': source = remuxed(source, tmp_path / 'fast.mp4', '+faststart')
     (tmp_path / f'in.{ending}').write_bytes(patched(source.read_bytes(), *changes))
     assert normalised(tmp_path / f'in.{ending}', tmp_path, size=(96, 64)).frames == 48
 
@@ -643,18 +656,22 @@ def test_a_gif_without_its_last_byte_is_whole(tmp_path):
 def test_a_cut_file_is_refused_with_the_share_that_is_there(tmp_path, ending, codec):
     source = draw_test_video(tmp_path / f'whole.{ending}', seconds=4, size=(96, 64), codec=codec, container={'wmv': 'asf'}.get(ending))
     data = source.read_bytes()
-    if ending == 'mp4':
-        with av.open(str(source)) as i, av.open(str(tmp_path / 'fast.mp4'), 'w', options={'movflags': '+faststart'}) as o:
-            track = o.add_stream_from_template(i.streams.video[0])
-            for packet in i.demux():
-                if packet.dts is not None:
-                    packet.stream = track
-                    o.mux(packet)
-        data = (tmp_path / 'fast.mp4').read_bytes()
+    if ending == 'mp4': data = remuxed(source, tmp_path / 'fast.mp4', '+faststart').read_bytes()
     (tmp_path / f'in.{ending}').write_bytes(data[:int(len(data) * 0.6)])
     message = refused(tmp_path / f'in.{ending}').message
     share = re.search(r'\((\d+)% is there\)', message)
     assert 'cut off' in message and share and 20 <= int(share[1]) <= 85, message
+
+
+@pytest.mark.parametrize('flags', ['frag_keyframe', 'frag_keyframe+empty_moov', 'frag_keyframe+empty_moov+default_base_moof', 'dash+frag_every_frame'])
+def test_a_fragmented_mp4_is_whole_or_refused(tmp_path, flags):
+    source = remuxed(draw_test_video(tmp_path / 'whole.mp4', seconds=3, size=(96, 64), audio='aac'), tmp_path / 'in.mp4', flags)
+    assert normalised(source, tmp_path, size=(96, 64)).frames == 72
+    for name in ('out.mp4', 'out.m4a'): (tmp_path / name).unlink()
+    data = source.read_bytes()
+    for share in (0.3, 0.65, 0.9):
+        source.write_bytes(data[:int(len(data) * share)])
+        assert 'cut off' in refused(source).message
 
 
 # what is refused
@@ -742,6 +759,126 @@ def test_cancel_and_progress(tmp_path):
     source = draw_test_video(tmp_path / 'in.mp4', seconds=2)
     assert refused(source, cancelled=lambda: len(seen) >= 10, progress=lambda done, of: seen.append((done, of))).code == 'cancelled'
     assert len(seen) == 10 and seen[-1] == (10, 48)
+
+
+# hostile
+
+def picture_packet(codec, pix_fmt, side):
+    "One coded picture; a very large one is a small PNG that claims to be large"
+    drawn = min(side, 3200)
+    context = av.CodecContext.create(codec, 'w')
+    context.width, context.height, context.pix_fmt, context.time_base = drawn, drawn, pix_fmt, Fraction(1, 24)
+    frame = av.VideoFrame(drawn, drawn, pix_fmt)
+    for plane in frame.planes: plane.update(bytes(plane.buffer_size))
+    data = bytes((context.encode(stamped(frame, 0, Fraction(1, 24))) + context.encode())[0])
+    if side == drawn: return data
+    header = b'IHDR' + struct.pack('>II', side, side) + data[24:29]
+    return data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:]
+
+
+def with_larger_frames(path, codec, pix_fmt, side, at, count=6):
+    "A file whose header says 320x240, and some frames say otherwise"
+    large = picture_packet(codec, pix_fmt, side)
+    with av.open(str(path), 'w') as out:
+        track = out.add_stream(codec, rate=24, width=320, height=240, pix_fmt=pix_fmt)
+        packets = [p for frame in pictures(90, (320, 240), count) for p in track.encode(frame)] + track.encode()
+        for i, packet in enumerate(packets):
+            if i in at:
+                other = av.Packet(large)
+                other.pts, other.dts, other.time_base, other.duration, other.is_keyframe = packet.pts, packet.dts, packet.time_base, packet.duration, True
+                packet, other.stream = other, track
+            out.mux(packet)
+    return path
+
+
+READ_AND_SAY_MEMORY = """
+import sys
+from wan_avatar.job import JobError
+from wan_avatar.media import normalise_video
+try: print('accepted', normalise_video(*sys.argv[1:4], 60).frames)
+except JobError as e: print(e)
+print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))
+"""
+
+
+@pytest.mark.parametrize('codec, pix_fmt, side, at, says', [
+    ('png', 'rgb24', 12000, (3,), 'larger than 9 megapixels'), ('png', 'rgb24', 12000, (0, 1, 2, 3, 4, 5), 'larger than 9 megapixels'),
+    ('mjpeg', 'yuvj420p', 3200, (1, 2, 3), 'larger than 9 megapixels'), ('png', 'rgb24', 1600, (2, 4), 'accepted 6'),
+])
+def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pix_fmt, side, at, says):
+    source = with_larger_frames(tmp_path / 'in.mov', codec, pix_fmt, side, at)
+    command = [sys.executable, '-c', READ_AND_SAY_MEMORY, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
+    said, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert says in said and said.startswith(('input_unreadable', 'accepted')) and int(mebibytes) < 400
+
+
+@pytest.mark.parametrize('size, pixel_format, kept, fits', [
+    ((1920, 1080), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p10le', 16, True), ((4096, 2160), 'yuv420p10le', 16, True),
+    ((3840, 2160), 'yuv422p10le', 16, True), ((3840, 2160), 'yuv444p16le', 16, False), ((5312, 2988), 'yuv420p10le', 5, True), ((7680, 4320), 'yuv420p', 6, True),
+    ((7680, 4320), 'yuv420p', 16, False), ((7680, 4320), 'yuv420p10le', 6, False), ((7680, 4320), 'yuv420p10le', 2, True), ((7680, 4320), None, 3, False),
+    ((8704, 64), 'yuv420p', 1, False), ((8192, 8192), 'gray', 1, False), ((64, 64), None, 16, True),
+])
+def test_memory_is_counted_before_it_is_taken(size, pixel_format, kept, fits):
+    if fits: assert 1 <= decoder_threads(size, pixel_format, kept, 'a.mp4') <= media.thread_count()
+    else:
+        with pytest.raises(JobError, match=r'^input_unreadable: a.mp4 is .* at most'): decoder_threads(size, pixel_format, kept, 'a.mp4')
+
+
+@pytest.mark.parametrize('codec, ending, options, kept', [
+    ('libx264', 'mp4', {'x264-params': 'ref=1:bframes=0'}, {1}), ('libx264', 'mkv', {'x264-params': 'ref=5:bframes=0'}, {5}), ('libx264', 'ts', {'x264-params': 'ref=16'}, {16}),
+    ('libx264', 'avi', {'x264-params': 'ref=3:bframes=0'}, {3}), ('libx265', 'mp4', {'x265-params': 'log-level=none:ref=1:bframes=0'}, {1, 2}),
+    ('libx265', 'mkv', {'x265-params': 'log-level=none:ref=5:bframes=3'}, {5, 6, 7}), ('mpeg4', 'avi', {}, {3}), ('libvpx-vp9', 'webm', {}, {8}),
+], ids=lambda v: v if isinstance(v, str) else '')
+def test_references_are_read_from_the_header(tmp_path, codec, ending, options, kept):
+    options = dict(rate=24, width=96, height=64, pix_fmt='yuv420p', options=options)
+    source = written(tmp_path / f'in.{ending}', [(codec, options, pictures(90, (96, 64), 8))])
+    with av.open(str(source)) as c:
+        context = c.streams.video[0].codec_context
+        assert pictures_kept(context.name, context.extradata or b'') in kept
+
+
+def test_a_header_that_makes_no_sense_counts_as_the_most():
+    rng = np.random.default_rng(0)
+    for codec in ('h264', 'hevc'):
+        for n in range(300): assert 0 <= pictures_kept(codec, rng.bytes(n % 60)) <= 16 and 0 <= pictures_kept(codec, b'\1' + rng.bytes(60)) <= 16
+        assert pictures_kept(codec, b'') == 16
+
+
+def at_one_instant(path, count):
+    "A second of video, and `count` sound packets that all claim its beginning"
+    with av.open(str(path), 'w') as out:
+        video, track = out.add_stream('libx264', rate=24, width=96, height=64, pix_fmt='yuv420p'), out.add_stream('aac', rate=48000, layout='mono')
+        packet = bytes(track.encode(clicking(0.5, 1)[0])[2])
+        for frame in pictures(90, (96, 64)): out.mux(video.encode(frame))
+        out.mux(video.encode())
+        for _ in range(count):
+            sounding = av.Packet(packet)
+            sounding.pts, sounding.dts, sounding.time_base, sounding.duration, sounding.stream = 0, 0, Fraction(1, 48000), 0, track
+            out.mux(sounding)
+    return path
+
+
+@pytest.fixture(scope='module')
+def crowded(tmp_path_factory): return at_one_instant(tmp_path_factory.mktemp('crowded') / 'in.mkv', 120_000)
+
+
+def test_sound_packets_at_one_instant_are_refused_at_once(crowded, tmp_path):
+    with pytest.raises(JobError, match='input_unreadable: in.mkv has more sound than 60 s of video can hold'): normalised(crowded, tmp_path, max_seconds=60, size=SMALL)
+    with pytest.raises(JobError, match='input_unreadable: in.mkv has more than 36000 packets'): normalised(crowded, tmp_path, max_seconds=2, size=SMALL)
+
+
+@pytest.mark.parametrize('asked', [30, 3000, 60_000])
+def test_every_packet_asks_whether_to_go_on(crowded, tmp_path, asked):
+    calls = []
+    def cancelled(): calls.append(None); return len(calls) > asked
+    with pytest.raises(JobError, match='^cancelled'): normalised(crowded, tmp_path, cancelled=cancelled, size=SMALL)
+    assert len(calls) == asked + 1
+
+
+def test_sound_asks_whether_to_go_on(tmp_path):
+    source = draw_test_video(tmp_path / 'in.mp4', size=(96, 64), audio='aac')
+    with pytest.raises(JobError, match='^cancelled'): extract_audio(source, tmp_path / 'a.m4a', reading=Reading('in.mp4', cancelled=lambda: True))
+    assert not (tmp_path / 'a.m4a').exists()
 
 
 # reading, writing, proving

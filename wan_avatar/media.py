@@ -376,7 +376,8 @@ def _may_be_joined(container: Any) -> bool: return bool(int(container.format.fla
 
 def _promised_end(container: Any, stream: Any, path: Path | str) -> float: # 0: not said
     "The second at which the header says the file ends"
-    if container.format.name in ('mpegts', 'mpeg', 'ogg'): return 0.0 # no header: libav looks at the end of the file
+    if container.format.name in ('mpegts', 'mpeg', 'ogg') or not stream.frames and container.format.name.startswith('mov'):
+        return 0.0 # no header, or one before fragments: libav looks at the end of the file
     if container.format.name == 'asf': return _asf_seconds(path)
     whole = (container.duration or 0) / av.time_base
     if not stream.duration or container.format.name.startswith('mov'): return whole # an MP4's edit list may show less than the stream holds
@@ -386,6 +387,7 @@ def _promised_end(container: Any, stream: Any, path: Path | str) -> float: # 0: 
 def _is_whole(container: Any, stream: Any, path: Path | str, reached: float, count: int, last_whole: bool) -> bool:
     "False: it ends before the time it promises, and its bytes say so as well"
     promised = _promised_end(container, stream, path)
+    if container.format.name.startswith('mov'): return not _mp4_goes_on(path, os.path.getsize(path)) # lists what it holds, or says it fragment by fragment
     if promised - reached <= MAX_HOLE + 0.02 * promised: return True
     missing = _bytes_missing(path, stream, container.format.name, count)
     return last_whole if missing is None else not missing
@@ -394,7 +396,6 @@ def _bytes_missing(path: Path | str, stream: Any, kind: str, count: int) -> bool
     size = os.path.getsize(path)
     if kind == 'avi' and len(stream.index_entries) > count: return True # a hole in the middle
     with open(path, 'rb') as file:
-        if kind.startswith('mov'): return bool(_lost(stream, size)) or None
         if kind.startswith('matroska'): return _matroska_goes_on(file, size)
         head = file.read(1 << 16)
         file.seek(max(0, size - 4))
@@ -408,6 +409,20 @@ def _size_said(file: Any, head: bytes, kind: str, size: int) -> bool | None: # i
     length = int.from_bytes(file.read(4), 'big') # of the last tag
     file.seek(max(0, size - 4 - length))
     return int.from_bytes(file.read(4)[1:], 'big') + 11 != length
+
+def _mp4_goes_on(path: Path | str, size: int) -> bool:
+    "Does the last fragment of a fragmented MP4 reach beyond the end?"
+    at, fragments = 0, False
+    with open(path, 'rb') as file:
+        for _ in range(MAX_BLOCKS):
+            file.seek(at)
+            if len(head := file.read(16)) < 8: return fragments and 0 < len(head)
+            length, kind = int.from_bytes(head[:4], 'big'), head[4:8]
+            if length == 1: length = int.from_bytes(head[8:], 'big')
+            fragments = fragments or kind == b'moof'
+            if length < 8 or at + length > size: return fragments and kind in (b'moof', b'mdat') and length >= 8
+            at += length
+    return False
 
 def _asf_seconds(path: Path | str) -> float: # its header; libav forgets it when the size is wrong
     with open(path, 'rb') as file: head = file.read(1 << 16)
