@@ -303,6 +303,7 @@ def _span(packet: Any) -> tuple[Fraction, Fraction] | None: # seconds (shown at,
     base = Fraction(packet.time_base)
     return shown * base, (shown + (packet.duration or 0)) * base
 
+# %% ../nbs/20_media.ipynb #40a4013a
 def on_one_clock(
     packets: Iterable[Any],
     stream: Any, # whose clock counts; other packets pass as they are
@@ -363,6 +364,7 @@ def _decoded(container: Any, stream: Any, path: Path | str, reading: Reading) ->
 
 def _share(reached: float, promised: float) -> str: return f'{reached:.2f} s' + (f' of {promised:.2f} s ({reached / promised:.0%} is there)' if promised > reached else '')
 
+# %% ../nbs/20_media.ipynb #f87c78b9
 def _check_decoder(context: Any, before: Any, name: str) -> tuple: # of the size it works at, when that is new
     now = context.width, context.height, context.pix_fmt
     if now == before: return now
@@ -402,6 +404,9 @@ def _bytes_missing(path: Path | str, stream: Any, kind: str, count: int) -> bool
         return _size_said(file, head, kind, size)
 
 # %% ../nbs/20_media.ipynb #7060fc93
+ASF_PROPERTIES = bytes.fromhex('a1dcab8c47a9cf118ee400c00c205365')
+MAX_BLOCKS = 300_000 # of a container, that are looked at
+
 def _size_said(file: Any, head: bytes, kind: str, size: int) -> bool | None: # is the size that AVI, ASF or FLV says larger than it is?
     if kind == 'avi': return int.from_bytes(head[4:8], 'little') + 8 > size
     if kind == 'asf': return (at := head.find(ASF_PROPERTIES)) >= 0 and int.from_bytes(head[at + 40:at + 48], 'little') > size
@@ -424,6 +429,7 @@ def _mp4_goes_on(path: Path | str, size: int) -> bool:
             at += length
     return False
 
+# %% ../nbs/20_media.ipynb #154eec32
 def _asf_seconds(path: Path | str) -> float: # its header; libav forgets it when the size is wrong
     with open(path, 'rb') as file: head = file.read(1 << 16)
     at = head.find(ASF_PROPERTIES)
@@ -431,9 +437,7 @@ def _asf_seconds(path: Path | str) -> float: # its header; libav forgets it when
     ticks, ahead = (int.from_bytes(head[at + k:at + k + 8], 'little') for k in (64, 80)) # 100 ns; milliseconds
     return max(0.0, ticks / 1e7 - ahead / 1e3)
 
-ASF_PROPERTIES = bytes.fromhex('a1dcab8c47a9cf118ee400c00c205365')
-MAX_BLOCKS = 300_000 # of a container, that are looked at
-
+# %% ../nbs/20_media.ipynb #4415477c
 def _matroska_goes_on(file: Any, size: int) -> bool | None:
     "Does its segment, or one of its elements, reach beyond the end?"
     at = 0
@@ -682,6 +686,7 @@ def _to_bt709(frame: Any) -> str: # what follows in the chain of filters
     there = f'ispace={coded if kept else "bt709"}:irange={"pc" if kept and full else "tv"}:iprimaries={wide or "bt709"}:itrc={curve if wide else "bt709"}'
     return f'{scaled},format=yuv420p10le,colorspace={there}:all=bt709:range=tv:format=yuv420p'
 
+# %% ../nbs/20_media.ipynb #69174b6a
 class _Fit:
     "Frames of any kind -> `size` yuv420p BT.709, on black"
     def __init__(self, size: tuple[int, int], sar: Fraction):
@@ -865,6 +870,7 @@ class _Listening:
                 raise JobError('input_unreadable', f'{self.reading.name} has more sound than {self.reading.max_seconds:g} s of video can hold')
         return frames
 
+# %% ../nbs/20_media.ipynb #58804207
 def sound_on_one_clock(packets: Iterable[Any], parts: Sequence[Part]) -> Iterator[Any]:
     "Sound packets of a joined recording, each part where its pictures are"
     now, last = None, None
