@@ -153,8 +153,8 @@ def _opened(source: Path | str) -> Iterator[Any]:
 # %% ../nbs/20_media.ipynb #d586219b
 READING_BYTES = 720 << 20 # of pictures that decoder and filters may hold at once
 SPARE_PICTURES = 4 # on their way from decoder to encoder: in filters, and the one on screen
-SMALL_PIXELS = 4096 * 2304 # up to 4K a frame may be larger than the header said; while a file is opened, none may be larger
-PICTURES_KEPT = {'h264': 16, 'hevc': 16, 'vvc': 16, 'vp9': 8, 'av1': 8, 'libdav1d': 8, 'libaom': 8, 'snow': 8} # by standard
+SMALL_PIXELS = 4096 * 2304 # up to 4K, a frame may be larger than the header said
+PICTURES_KEPT = {'h264': 16, 'hevc': 16, 'vvc': 16, 'vp9': 8, 'av1': 8, 'libdav1d': 8, 'libaom': 8, 'snow': 8} # at most
 
 def decoder_threads(
     size: tuple[int, int], # width, height as stored
@@ -170,8 +170,9 @@ def decoder_threads(
     threads = min(thread_count(), READING_BYTES // picture - kept - SPARE_PICTURES)
     if threads >= 1: return threads
     need = (kept + SPARE_PICTURES + 1) * picture >> 20
-    raise JobError('input_unreadable', f'{name} is {width}x{height} {pixel_format or "of unknown pixels"} and refers to {kept} pictures: reading it '
-                   f'takes {need} MiB, at most {READING_BYTES >> 20} MiB are lent to a video; send 4K (3840x2160) or less')
+    what = f'{width}x{height} {pixel_format or "of unknown pixels"}'
+    raise JobError('input_unreadable', f'{name} is {what} and refers to {kept} pictures: reading it takes {need} MiB, '
+                   f'at most {READING_BYTES >> 20} MiB are lent to a video; send 4K (3840x2160) or less')
 
 def _check_area(width: int, height: int, name: str) -> None:
     if max(width, height) > MAX_SIDE or width * height > MAX_VIDEO_PIXELS:
@@ -290,11 +291,14 @@ class Reading:
         limit = int((self.max_seconds + 10) * MAX_PACKETS)
         for n, packet in enumerate(packets):
             self.go_on()
-            if n > limit: raise JobError('input_unreadable', f'{self.name} has more than {limit} packets, more than {self.max_seconds:g} s of video can hold')
+            if n > limit:
+                raise JobError('input_unreadable', f'{self.name} has more than {limit} packets, '
+                               f'more than {self.max_seconds:g} s of video can hold')
             yield packet
 
     def go_on(self) -> None:
-        if self.cancelled and self.cancelled(): raise JobError('cancelled', 'the job was cancelled while its video was read')
+        if self.cancelled and self.cancelled():
+            raise JobError('cancelled', 'the job was cancelled while its video was read')
 
 # %% ../nbs/20_media.ipynb #5ae00bf3
 def _span(packet: Any) -> tuple[Fraction, Fraction] | None: # seconds (shown at, shown until); None: not said
@@ -360,36 +364,42 @@ def _decoded(container: Any, stream: Any, path: Path | str, reading: Reading) ->
     else:
         if not damaged and _is_whole(container, stream, path, reached, count, whole): return
         good = good if damaged else reached
-    raise JobError('input_unreadable', f'{reading.name} is damaged or cut off: decoding stopped at {_share(good or 0, _promised_end(container, stream, path))}; send the whole file')
+    there = _share(good or 0, _promised_end(container, stream, path))
+    raise JobError('input_unreadable', f'{reading.name} is damaged or cut off: decoding stopped at {there}; send the whole file')
 
-def _share(reached: float, promised: float) -> str: return f'{reached:.2f} s' + (f' of {promised:.2f} s ({reached / promised:.0%} is there)' if promised > reached else '')
+def _share(reached: float, promised: float) -> str:
+    return f'{reached:.2f} s' + (f' of {promised:.2f} s ({reached / promised:.0%} is there)' if promised > reached else '')
 
 # %% ../nbs/20_media.ipynb #f87c78b9
 def _check_decoder(context: Any, before: Any, name: str) -> tuple: # of the size it works at, when that is new
     now = context.width, context.height, context.pix_fmt
     if now == before: return now
-    if not context.width * context.height: raise JobError('input_unreadable', f'{name} holds a frame that is damaged or larger than '
-                                                          f'{SMALL_PIXELS // 10**6} megapixels, which its header does not say')
+    if not context.width * context.height: # what a decoder leaves when a frame is too large for it
+        raise JobError('input_unreadable', f'{name} holds a frame that is damaged or larger than {SMALL_PIXELS // 10**6} megapixels (4K), '
+                       'more than its header asks for; send 4K or less')
     decoder_threads(now[:2], now[2], pictures_kept(context.name, context.extradata or b''), name)
     return now
 
 # %% ../nbs/20_media.ipynb #a215ee41
-def _may_be_joined(container: Any) -> bool: return bool(int(container.format.flags) & int(av.format.Flags.ts_discont.value))
+def _may_be_joined(container: Any) -> bool:
+    return bool(int(container.format.flags) & int(av.format.Flags.ts_discont.value))
 
 def _promised_end(container: Any, stream: Any, path: Path | str) -> float: # 0: not said
     "The second at which the header says the file ends"
-    if container.format.name in ('mpegts', 'mpeg', 'ogg') or not stream.frames and container.format.name.startswith('mov'):
+    kind, frames, whole = container.format.name, 0.0, (container.duration or 0) / av.time_base
+    if kind in ('mpegts', 'mpeg', 'ogg') or not stream.frames and kind.startswith('mov'):
         return 0.0 # no header, or one before fragments: libav looks at the end of the file
-    if container.format.name == 'asf': return _asf_seconds(path)
-    whole = (container.duration or 0) / av.time_base
-    if not stream.duration or container.format.name.startswith('mov'): return whole # an MP4's edit list may show less than the stream holds
-    frames = stream.frames / stream.average_rate if container.format.name == 'avi' and stream.average_rate else 0 # libav adapts its duration to what is there
-    return max(whole, float(stream.duration * stream.time_base), float(frames))
+    if kind == 'asf': return _asf_seconds(path)
+    if not stream.duration or kind.startswith('mov'): return whole # an edit list may show less than the stream holds
+    if kind == 'avi' and stream.average_rate: # libav adapts the duration to what is there
+        frames = float(stream.frames / stream.average_rate)
+    return max(whole, float(stream.duration * stream.time_base), frames)
 
 def _is_whole(container: Any, stream: Any, path: Path | str, reached: float, count: int, last_whole: bool) -> bool:
     "False: it ends before the time it promises, and its bytes say so as well"
     promised = _promised_end(container, stream, path)
-    if container.format.name.startswith('mov'): return not _mp4_goes_on(path, os.path.getsize(path)) # lists what it holds, or says it fragment by fragment
+    if container.format.name.startswith('mov'): # lists what it holds at its beginning, or says it fragment by fragment
+        return not _mp4_goes_on(path, os.path.getsize(path))
     if promised - reached <= MAX_HOLE + 0.02 * promised: return True
     missing = _bytes_missing(path, stream, container.format.name, count)
     return last_whole if missing is None else not missing
@@ -407,9 +417,12 @@ def _bytes_missing(path: Path | str, stream: Any, kind: str, count: int) -> bool
 ASF_PROPERTIES = bytes.fromhex('a1dcab8c47a9cf118ee400c00c205365')
 MAX_BLOCKS = 300_000 # of a container, that are looked at
 
-def _size_said(file: Any, head: bytes, kind: str, size: int) -> bool | None: # is the size that AVI, ASF or FLV says larger than it is?
+def _size_said(file: Any, head: bytes, kind: str, size: int) -> bool | None:
+    "Is the size that an AVI, ASF or FLV says larger than what is there?"
     if kind == 'avi': return int.from_bytes(head[4:8], 'little') + 8 > size
-    if kind == 'asf': return (at := head.find(ASF_PROPERTIES)) >= 0 and int.from_bytes(head[at + 40:at + 48], 'little') > size
+    if kind == 'asf':
+        at = head.find(ASF_PROPERTIES)
+        return at >= 0 and int.from_bytes(head[at + 40:at + 48], 'little') > size
     if kind != 'flv': return None
     length = int.from_bytes(file.read(4), 'big') # of the last tag
     file.seek(max(0, size - 4 - length))
@@ -460,11 +473,13 @@ PICTURE_CODECS = {'mjpeg', 'png', 'apng', 'bmp', 'gif', 'webp', 'tiff', 'jpeg200
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 
 def _is_thumbnail(stream: Any, streams: Sequence[Any]) -> bool:
-    area, coded = lambda s: s.codec_context.width * s.codec_context.height, [s for s in streams if s is not stream and s.codec_context]
+    area = lambda s: s.codec_context.width * s.codec_context.height
+    coded = [s for s in streams if s is not stream and s.codec_context]
     if stream.disposition & av.stream.Disposition.still_image and coded: return True
     if stream.frames == 1 and any(s.frames > 1 for s in coded): return True
     if stream.codec_context is None or stream.codec_context.name not in PICTURE_CODECS: return False
-    return any(s.codec_context.name not in PICTURE_CODECS and (area(s) >= area(stream) or _is_default(s)) for s in coded)
+    videos = [s for s in coded if s.codec_context.name not in PICTURE_CODECS]
+    return any(area(s) >= area(stream) or _is_default(s) for s in videos)
 
 def _is_default(stream: Any) -> bool: return bool(stream.disposition & av.stream.Disposition.default)
 
@@ -476,8 +491,9 @@ def _video_stream(container: Any, name: str) -> Any:
     context = stream.codec_context
     if context is None: raise JobError('input_unreadable', f'{name}: no decoder for its video; convert it to H.264')
     kept = pictures_kept(context.name, context.extradata or b'')
-    stream.thread_type, context.thread_count = 'AUTO', decoder_threads((context.width, context.height), context.pix_fmt, kept, name)
-    context.options = {'max_pixels': str(max(SMALL_PIXELS, (context.width + 127) * (context.height + 127)))}
+    size = context.width, context.height
+    stream.thread_type, context.thread_count = 'AUTO', decoder_threads(size, context.pix_fmt, kept, name)
+    context.options = {'max_pixels': str(max(SMALL_PIXELS, (size[0] + 127) * (size[1] + 127)))}
     return stream
 
 # %% ../nbs/20_media.ipynb #c17c8ae5
@@ -488,11 +504,13 @@ def _check_whole(container: Any, stream: Any, source: Path | str) -> None:
     "A file that a container's own marks show to be cut off is refused before decoding: MP4 lists where each frame lies"
     size, kind = os.path.getsize(source), container.format.name
     if kind == 'gif' and (whole := _gif_pictures(source, size)) is not None:
-        raise JobError('input_unreadable', f'{Path(source).name} is cut off after {size} bytes: only {whole} pictures are whole; send the whole file')
+        raise JobError('input_unreadable', f'{Path(source).name} is cut off after {size} bytes: only {whole} pictures are whole; '
+                       'send the whole file')
     if not kind.startswith('mov') or not (lost := _lost(stream, size)): return
     there, seconds = max(0.0, float(min(lost) * stream.time_base)), _seconds(container, stream)
     share = f' ({there / seconds:.0%} is there)' if seconds else ''
-    raise JobError('input_unreadable', f'{Path(source).name} is cut off after {size} bytes: its frames from {there:.2f} s on are missing{share}; send the whole file')
+    raise JobError('input_unreadable', f'{Path(source).name} is cut off after {size} bytes: its frames from {there:.2f} s on '
+                   f'are missing{share}; send the whole file')
 
 def _seconds(container: Any, stream: Any) -> float: # 0: not said
     if stream.duration: return float(stream.duration * stream.time_base)
@@ -500,7 +518,8 @@ def _seconds(container: Any, stream: Any) -> float: # 0: not said
     return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 0.0
 
 # %% ../nbs/20_media.ipynb #c490c080
-def _gif_pictures(source: Path | str, size: int) -> int | None: # whole pictures of a GIF that ends in the middle of one; None: it does not
+def _gif_pictures(source: Path | str, size: int) -> int | None: # None: it does not
+    "How many pictures are whole in a GIF that ends in the middle of one"
     with open(source, 'rb') as file:
         head, count = file.read(13), 0
         file.seek(_palette(head[10:11]), 1)
@@ -665,7 +684,7 @@ HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 UNSAID = 2 # libav's "unspecified" for matrix, primaries and transfer; `Colorspace.DEFAULT` is something else: BT.601
 WIDE_PRIMARIES = {9: 'bt2020', 11: 'smpte431', 12: 'smpte432'}
 MATRICES = {1: 'bt709', 4: 'fcc', 5: 'bt470bg', 6: 'smpte170m', 7: 'smpte240m', 9: 'bt2020ncl', 10: 'bt2020ncl'}
-CURVES = {13: 'srgb', 4: 'gamma22', 5: 'gamma28', 8: 'linear'} # others are BT.709's, or so close that eyes see none of it
+CURVES = {13: 'srgb', 4: 'gamma22', 5: 'gamma28', 8: 'linear'} # others are BT.709's, or as good as that
 
 def _say_colours(frame: Any) -> None:
     "Name what a frame leaves unsaid"
@@ -675,23 +694,27 @@ def _say_colours(frame: Any) -> None:
     frame.colorspace = {1: 1, 5: 5, 6: 6, 9: 9}.get(primaries, Colorspace.ITU709 if hd else Colorspace.SMPTE170M)
 
 def _to_bt709(frame: Any) -> str: # what follows in the chain of filters
-    "The scaler's own conversion is quick and right for RGB; from other matrices it is up to 6 of 255 off, `colorspace` is not"
-    if frame.color_trc in HDR_TRANSFERS: return ':out_color_matrix=bt709:out_range=tv:out_transfer=bt709:out_primaries=bt709'
+    "The scaler's own conversion is right for RGB; from other matrices it is up to 6 of 255 off, `colorspace` is not"
+    if frame.color_trc in HDR_TRANSFERS:
+        return ':out_color_matrix=bt709:out_range=tv:out_transfer=bt709:out_primaries=bt709'
     wide, curve = WIDE_PRIMARIES.get(int(frame.color_primaries)), CURVES.get(int(frame.color_trc), 'bt709')
-    coded = MATRICES.get(int(frame.colorspace)) if len(frame.format.components) >= 3 and not frame.format.is_rgb else None
+    coloured = len(frame.format.components) >= 3 and not frame.format.is_rgb
+    coded = MATRICES.get(int(frame.colorspace)) if coloured else None
     full = int(frame.color_range) == 2 or frame.format.name.startswith('yuvj')
     kept = coded is not None and (coded != 'bt709' or full) # matrix and range, until the size is right
     scaled = '' if kept else ':out_color_matrix=bt709:out_range=tv'
     if not kept and not wide: return scaled
-    there = f'ispace={coded if kept else "bt709"}:irange={"pc" if kept and full else "tv"}:iprimaries={wide or "bt709"}:itrc={curve if wide else "bt709"}'
-    return f'{scaled},format=yuv420p10le,colorspace={there}:all=bt709:range=tv:format=yuv420p'
+    numbers = f'ispace={coded if kept else "bt709"}:irange={"pc" if kept and full else "tv"}'
+    light = f'iprimaries={wide or "bt709"}:itrc={curve if wide else "bt709"}'
+    return f'{scaled},format=yuv420p10le,colorspace={numbers}:{light}:all=bt709:range=tv:format=yuv420p'
 
 # %% ../nbs/20_media.ipynb #69174b6a
 class _Fit:
     "Frames of any kind -> `size` yuv420p BT.709, on black"
     def __init__(self, size: tuple[int, int], sar: Fraction):
         self.size, self.sar, self.key, self.graph = size, sar, None, None
-        self.turns: dict[int, tuple[str, ...]] = {} # looked up once: a frame whose side data was read is freed late, by the cycle collector
+        # a frame whose side data was read lives until the cycle collector comes: it is read once for each rotation
+        self.turns: dict[int, tuple[str, ...]] = {}
         self.content: Rectangle | None = None # where pictures were put until now
 
     def __call__(self, frame: Any) -> Any:
@@ -743,14 +766,18 @@ def deinterlaced(
     timed: Iterable[tuple[Fraction, Fraction, Any]] # (shown at, shown for, av.VideoFrame)
 ) -> Iterator[tuple[Fraction, Fraction, Any]]:
     "The same frames at the same times, without two instants in one"
-    graph, kind, waiting = None, None, deque()
+    graph, kind, count, waiting = None, None, 0, deque()
     for at, lasts, frame in timed:
-        if graph is None and not (frame.interlaced_frame and min(frame.width, frame.height) >= 16): yield at, lasts, frame; continue
+        if graph is None and not (frame.interlaced_frame and min(frame.width, frame.height) >= 16):
+            yield at, lasts, frame
+            continue
         _say_colours(frame)
         if kind != (kind := (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)):
             if graph: yield from _finished(graph, waiting)
             graph = _graph(frame, 'bwdif=mode=send_frame:parity=auto:deint=interlaced')
-        frame.pts, frame.time_base = len(waiting), Fraction(1, FPS) # the filter gives frames back in order; their times wait here
+        # the filter gives frames back in order; their times wait here
+        frame.pts, frame.time_base = count, Fraction(1, FPS)
+        count += 1
         waiting.append((at, lasts))
         graph.vpush(frame)
         yield from _finished(graph, waiting, end=False)
@@ -813,11 +840,12 @@ def _stamp(frame: Any, index: int, fps: int) -> Any:
 BESIDE = (av.stream.Disposition.hearing_impaired | av.stream.Disposition.visual_impaired | av.stream.Disposition.comment |
           av.stream.Disposition.descriptions | av.stream.Disposition.non_diegetic)
 
-def _audio_streams(container: Any, name: str) -> tuple[list[int], list[str]]: # (their indices, the one to take first; notes)
-    "Sound tracks that have a decoder"
+def _audio_streams(container: Any, name: str) -> tuple[list[int], list[str]]: # (indices; notes on the others)
+    "Sound tracks that have a decoder, the one to take first"
     streams = sorted(container.streams.audio, key=lambda s: (not _is_default(s), bool(s.disposition & BESIDE), s.index))
     able = [s.index for s in streams if s.codec_context is not None]
-    if streams and not able: raise JobError('input_unreadable', f'{name}: no decoder for its sound; convert it to AAC or remove it')
+    if streams and not able:
+        raise JobError('input_unreadable', f'{name}: no decoder for its sound; convert it to AAC or remove it')
     return able, [_left_out(s.index, 'nothing here decodes its format') for s in streams if s.codec_context is None]
 
 def _left_out(index: int, why: str) -> str: return f'the sound in track {index} of the video was left out: {why}'
@@ -837,7 +865,8 @@ def extract_audio(
     for index in tracks:
         for way in (_copy_audio, _encode_audio):
             sound = _Listening(reading)
-            with _opened(source) as container: end = way(container, container.streams[index], target, start, seconds, sound)
+            with _opened(source) as container:
+                end = way(container, container.streams[index], target, start, seconds, sound)
             if end is not None: return end
         if not sound.silent(): return None
         said.append(_left_out(index, f'none of its {sound.failed} packets decodes'))
@@ -867,7 +896,8 @@ class _Listening:
         for frame in frames:
             self.seconds += frame.samples / max(1, frame.sample_rate)
             if self.seconds > self.reading.max_seconds + 10:
-                raise JobError('input_unreadable', f'{self.reading.name} has more sound than {self.reading.max_seconds:g} s of video can hold')
+                raise JobError('input_unreadable', f'{self.reading.name} has more sound than '
+                               f'{self.reading.max_seconds:g} s of video can hold')
         return frames
 
 # %% ../nbs/20_media.ipynb #58804207
@@ -886,11 +916,14 @@ def _part_end(parts: Sequence[Part], k: int) -> Fraction | float: # by the part'
 def _part_of(parts: Sequence[Part], now: int | None, last: Fraction | None, at: Fraction, byte: int) -> int:
     "Which part a sound packet belongs to, by its time and by where it lies; `now`: that of the packet before"
     if now is not None:
-        later = now + 1 < len(parts) and abs(at - last) > Fraction(1, 2) and (at > _part_end(parts, now) or byte >= parts[now + 1].byte)
-        if now + 1 == len(parts) or not (later or at < last - BACK): return now
+        if now + 1 == len(parts): return now
+        apart = abs(at - last) > Fraction(1, 2)
+        beyond = at > _part_end(parts, now) or byte >= parts[now + 1].byte
+        if at >= last - BACK and not (apart and beyond): return now
     return min(range(0 if now is None else now + 1, len(parts)), key=lambda k: abs(_byte_of(parts, k, at, byte) - byte))
 
-def _byte_of(parts: Sequence[Part], k: int, at: Fraction, byte: int) -> float: # where a part has what it shows at a second, or about there
+def _byte_of(parts: Sequence[Part], k: int, at: Fraction, byte: int) -> float:
+    "About where in the file a part has what it shows at a second"
     if k + 1 == len(parts): return max(byte, parts[k].byte)
     share = (at - parts[k].begins) / max(_part_end(parts, k) - parts[k].begins, BACK)
     return float(parts[k].byte + share * (parts[k + 1].byte - parts[k].byte))
@@ -910,10 +943,11 @@ def _stretch(packets: Iterable[Any], start: Fraction, seconds: float) -> Iterato
         yield packet, float(at + packet.duration * base)
 
 # %% ../nbs/20_media.ipynb #3684bd5a
-def _copy_audio(container: Any, stream: Any, target: Path | str, start: Fraction, seconds: float, sound: _Listening) -> float | None:
+def _copy_audio(container: Any, stream: Any, target: Path | str, start: Fraction, seconds: float,
+                sound: _Listening) -> float | None:
     "None: nothing there, a packet that does not decode, or sound that can not be copied"
-    copy = stream.codec_context.name == 'aac' and bool(stream.codec_context.extradata) and len(sound.reading.parts) < 2
-    if not copy: return None
+    context = stream.codec_context
+    if context.name != 'aac' or not context.extradata or len(sound.reading.parts) > 1: return None
     end = 0.0
     with whole_file(target) as part:
         with av.open(str(part), 'w', format='mp4') as out:
@@ -930,7 +964,8 @@ def _copy_audio(container: Any, stream: Any, target: Path | str, start: Fraction
 # %% ../nbs/20_media.ipynb #5105ca05
 JITTER = 0.03 # seconds by which timestamps may wander before sound is moved
 
-def _samples(container: Any, stream: Any, layout: str, rate: int, start: Fraction, sound: _Listening) -> Iterator[tuple[float | None, np.ndarray]]:
+def _samples(container: Any, stream: Any, layout: str, rate: int, start: Fraction,
+             sound: _Listening) -> Iterator[tuple[float | None, np.ndarray]]:
     "(second of the result, (channels, n) float32) of all sound that decodes"
     resampler = kind = None
     for packet in sound.packets(container, stream):
@@ -965,7 +1000,8 @@ def place_samples(
         if here >= limit: return
 
 # %% ../nbs/20_media.ipynb #51747527
-def _encode_audio(container: Any, stream: Any, target: Path | str, start: Fraction, seconds: float, sound: _Listening) -> float | None:
+def _encode_audio(container: Any, stream: Any, target: Path | str, start: Fraction, seconds: float,
+                  sound: _Listening) -> float | None:
     "Any sound as AAC, mono or stereo, 44.1 or 48 kHz"
     rate = stream.codec_context.sample_rate if stream.codec_context.sample_rate in (44100, 48000) else 48000
     layout = 'mono' if stream.codec_context.layout.nb_channels == 1 else 'stereo'
@@ -973,7 +1009,8 @@ def _encode_audio(container: Any, stream: Any, target: Path | str, start: Fracti
     with whole_file(target) as part:
         with av.open(str(part), 'w', format='mp4') as out:
             track = out.add_stream('aac', rate=rate, layout=layout, bit_rate=96000 if layout == 'mono' else 160000)
-            for at, samples in place_samples(_samples(container, stream, layout, rate, start, sound), rate, min(seconds, 86400)):
+            pieces = _samples(container, stream, layout, rate, start, sound)
+            for at, samples in place_samples(pieces, rate, min(seconds, 86400)):
                 frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), 'fltp', layout)
                 frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
                 out.mux(track.encode(frame))
@@ -1001,8 +1038,8 @@ def normalise_video(
     return Clip(Path(video), sound, count, *size, fps, count / fps, found, audio_s or 0.0, content, tuple(notes))
 
 # %% ../nbs/20_media.ipynb #ea992508
-def _normalise_pictures(source: Path | str, video: Path | str, reading: Reading, size: tuple[int, int], fps: int, progress: Callable | None,
-                        options: dict[str, str]) -> tuple[int, Fraction, Probe, Rectangle]:
+def _normalise_pictures(source: Path | str, video: Path | str, reading: Reading, size: tuple[int, int], fps: int,
+                        progress: Callable | None, options: dict[str, str]) -> tuple[int, Fraction, Probe, Rectangle]:
     "Frames written, the source's first second, the source, where its picture is"
     with _opened(source) as container:
         stream = _video_stream(container, reading.name)
@@ -1014,7 +1051,8 @@ def _normalise_pictures(source: Path | str, video: Path | str, reading: Reading,
         first = next(frames, None)
         found = _described(container, stream, first, source)
         start = Fraction(first.pts or 0) * Fraction(first.time_base)
-        timed = deinterlaced(_timed(_heeding(chain([first], frames), reading), stream, reading.max_seconds, reading.name))
+        heeding = _heeding(chain([first], frames), reading)
+        timed = deinterlaced(_timed(heeding, stream, reading.max_seconds, reading.name))
         report = lambda done: progress and progress(done, max(done, round(promised * fps)))
         fit = _Fit(size, _pixel_shape(stream))
         count = _write_frames(nearest(timed, fps), fit, video, size, fps, options, report)
@@ -1032,7 +1070,9 @@ def _check_promise(source: Path | str, container: Any, index: int, promised: flo
         for packet in on_one_clock(alone.heed(again.demux()), stream, alone.parts, _may_be_joined(again)):
             if packet.stream is not stream or (span := _span(packet)) is None: continue
             begin = span[0] if begin is None else begin
-            if span[0] - begin > reading.max_seconds + 0.05: check_length(promised if _promised_end(container, stream, source) else float(span[0] - begin), reading.max_seconds, reading.name)
+            read = float(span[0] - begin)
+            if read <= reading.max_seconds + 0.05: continue
+            check_length(promised if _promised_end(container, stream, source) else read, reading.max_seconds, reading.name)
 
 # %% ../nbs/20_media.ipynb #3c992079
 def _heeding(items: Iterable[Any], reading: Reading) -> Iterator[Any]:
