@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE', 'FPS', 'MAX_SIDE', 'MAX_VIDEO_PIXELS', 'GREY', 'MAX_SOURCE_FPS', 'VIDEO_FORMATS', 'AUDIO_FORMATS',
            'READING_BYTES', 'SPARE_PICTURES', 'SMALL_PIXELS', 'PICTURES_KEPT', 'MAX_PACKETS', 'BACK', 'JUMP',
-           'MAX_HOLE', 'ASF_PROPERTIES', 'MAX_BLOCKS', 'PICTURE_CODECS', 'COVERS', 'HDR_TRANSFERS', 'UNSAID',
+           'MAX_HOLE', 'TIMED', 'ASF_PROPERTIES', 'MAX_BLOCKS', 'PICTURE_CODECS', 'COVERS', 'HDR_TRANSFERS', 'UNSAID',
            'WIDE_PRIMARIES', 'MATRICES', 'CURVES', 'DELIVERY', 'INTERMEDIATE', 'BESIDE', 'JITTER', 'IMAGE_FORMATS',
            'MAX_PIXELS', 'MIN_SIDE', 'Probe', 'Rectangle', 'Clip', 'RawFrames', 'decoder_threads', 'thread_count',
            'pictures_kept', 'Part', 'Reading', 'on_one_clock', 'probe', 'draw_test_picture', 'read_test_picture',
@@ -297,13 +297,14 @@ class Reading:
             yield packet
 
     def go_on(self) -> None:
+        "Raises JobError `cancelled` when the job is to stop"
         if self.cancelled and self.cancelled():
             raise JobError('cancelled', 'the job was cancelled while its video was read')
 
 # %% ../nbs/20_media.ipynb #5ae00bf3
 def _span(packet: Any) -> tuple[Fraction, Fraction] | None: # seconds (shown at, shown until); None: not said
     shown = packet.pts if packet.pts is not None else packet.dts
-    if shown is None or not packet.size: return None
+    if shown is None or not packet.size or not packet.time_base: return None
     base = Fraction(packet.time_base)
     return shown * base, (shown + (packet.duration or 0)) * base
 
@@ -332,7 +333,7 @@ def on_one_clock(
             decoded, top = packet.dts, until if top is None or until > top else top
             if joined: reached = float(until * base) if reached is None else max(reached, float(until * base))
             _shift(packet, shift)
-        elif reached is not None and reached < (until := float(_span(packet)[1])) < reached + JUMP: reached = until
+        elif reached is not None and (span := _span(packet)) and reached < span[1] < reached + JUMP: reached = float(span[1])
         yield packet
 
 def _shift(packet: Any, ticks: int) -> None:
@@ -342,12 +343,14 @@ def _shift(packet: Any, ticks: int) -> None:
 
 # %% ../nbs/20_media.ipynb #f65a4d5f
 MAX_HOLE = 0.5 # seconds of damage that the nearest frame may stand in for
+TIMED = ('video', 'audio', 'subtitle') # tracks whose end is the end of the file
 
 def _decoded(container: Any, stream: Any, path: Path | str, reading: Reading) -> Iterator[Any]:
     "Every frame of a stream, its `pts` in place; raises where the file has a hole or stops early"
     damaged, whole, good, reached, count, checked = False, True, None, 0.0, 0, None
     for packet in on_one_clock(reading.heed(container.demux()), stream, reading.parts, _may_be_joined(container)):
-        if packet.pts is not None: reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.pts is not None and packet.stream.type in TIMED:
+            reached = max(reached, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
         if packet.size: whole = not packet.is_corrupt
         if packet.stream is not stream: continue
         count += packet.size > 0
@@ -521,17 +524,20 @@ def _seconds(container: Any, stream: Any) -> float: # 0: not said
 def _gif_pictures(source: Path | str, size: int) -> int | None: # None: it does not
     "How many pictures are whole in a GIF that ends in the middle of one"
     with open(source, 'rb') as file:
-        head, count = file.read(13), 0
+        head, count, mark = file.read(13), 0, b''
         file.seek(_palette(head[10:11]), 1)
         for _ in range(MAX_BLOCKS):
-            mark = file.read(1)
-            if mark == b',':
-                file.seek(_palette(file.read(9)[8:]) + 1, 1)
-            elif mark == b'!': file.seek(1, 1)
-            elif mark != b'\0': return None # the last marker, none at all, or something behind it
-            while mark in b',!' and (length := file.read(1)) != b'\0':
+            if mark: # inside of something: blocks of up to 255 bytes until an empty one
+                length = file.read(1)
                 if not length or file.seek(length[0], 1) > size: return count
-            count += mark == b','
+                if length == b'\0': count, mark = count + (mark == b','), b''
+                continue
+            kind = file.read(1)
+            if kind == b',': file.seek(_palette(file.read(9)[8:]) + 1, 1)
+            elif kind == b'!': file.seek(1, 1)
+            elif kind == b'\0': continue
+            else: return None # the last marker, none at all, or something behind it
+            mark = kind
     return None
 
 def _palette(flags: bytes) -> int: # bytes of the colours that follow
