@@ -1,15 +1,19 @@
 """Hostile and broken inputs through the real handler: a clear error, nothing kept, no rendering"""
 import io
+import json
 import struct
+import tempfile
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from conftest import make_settings
 from PIL import Image
+from test_media import at_one_instant, clicking, with_larger_frames, without_decoder
 
 from wan_avatar.handler import Handler
 from wan_avatar.store import Store
@@ -132,6 +136,9 @@ def video(frames: int, size=(320, 240), rate=24, audio=False) -> bytes:
 
 def endless_video() -> bytes: return video(300, size=(64, 64), rate=1) # five minutes
 
+def written_by(make, name: str, *args) -> bytes:
+    with tempfile.TemporaryDirectory() as folder: return make(Path(folder) / name, *args).read_bytes()
+
 VIDEOS = {
     'text': (lambda: b'not a video at all', 'input_unreadable', ''),
     'audio only': (lambda: video(0, size=None, audio=True), 'input_unreadable', ''),
@@ -140,6 +147,8 @@ VIDEOS = {
     'one frame of noise': (lambda: video(1), 'no_person', 'driving'),
     'five minutes': (endless_video, 'too_long', '60'),
     'empty': (lambda: b'', 'input_unreadable', ''),
+    'vast frames behind a small header': (lambda: written_by(with_larger_frames, 'a.mov', 'png', 'rgb24', 12000, (3,)), 'input_unreadable', '4K'),
+    'sound packets at one instant': (lambda: written_by(at_one_instant, 'a.mkv', 20_000), 'input_unreadable', 'more sound'),
 }
 
 @pytest.mark.parametrize('name', VIDEOS)
@@ -150,10 +159,24 @@ def test_video(service, name):
 def test_video_without_a_person(service):
     refused(service, {}, 'no_person', 'driving', driving_video_path='in/no_face.mp4', **IMAGE)
 
+def with_spatial_sound(source, target):
+    "A video as a phone makes it: beside plain sound a track that nothing here decodes"
+    with av.open(str(source)) as i, av.open(str(target.with_suffix('.two')), 'w', format='mp4') as o:
+        track, sounds = o.add_stream_from_template(i.streams.video[0]), [o.add_stream('aac', rate=48000, layout='mono') for _ in range(2)]
+        for packet in i.demux(video=0):
+            if packet.dts is None: continue
+            packet.stream = track
+            o.mux(packet)
+        for sound in sounds: o.mux(sound.encode(clicking(0.01, 0.1)[0]) + sound.encode())
+    return without_decoder(target.with_suffix('.two'), target)
+
 def test_one_frame_with_a_person_works(service, samples, tmp_path):
     from conftest import cut
-    service.store.upload(cut(samples / 'pexels.mp4', 1, tmp_path), 'in/one.mp4', 'video/mp4')
-    assert service.run('one', driving_video_path='in/one.mp4', **IMAGE).get('frames') == 1
+    service.store.upload(with_spatial_sound(cut(samples / 'pexels.mp4', 1, tmp_path), tmp_path / 'phone.mov'), 'in/one.mp4', 'video/mp4')
+    answer = service.run('one', driving_video_path='in/one.mp4', **IMAGE)
+    assert answer.get('frames') == 1, answer
+    assert answer['has_audio'] and len(answer['notes']) == 1 and 'nothing here decodes' in answer['notes'][0]
+    assert json.loads(service.store.read_bytes(answer['minio_key'] + '.json', 10**6))['notes'] == answer['notes']
 
 URLS = {'loopback': 'http://127.0.0.1:1/a.png', 'loopback by name': 'http://localhost/a.png', 'decimal loopback': 'http://2130706433/a.png',
         'IPv6 loopback': 'http://[::1]/a.png', 'mapped loopback': 'http://[::ffff:127.0.0.1]/a.png', 'private 10': 'http://10.0.0.1/a.png',

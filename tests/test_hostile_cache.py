@@ -153,13 +153,8 @@ def use(track) -> None:
     "What jobs do with a track; raises if something in it is not as it should be"
     frame = np.zeros((*track.size[::-1], 3), np.uint8)
     for i in range(len(track)):
-<<<<<<< HEAD
         assert track.mask(i).shape == track.size[::-1]
-        draw_debug(frame, track, i)
-=======
-        assert track.mask(i).shape == track.size[::-1] and isinstance(has_face(track, i), bool)
     draw_debug(frame, track, 0)
->>>>>>> h2
     facts = track_facts(track)
     assert with_face(track).shape == (len(track),) and 0 <= facts['present'] <= facts['frames'] == len(track) and facts['guessed_masks'] <= facts['frames']
     assert wholebody_points(track).shape == (len(track), 133, 3) and not any(np.isinf(v).any() for v in track.points.values())

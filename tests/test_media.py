@@ -1,17 +1,25 @@
 "Media from anywhere: what is read, what is refused, and that nothing shifts in time or colour"
+import math
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from av.video.reformatter import Colorspace
 from PIL import Image
 
 from wan_avatar import media
 from wan_avatar.job import JobError
 from wan_avatar.media import (
-    Encoder, Rectangle, check_mp4, draw_test_video, extract_audio, filmstrip, nearest, normalise_image, normalise_video, pictures_at,
-    probe, read_frames, read_image, read_test_picture, whole_file,
+    Encoder, Part, Reading, Rectangle, check_mp4, decoder_threads, draw_test_video, extract_audio, filmstrip, nearest, normalise_image, normalise_video,
+    pictures_at, pictures_kept, probe, read_frames, read_image, read_test_picture, sound_on_one_clock, whole_file,
 )
 
 SMALL = (320, 180)
@@ -27,9 +35,11 @@ def indices(clip, columns=LANDSCAPE):
 
 
 def expected(times, last):
-    "Index of the nearest source frame for each frame of the result, the slow way"
-    count = max(1, round((times[-1] + last) * 24))
-    return [min(range(len(times)), key=lambda k: (abs(times[k] - Fraction(i, 24)), k)) for i in range(count)]
+    "Index of the source frame for each frame of the result, the slow way: the nearest of those that begin around it, else the one on screen"
+    def shown(i):
+        begin = [k for k, t in enumerate(times) if math.floor(t * 24 + Fraction(1, 2)) == i]
+        return min(begin, key=lambda k: (abs(times[k] - Fraction(i, 24)), k)) if begin else max(k for k, t in enumerate(times) if t * 24 < i)
+    return [shown(i) for i in range(max(1, math.floor((times[-1] + last) * 24 + Fraction(1, 2))))]
 
 
 def refused(path, **options):
@@ -87,6 +97,148 @@ def test_nearest_counts_and_picks(rates):
         times = [k / Fraction(*rates) for k in range(n)]
         got = [k for k, times_shown in nearest((t, 1 / Fraction(*rates), k) for k, t in enumerate(times)) for _ in range(times_shown)]
         assert got == expected(times, 1 / Fraction(*rates))
+
+
+def written(path, tracks):
+    "A file of `tracks`: (encoder, options of its stream, frames) each, one track after the other; `frames` come with pts and time_base"
+    with av.open(str(path), 'w') as out:
+        streams = []
+        for codec, options, _ in tracks:
+            options = dict(options)
+            later = {name: options.pop(name) for name in ('disposition',) if name in options}
+            context = {name: options.pop(name) for name in ('colorspace', 'color_range', 'color_primaries', 'color_trc', 'time_base') if name in options}
+            streams.append(out.add_stream(codec, **options))
+            for name, value in context.items(): setattr(streams[-1].codec_context, name, value)
+            for name, value in later.items(): setattr(streams[-1], name, value)
+        for stream, (_, _, frames) in zip(streams, tracks, strict=True):
+            for frame in frames: out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+    return path
+
+
+def stamped(frame, second, base=Fraction(1, 1000)):
+    frame.pts, frame.time_base = round(Fraction(second) / base), base
+    return frame
+
+
+def step(times, first, size=(96, 64)):
+    "Dark pictures at these times, white ones from the `first`-th on"
+    for i, t in enumerate(times): yield stamped(av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 235 if i >= first else 20, np.uint8), 'rgb24'), t)
+
+
+def clicking(click, seconds, level=0.9):
+    "Silence with a click at a second"
+    wave = np.zeros((1, round(seconds * 48000)), np.float32)
+    wave[0, round(click * 48000):][:480] = level
+    frame = av.AudioFrame.from_ndarray(wave, 'fltp', 'mono')
+    frame.sample_rate = 48000
+    return [stamped(frame, 0, Fraction(1, 48000))]
+
+
+def click_of(path):
+    "The second of the first loud sample"
+    samples, start = sound(path)
+    return int(np.argmax(np.abs(samples) > 0.2 * np.abs(samples).max())) / 48000 + start
+
+
+RATES = [1, 5, 10, 12, 15, Fraction(24000, 1001), 25, Fraction(30000, 1001), 30, 48, 50, 60, 120]
+STEPS = {f'{float(rate):g} fps': ([k / Fraction(rate) for k in range(math.ceil(2.2 * rate))], math.ceil(rate * Fraction(103, 100))) for rate in RATES} | {
+    'held for 4 s': ([0, 4, Fraction(4033, 1000), Fraction(4066, 1000), Fraction(41, 10), 5], 1),
+    'held for 1.5 s at 25 fps': ([Fraction(k, 25) for k in range(60) if not 5 < k < 43], 6),
+    '30 fps with a dropout': ([Fraction(k, 30) for k in range(60) if not 20 < k < 29], 21),
+    '60 fps with dropouts': ([Fraction(k, 60) for k in range(120) if k % 10 < 7], 30),
+}
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_flash_and_click_stay_together(tmp_path, name):
+    times, first = STEPS[name]
+    video = ('libx264', dict(rate=30, width=96, height=64, pix_fmt='yuv420p', time_base=Fraction(1, 1000), options={'preset': 'ultrafast'}), step(times, first))
+    clip = normalised(written(tmp_path / 'in.mkv', [video, ('pcm_s16le', dict(rate=48000, layout='mono'), clicking(times[first], times[-1] + 1))]), tmp_path, size=(64, 48))
+    flash = Fraction(next(i for i, f in enumerate(read_frames(clip.path)) if f.mean() > 120), 24)
+    off = float(flash - times[first])
+    assert -0.0215 <= off < 1 / 24 and abs(click_of(clip.audio) - float(times[first])) < 0.003 # Matroska counts milliseconds
+
+
+COUNTS = [(48, 105, 53), (48, 1, 1), (24, 1, 1), (240, 1, 1), (30, 5, 4), (16, 1, 2), (Fraction(30000, 1001), 1798, 1440), (1, 1, 24), (60, 33, 13), (25, 26, 25)]
+
+
+@pytest.mark.parametrize('fps, frames, wanted', COUNTS)
+def test_as_many_frames_as_ffmpeg_gives(fps, frames, wanted):
+    rate = Fraction(fps)
+    assert wanted == max(1, math.floor(frames / rate * 24 + Fraction(1, 2)))
+    assert sum(n for _, n in nearest((k / rate, 1 / rate, k) for k in range(frames))) == wanted
+
+
+def interlaced(codec, **options):
+    "Bars that move; odd lines show them a fiftieth of a second later"
+    def line(t): return np.where((np.arange(160) - round(400 * t)) % 64 < 32, 210, 40)
+    pictures = [np.repeat(np.array([line(i / 25 + y % 2 / 50) for y in range(96)], np.uint8)[..., None], 3, 2) for i in range(12)]
+    frames = (stamped(av.VideoFrame.from_ndarray(p, 'rgb24'), Fraction(i, 25), Fraction(1, 25)) for i, p in enumerate(pictures))
+    return codec, dict(rate=25, width=160, height=96, **options), frames
+
+
+@pytest.mark.parametrize('ending, codec, options', [
+    ('ts', 'mpeg2video', {'pix_fmt': 'yuv420p', 'options': {'flags': '+ildct+ilme', 'b': '8000000'}}),
+    ('mp4', 'libx264', {'pix_fmt': 'yuv422p', 'options': {'x264-params': 'tff=1', 'qp': '10'}}),
+    ('mkv', 'mpeg2video', {'pix_fmt': 'yuv422p', 'options': {'flags': '+ildct+ilme', 'b': '8000000'}}),
+])
+def test_interlaced_is_woven_apart(tmp_path, ending, codec, options):
+    source = written(tmp_path / f'in.{ending}', [interlaced(codec, **options)])
+    clip = normalised(source, tmp_path, size=(160, 96))
+    with av.open(str(source)) as c: assert next(c.decode(video=0)).interlaced_frame
+    frames = [f[..., 1].astype(float) for f in read_frames(clip.path)]
+    assert clip.frames == 12 and max(np.abs(np.diff(f, axis=0)).mean() for f in frames) < 6 # woven: 40 and more
+
+
+# clocks
+
+def later(source, target, seconds):
+    "The same file with its clock moved"
+    with av.open(str(source)) as i, av.open(str(target), 'w', format='mpegts') as o:
+        tracks = {s.index: o.add_stream_from_template(s) for s in i.streams}
+        for packet in i.demux():
+            if packet.dts is None: continue
+            packet.pts += round(seconds / packet.time_base)
+            packet.dts += round(seconds / packet.time_base)
+            packet.stream = tracks[packet.stream.index]
+            o.mux(packet)
+    return target
+
+
+JOINS = { # (seconds, clock moved by, where it clicks) of each part; frames of the whole, where it clicks
+    'clock restarts': ([(3, 0, None), (2, 0, 1)], 120, 4.0),
+    'clock jumps by an hour': ([(3, 0, None), (2, 3600, 1)], 120, 4.0),
+    'clock goes back by an hour': ([(2, 3600, None), (1, 0, 0.5)], 72, 2.5),
+    'a short one first': ([(1, 0, None), (2, 0, 1.5)], 72, 2.5),
+    'three parts': ([(1, 0, None), (1, 50, None), (1, 0, 0.5)], 72, 2.5),
+    'goes on': ([(2, 0, None), (1, 2, 0.5)], 72, 2.5),
+}
+
+
+@pytest.mark.parametrize('codec', ['aac', 'mp2'])
+@pytest.mark.parametrize('name', JOINS)
+def test_joined_recordings_are_on_one_clock(tmp_path, name, codec):
+    parts, frames, click = JOINS[name]
+    data = b''
+    for k, (seconds, moved, at) in enumerate(parts):
+        part = draw_test_video(tmp_path / f'{k}.ts', seconds=seconds, size=(96, 64), audio=codec, flash_at=99 if at is None else at)
+        data += (later(part, tmp_path / 'moved.ts', moved) if moved else part).read_bytes()
+    (tmp_path / 'in.ts').write_bytes(data)
+    clip = normalised(tmp_path / 'in.ts', tmp_path, size=(96, 64))
+    got = [read_test_picture(f) for f in read_frames(clip.path)]
+    assert got == [i for seconds, _, _ in parts for i in range(24 * seconds)] and len(got) == clip.frames == frames
+    assert abs(click_of(clip.audio) - click) < 0.05 and abs(clip.audio_s - clip.duration_s) < 0.1
+
+
+def test_sound_finds_its_part_when_another_has_none():
+    class Packet:
+        size, duration, time_base, dts = 1, 0, Fraction(1, 10), None
+        def __init__(self, pts, pos): self.pts, self.pos = pts, pos
+    parts = [Part(0, Fraction(0), Fraction(0)), Part(1000, Fraction(0), Fraction(3)), Part(2000, Fraction(0), Fraction(5))] # of 3, 2 and 9 s
+    silent_middle = [Packet(t, 10 * t) for t in range(0, 30, 5)] + [Packet(t, 1990 + 10 * t) for t in range(0, 30, 5)]
+    assert [p.pts for p in sound_on_one_clock(silent_middle, parts)] == [*range(0, 30, 5), *range(50, 80, 5)]
+    assert [p.pts for p in sound_on_one_clock([Packet(t, 1010 + t) for t in (0, 5)], parts)] == [30, 35]
 
 
 # geometry
@@ -188,6 +340,106 @@ def test_source_matrix_and_range(tmp_path, colour, matrix, range_):
     assert np.abs(got - colour).max() <= 6
 
 
+LUMA = {'601': (0.299, 0.114), '709': (0.2126, 0.0722), '2020': (0.2627, 0.0593)} # of red and of blue
+TO_XYZ = {'709': [[0.4123908, 0.3575843, 0.1804808], [0.212639, 0.7151687, 0.0721923], [0.0193308, 0.1191948, 0.9505322]],
+          '2020': [[0.636958, 0.1446169, 0.168881], [0.2627002, 0.6779981, 0.0593017], [0, 0.0280727, 1.0609851]],
+          'p3': [[0.4865709, 0.2656677, 0.1982173], [0.2289746, 0.6917385, 0.0792869], [0, 0.0451134, 1.0439444]]}
+
+
+def to_yuv(colour, matrix, full=False, bits=8):
+    "Luma and both chroma straight from the standard, no library in between"
+    red, blue = LUMA[matrix]
+    r, g, b = (c / 255 for c in colour)
+    luma = red * r + (1 - red - blue) * g + blue * b
+    chroma = (b - luma) / (1 - blue) / 2, (r - luma) / (1 - red) / 2
+    if full: return [round(255 * luma), *(round(128 + 255 * c) for c in chroma)]
+    return [round(v * 2 ** (bits - 8)) for v in (16 + 219 * luma, *(128 + 224 * c for c in chroma))]
+
+
+def shown_colour(path):
+    "RGB that a player makes of the first picture: BT.709, limited range, straight from the standard"
+    with av.open(str(path)) as source:
+        frame = next(source.decode(video=0))
+        y, u, v = (float(np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[p.height // 2, p.width // 2]) for p in frame.planes)
+    (red, blue), luma = LUMA['709'], (y - 16) / 219
+    r, b = luma + 2 * (1 - red) * (v - 128) / 224, luma + 2 * (1 - blue) * (u - 128) / 224
+    return np.array([r, (luma - red * r - blue * b) / (1 - red - blue), b]) * 255
+
+
+def patch(path, codec, pix_fmt, size, yuv, **tags):
+    "A patch of one colour, given as its numbers in the file"
+    def frames():
+        for i in range(3):
+            frame = av.VideoFrame(*size, pix_fmt)
+            for plane, value in zip(frame.planes, yuv, strict=True):
+                wide = '10' in pix_fmt
+                plane.update(np.full(plane.buffer_size // (1 + wide), value, np.uint16 if wide else np.uint8).tobytes())
+            for name in tags: setattr(frame, name, tags[name])
+            yield stamped(frame, Fraction(i, 24), Fraction(1, 24))
+    options = {'libx264': {'qp': '0', 'preset': 'ultrafast'}, 'libx265': {'x265-params': 'log-level=none:qp=1', 'preset': 'ultrafast'}, 'mjpeg': {'q:v': '1'}}
+    return written(path, [(codec, dict(rate=24, width=size[0], height=size[1], pix_fmt=pix_fmt, options=options.get(codec, {}), **tags), frames())])
+
+
+SD, HD, FULL_HD = (640, 360), (1280, 720), (1920, 1080)
+PATCHES = { # encoder, pixels, size, matrix its numbers are in, full range, tags
+    'untagged 360': ('libx264', 'yuv420p', SD, '601', False, {}),
+    'untagged 576': ('libx264', 'yuv420p', (720, 576), '601', False, {}),
+    'untagged 720': ('libx264', 'yuv420p', HD, '709', False, {}),
+    'untagged 720 upright': ('libx264', 'yuv420p', (720, 1280), '709', False, {}),
+    'untagged 1080': ('libx264', 'yuv420p', FULL_HD, '709', False, {}),
+    'untagged 720, 10 bit': ('libx264', 'yuv420p10le', HD, '709', False, {}),
+    'untagged 360, 10 bit': ('libx264', 'yuv422p10le', SD, '601', False, {}),
+    'untagged 720, full': ('libx264', 'yuv420p', HD, '709', True, {'color_range': 2}),
+    'untagged 360, full': ('libx264', 'yuv420p', SD, '601', True, {'color_range': 2}),
+    'bt470bg 1080': ('libx264', 'yuv420p', FULL_HD, '601', False, {'colorspace': 5}),
+    'smpte170m 720': ('libx264', 'yuv420p', HD, '601', False, {'colorspace': 6}),
+    'smpte170m 360': ('libx264', 'yuv420p', SD, '601', False, {'colorspace': 6}),
+    'bt470bg 720, full': ('libx264', 'yuv420p', HD, '601', True, {'colorspace': 5, 'color_range': 2}),
+    'bt470bg 720, 10 bit': ('libx265', 'yuv420p10le', HD, '601', False, {'colorspace': 5}),
+    'bt709 360': ('libx264', 'yuv420p', SD, '709', False, {'colorspace': 1}),
+    'bt709 1080': ('libx264', 'yuv420p', FULL_HD, '709', False, {'colorspace': 1}),
+    'bt709 360, full': ('libx264', 'yuv420p', SD, '709', True, {'colorspace': 1, 'color_range': 2}),
+    'untagged 720, HEVC': ('libx265', 'yuv420p10le', HD, '709', False, {}),
+    'untagged 720, VP9': ('libvpx-vp9', 'yuv420p', HD, '709', False, {}),
+    'MJPEG 360': ('mjpeg', 'yuvj420p', SD, '601', True, {}),
+    'MJPEG 720': ('mjpeg', 'yuvj420p', HD, '601', True, {}),
+    'MJPEG 1080': ('mjpeg', 'yuvj422p', FULL_HD, '601', True, {}),
+    'ProRes 720': ('prores_ks', 'yuv422p10le', HD, '709', False, {}),
+    'ProRes 360, bt709': ('prores_ks', 'yuv422p10le', SD, '709', False, {'colorspace': 1}),
+    'ProRes 720, smpte170m': ('prores_ks', 'yuv422p10le', HD, '601', False, {'colorspace': 6}),
+}
+
+
+@pytest.mark.parametrize('name', PATCHES)
+def test_colours_are_believed_or_guessed_as_players_do(tmp_path, name):
+    codec, pix_fmt, size, matrix, full, tags = PATCHES[name]
+    for colour in ((200, 30, 30), (40, 160, 210)):
+        yuv = to_yuv(colour, matrix, full, 10 if '10' in pix_fmt else 8)
+        clip = normalised(patch(tmp_path / ('in.mov' if codec in ('mjpeg', 'prores_ks') else 'in.mkv'), codec, pix_fmt, size, yuv, **tags), tmp_path, size=SMALL)
+        assert np.abs(shown_colour(clip.path) - colour).max() <= 3
+
+
+def in_primaries(colour, primaries):
+    "A BT.709 colour in other primaries, BT.709's curve"
+    c = np.array(colour) / 255
+    light = np.linalg.inv(TO_XYZ[primaries]) @ np.array(TO_XYZ['709']) @ np.where(c < 0.081, c / 4.5, ((c + 0.099) / 1.099) ** (1 / 0.45))
+    return 255 * np.where(light < 0.018, 4.5 * light, 1.099 * light ** 0.45 - 0.099)
+
+
+@pytest.mark.parametrize('codec, pix_fmt, matrix, primaries, tags', [
+    ('libx265', 'yuv420p10le', '2020', '2020', {'colorspace': 9, 'color_primaries': 9, 'color_trc': 14}),
+    ('libx265', 'yuv420p10le', '2020', '2020', {'colorspace': 9}), ('libx264', 'yuv420p', '2020', '2020', {'colorspace': 9, 'color_primaries': 9, 'color_trc': 1}),
+    ('libx264', 'yuv420p', '709', 'p3', {'colorspace': 1, 'color_primaries': 12, 'color_trc': 1}),
+    ('libx265', 'yuv420p10le', '601', 'p3', {'colorspace': 6, 'color_primaries': 12, 'color_trc': 1}),
+    ('prores_ks', 'yuv422p10le', '709', 'p3', {'colorspace': 1, 'color_primaries': 12, 'color_trc': 1}),
+], ids=lambda v: v if isinstance(v, str) else '-'.join(str(x) for x in v.values()))
+def test_wide_primaries_become_bt709(tmp_path, codec, pix_fmt, matrix, primaries, tags):
+    for colour in ((200, 30, 30), (128, 128, 128), (30, 120, 60)):
+        yuv = to_yuv(in_primaries(colour, primaries), matrix, bits=10 if '10' in pix_fmt else 8)
+        clip = normalised(patch(tmp_path / ('in.mov' if codec == 'prores_ks' else 'in.mkv'), codec, pix_fmt, (320, 180), yuv, **tags), tmp_path, size=SMALL)
+        assert np.abs(shown_colour(clip.path) - colour).max() <= 6
+
+
 def test_alpha_lies_over_grey(tmp_path):
     clip = normalised(flat(tmp_path / 'in.mov', (255, 0, 0, 0), (320, 180), codec='png', pix_fmt='rgba'), tmp_path)
     assert np.abs(next(read_frames(clip.path))[360, 640].astype(int) - 128).max() <= 4
@@ -259,6 +511,167 @@ def test_picture_starting_late(tmp_path):
     clip = normalised(source, tmp_path)
     samples, start = sound(clip.audio)
     assert clip.frames == 48 and abs(np.argmax(np.abs(samples) > 0.3) / 48000 + start - 1) < 0.03
+
+
+# which track
+
+def pictures(level, size, count=24): return (stamped(av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), level, np.uint8), 'rgb24'), Fraction(i, 24)) for i in range(count))
+
+
+def video_track(default, size=(320, 240), level=90, codec='libx264', count=24):
+    options = dict(rate=24, width=size[0], height=size[1], pix_fmt='yuv420p' if codec == 'libx264' else 'yuvj420p', disposition=Disposition.default if default else Disposition(0))
+    return codec, options, pictures(level, size, count)
+
+
+def sound_track(default, level, seconds=1):
+    return 'aac', dict(rate=48000, layout='mono', disposition=Disposition.default if default else Disposition(0)), clicking(0.5, seconds, level)
+
+
+def loudness(path): return float(np.abs(sound(path)[0]).max()) if path else 0.0
+
+
+def without_decoder(source, target, nth=0):
+    "The same MP4 with the `nth` sound track in a format nobody has: as phones write spatial sound"
+    data = bytearray(source.read_bytes())
+    at = -1
+    for _ in range(nth + 1): at = data.index(b'mp4a', at + 1)
+    data[at:at + 4] = b'apac'
+    inner = data.index(b'esds', at)
+    data[inner:inner + 4] = b'free'
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize('ending', ['mkv', 'mp4'])
+@pytest.mark.parametrize('tracks, loud', [([(False, 0.0), (True, 0.5)], True), ([(True, 0.0), (False, 0.5)], False), ([(False, 0.5), (False, 0.0)], True)], ids=['second', 'first', 'none'])
+def test_the_default_sound_track_wins(tmp_path, ending, tracks, loud):
+    source = written(tmp_path / f'in.{ending}', [video_track(True), *(sound_track(*t) for t in tracks)])
+    clip = normalised(source, tmp_path, size=(64, 48))
+    assert (loudness(clip.audio) > 0.1) == loud and clip.notes == ()
+
+
+@pytest.mark.parametrize('nth, loud', [(0, 0.5), (1, 0.25)])
+def test_a_sound_track_nobody_decodes_yields_and_is_named(tmp_path, nth, loud):
+    tracks = [video_track(True), sound_track(nth == 0, 0.25), sound_track(nth == 1, 0.5)]
+    clip = normalised(without_decoder(written(tmp_path / 'a.mp4', tracks), tmp_path / 'in.mov', nth), tmp_path, size=(64, 48))
+    assert loudness(clip.audio) == pytest.approx(loud, abs=0.12)
+    assert len(clip.notes) == 1 and f'track {nth + 1} ' in clip.notes[0] and pickle.loads(pickle.dumps(clip)) == clip
+
+
+def test_sound_of_which_no_packet_decodes_yields_too(tmp_path):
+    source = written(tmp_path / 'in.mkv', [video_track(True), ('flac', sound_track(True, 0.3)[1], clicking(0.5, 1, 0.3)), sound_track(False, 0.5)])
+    with av.open(str(source)) as i: packets = [bytes(p) for p in i.demux(audio=0) if p.size > 8]
+    data = source.read_bytes()
+    for packet in packets: data = data.replace(packet, b'\x55' * len(packet))
+    (tmp_path / 'bad.mkv').write_bytes(data)
+    clip = normalised(tmp_path / 'bad.mkv', tmp_path, size=(64, 48))
+    assert loudness(clip.audio) == pytest.approx(0.5, abs=0.15) and 'none of its' in clip.notes[0]
+
+
+def test_sound_that_nobody_decodes_alone_is_refused(tmp_path):
+    source = written(tmp_path / 'a.mp4', [video_track(True), sound_track(True, 0.3)])
+    assert 'no decoder for its sound' in refused(without_decoder(source, tmp_path / 'in.mov')).message
+
+
+@pytest.mark.parametrize('ending, tracks', [
+    ('mkv', [((160, 120), False, 'mjpeg', 24), ((320, 240), True, 'libx264', 24)]), ('mkv', [((160, 120), False, 'libx264', 24), ((320, 240), True, 'libx264', 24)]),
+    ('mp4', [((160, 120), False, 'libx264', 24), ((320, 240), True, 'libx264', 24)]), ('mov', [((160, 120), True, 'mjpeg', 24), ((320, 240), True, 'libx264', 24)]),
+    ('mov', [((640, 480), True, 'mjpeg', 1), ((320, 240), True, 'libx264', 24)]), ('mp4', [((160, 120), True, 'libx264', 1), ((320, 240), True, 'libx264', 24)]),
+    ('mkv', [((320, 240), True, 'libx264', 24), ((640, 480), False, 'libx264', 24)]), ('mkv', [((320, 240), False, 'libx264', 24), ((640, 480), False, 'libx264', 24)]),
+])
+def test_the_default_video_wins_and_a_thumbnail_never(tmp_path, ending, tracks):
+    source = written(tmp_path / f'in.{ending}', [video_track(default, size, codec=codec, count=count) for size, default, codec, count in tracks])
+    found = normalised(source, tmp_path, size=(64, 48)).source
+    assert (found.width, found.height) == (320, 240) == (probe(source).width, probe(source).height)
+
+
+# good input that looks bad
+
+@pytest.mark.parametrize('ending, codec, sound_codec', [('mkv', 'libx264', 'aac'), ('webm', 'libvpx', 'libopus'), ('mp4', 'libx264', 'aac'), ('ts', 'libx264', 'aac')])
+@pytest.mark.parametrize('start', [0.3, 0.7, 2, 10])
+def test_a_start_time_is_not_part_of_what_is_promised(tmp_path, ending, codec, sound_codec, start):
+    times = [Fraction(start) + Fraction(i, 24) for i in range(48)]
+    source = draw_test_video(tmp_path / f'in.{ending}', size=(96, 64), codec=codec, times=times, audio=sound_codec, audio_seconds=(start, start + 2), flash_at=start + 1)
+    clip = normalised(source, tmp_path, size=(96, 64))
+    assert clip.frames == 48 and abs(click_of(clip.audio) - 1) < 0.05
+
+
+def patched(data, *changes):
+    "Bytes with (marker, bytes behind the marker's beginning, new bytes) put in"
+    data = bytearray(data)
+    for marker, offset, new in changes:
+        at = data.index(marker) + offset
+        data[at:at + len(new)] = new
+    return bytes(data)
+
+
+def double(seconds): return b'\0' + struct.pack('>d', seconds)
+
+
+STALE = { # file's ending, encoder, what of it is stale
+    'Matroska duration': ('mkv', 'libx264', [(b'\x44\x89\x88', 3, struct.pack('>d', 9000.0))]),
+    'WebM duration': ('webm', 'libvpx', [(b'\x44\x89\x88', 3, struct.pack('>d', 9000.0))]),
+    'Matroska duration over the limit': ('mkv', 'libx264', [(b'\x44\x89\x88', 3, struct.pack('>d', 3.6e6))]),
+    'Matroska size': ('mkv', 'libx264', [(b'\x18\x53\x80\x67', 4, b'\x01\0\0\0\x7f\0\0\0')]),
+    'Matroska size never written': ('mkv', 'libx264', [(b'\x18\x53\x80\x67', 4, b'\x01' + b'\xff' * 7), (b'\x44\x89\x88', 3, struct.pack('>d', 9000.0))]),
+    'AVI size': ('avi', 'mpeg4', [(b'RIFF', 4, struct.pack('<I', 10**7))]),
+    'AVI size never written': ('avi', 'mpeg4', [(b'RIFF', 4, bytes(4))]),
+    'AVI frames': ('avi', 'mpeg4', [(b'vids', 32, struct.pack('<I', 240))]),
+    'FLV duration': ('flv', 'libx264', [(b'duration', 8, double(9.0))]),
+    'FLV size': ('flv', 'libx264', [(b'filesize', 8, double(1e9))]),
+    'MP4 duration of the film': ('mp4', 'libx264', [(b'mvhd', 20, struct.pack('>I', 9000))]),
+    'MP4 duration of the track': ('mp4', 'libx264', [(b'mdhd', 20, struct.pack('>I', 120000))]),
+    'MP4 duration over the limit': ('mp4', 'libx264', [(b'mvhd', 20, struct.pack('>I', 3600000)), (b'mdhd', 20, struct.pack('>I', 50000000))]),
+    'MP4 size of the data': ('mp4', 'libx264', [(b'mdat', -4, struct.pack('>I', 10**7))]),
+}
+
+
+def remuxed(source, target, flags):
+    "The same packets in another layout of MP4"
+    with av.open(str(source)) as i, av.open(str(target), 'w', options={'movflags': flags}) as o:
+        tracks = {s.index: o.add_stream_from_template(s) for s in i.streams}
+        for packet in i.demux():
+            if packet.dts is None: continue
+            packet.stream = tracks[packet.stream_index]
+            o.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize('name', STALE)
+def test_stale_headers_are_no_reason_to_refuse(tmp_path, name):
+    ending, codec, changes = STALE[name]
+    source = draw_test_video(tmp_path / f'whole.{ending}', seconds=2, size=(96, 64), codec=codec)
+    if ending == 'mp4': source = remuxed(source, tmp_path / 'fast.mp4', '+faststart')
+    (tmp_path / f'in.{ending}').write_bytes(patched(source.read_bytes(), *changes))
+    assert normalised(tmp_path / f'in.{ending}', tmp_path, size=(96, 64)).frames == 48
+
+
+def test_a_gif_without_its_last_byte_is_whole(tmp_path):
+    data = draw_test_video(tmp_path / 'whole.gif', fps=10, size=(96, 64), codec='gif', pix_fmt='rgb8').read_bytes()
+    (tmp_path / 'in.gif').write_bytes(data[:-1])
+    assert normalised(tmp_path / 'in.gif', tmp_path, size=(96, 64)).frames == 24
+
+
+@pytest.mark.parametrize('ending, codec', [('mp4', 'libx264'), ('mkv', 'libx264'), ('webm', 'libvpx'), ('avi', 'mpeg4'), ('flv', 'libx264'), ('wmv', 'wmv2')])
+def test_a_cut_file_is_refused_with_the_share_that_is_there(tmp_path, ending, codec):
+    source = draw_test_video(tmp_path / f'whole.{ending}', seconds=4, size=(96, 64), codec=codec, container={'wmv': 'asf'}.get(ending))
+    data = source.read_bytes()
+    if ending == 'mp4': data = remuxed(source, tmp_path / 'fast.mp4', '+faststart').read_bytes()
+    (tmp_path / f'in.{ending}').write_bytes(data[:int(len(data) * 0.6)])
+    message = refused(tmp_path / f'in.{ending}').message
+    share = re.search(r'\((\d+)% is there\)', message)
+    assert 'cut off' in message and share and 20 <= int(share[1]) <= 85, message
+
+
+@pytest.mark.parametrize('flags', ['frag_keyframe', 'frag_keyframe+empty_moov', 'frag_keyframe+empty_moov+default_base_moof', 'dash+frag_every_frame'])
+def test_a_fragmented_mp4_is_whole_or_refused(tmp_path, flags):
+    source = remuxed(draw_test_video(tmp_path / 'whole.mp4', seconds=3, size=(96, 64), audio='aac'), tmp_path / 'in.mp4', flags)
+    assert normalised(source, tmp_path, size=(96, 64)).frames == 72
+    for name in ('out.mp4', 'out.m4a'): (tmp_path / name).unlink()
+    data = source.read_bytes()
+    for share in (0.3, 0.65, 0.9):
+        source.write_bytes(data[:int(len(data) * share)])
+        assert 'cut off' in refused(source).message
 
 
 # what is refused
@@ -346,6 +759,126 @@ def test_cancel_and_progress(tmp_path):
     source = draw_test_video(tmp_path / 'in.mp4', seconds=2)
     assert refused(source, cancelled=lambda: len(seen) >= 10, progress=lambda done, of: seen.append((done, of))).code == 'cancelled'
     assert len(seen) == 10 and seen[-1] == (10, 48)
+
+
+# hostile
+
+def picture_packet(codec, pix_fmt, side):
+    "One coded picture; a very large one is a small PNG that claims to be large"
+    drawn = min(side, 3200)
+    context = av.CodecContext.create(codec, 'w')
+    context.width, context.height, context.pix_fmt, context.time_base = drawn, drawn, pix_fmt, Fraction(1, 24)
+    frame = av.VideoFrame(drawn, drawn, pix_fmt)
+    for plane in frame.planes: plane.update(bytes(plane.buffer_size))
+    data = bytes((context.encode(stamped(frame, 0, Fraction(1, 24))) + context.encode())[0])
+    if side == drawn: return data
+    header = b'IHDR' + struct.pack('>II', side, side) + data[24:29]
+    return data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:]
+
+
+def with_larger_frames(path, codec, pix_fmt, side, at, count=6):
+    "A file whose header says 320x240, and some frames say otherwise"
+    large = picture_packet(codec, pix_fmt, side)
+    with av.open(str(path), 'w') as out:
+        track = out.add_stream(codec, rate=24, width=320, height=240, pix_fmt=pix_fmt)
+        packets = [p for frame in pictures(90, (320, 240), count) for p in track.encode(frame)] + track.encode()
+        for i, packet in enumerate(packets):
+            if i in at:
+                other = av.Packet(large)
+                other.pts, other.dts, other.time_base, other.duration, other.is_keyframe = packet.pts, packet.dts, packet.time_base, packet.duration, True
+                packet, other.stream = other, track
+            out.mux(packet)
+    return path
+
+
+READ_AND_SAY_MEMORY = """
+import sys
+from wan_avatar.job import JobError
+from wan_avatar.media import normalise_video
+try: print('accepted', normalise_video(*sys.argv[1:4], 60).frames)
+except JobError as e: print(e)
+print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))
+"""
+
+
+@pytest.mark.parametrize('codec, pix_fmt, side, at, says', [
+    ('png', 'rgb24', 12000, (3,), 'larger than 9 megapixels'), ('png', 'rgb24', 12000, (0, 1, 2, 3, 4, 5), 'larger than 9 megapixels'),
+    ('mjpeg', 'yuvj420p', 3200, (1, 2, 3), 'larger than 9 megapixels'), ('png', 'rgb24', 1600, (2, 4), 'accepted 6'),
+])
+def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pix_fmt, side, at, says):
+    source = with_larger_frames(tmp_path / 'in.mov', codec, pix_fmt, side, at)
+    command = [sys.executable, '-c', READ_AND_SAY_MEMORY, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
+    said, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert says in said and said.startswith(('input_unreadable', 'accepted')) and int(mebibytes) < 400
+
+
+@pytest.mark.parametrize('size, pixel_format, kept, fits', [
+    ((1920, 1080), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p10le', 16, True), ((4096, 2160), 'yuv420p10le', 16, True),
+    ((3840, 2160), 'yuv422p10le', 16, True), ((3840, 2160), 'yuv444p16le', 16, False), ((5312, 2988), 'yuv420p10le', 5, True), ((7680, 4320), 'yuv420p', 6, True),
+    ((7680, 4320), 'yuv420p', 16, False), ((7680, 4320), 'yuv420p10le', 6, False), ((7680, 4320), 'yuv420p10le', 2, True), ((7680, 4320), None, 3, False),
+    ((8704, 64), 'yuv420p', 1, False), ((8192, 8192), 'gray', 1, False), ((64, 64), None, 16, True),
+])
+def test_memory_is_counted_before_it_is_taken(size, pixel_format, kept, fits):
+    if fits: assert 1 <= decoder_threads(size, pixel_format, kept, 'a.mp4') <= media.thread_count()
+    else:
+        with pytest.raises(JobError, match=r'^input_unreadable: a.mp4 is .* at most'): decoder_threads(size, pixel_format, kept, 'a.mp4')
+
+
+@pytest.mark.parametrize('codec, ending, options, kept', [
+    ('libx264', 'mp4', {'x264-params': 'ref=1:bframes=0'}, {1}), ('libx264', 'mkv', {'x264-params': 'ref=5:bframes=0'}, {5}), ('libx264', 'ts', {'x264-params': 'ref=16'}, {16}),
+    ('libx264', 'avi', {'x264-params': 'ref=3:bframes=0'}, {3}), ('libx265', 'mp4', {'x265-params': 'log-level=none:ref=1:bframes=0'}, {1, 2}),
+    ('libx265', 'mkv', {'x265-params': 'log-level=none:ref=5:bframes=3'}, {5, 6, 7}), ('mpeg4', 'avi', {}, {3}), ('libvpx-vp9', 'webm', {}, {8}),
+], ids=lambda v: v if isinstance(v, str) else '')
+def test_references_are_read_from_the_header(tmp_path, codec, ending, options, kept):
+    options = dict(rate=24, width=96, height=64, pix_fmt='yuv420p', options=options)
+    source = written(tmp_path / f'in.{ending}', [(codec, options, pictures(90, (96, 64), 8))])
+    with av.open(str(source)) as c:
+        context = c.streams.video[0].codec_context
+        assert pictures_kept(context.name, context.extradata or b'') in kept
+
+
+def test_a_header_that_makes_no_sense_counts_as_the_most():
+    rng = np.random.default_rng(0)
+    for codec in ('h264', 'hevc'):
+        for n in range(300): assert 0 <= pictures_kept(codec, rng.bytes(n % 60)) <= 16 and 0 <= pictures_kept(codec, b'\1' + rng.bytes(60)) <= 16
+        assert pictures_kept(codec, b'') == 16
+
+
+def at_one_instant(path, count):
+    "A second of video, and `count` sound packets that all claim its beginning"
+    with av.open(str(path), 'w') as out:
+        video, track = out.add_stream('libx264', rate=24, width=96, height=64, pix_fmt='yuv420p'), out.add_stream('aac', rate=48000, layout='mono')
+        packet = bytes(track.encode(clicking(0.5, 1)[0])[2])
+        for frame in pictures(90, (96, 64)): out.mux(video.encode(frame))
+        out.mux(video.encode())
+        for _ in range(count):
+            sounding = av.Packet(packet)
+            sounding.pts, sounding.dts, sounding.time_base, sounding.duration, sounding.stream = 0, 0, Fraction(1, 48000), 0, track
+            out.mux(sounding)
+    return path
+
+
+@pytest.fixture(scope='module')
+def crowded(tmp_path_factory): return at_one_instant(tmp_path_factory.mktemp('crowded') / 'in.mkv', 120_000)
+
+
+def test_sound_packets_at_one_instant_are_refused_at_once(crowded, tmp_path):
+    with pytest.raises(JobError, match='input_unreadable: in.mkv has more sound than 60 s of video can hold'): normalised(crowded, tmp_path, max_seconds=60, size=SMALL)
+    with pytest.raises(JobError, match='input_unreadable: in.mkv has more than 36000 packets'): normalised(crowded, tmp_path, max_seconds=2, size=SMALL)
+
+
+@pytest.mark.parametrize('asked', [30, 3000, 60_000])
+def test_every_packet_asks_whether_to_go_on(crowded, tmp_path, asked):
+    calls = []
+    def cancelled(): calls.append(None); return len(calls) > asked
+    with pytest.raises(JobError, match='^cancelled'): normalised(crowded, tmp_path, cancelled=cancelled, size=SMALL)
+    assert len(calls) == asked + 1
+
+
+def test_sound_asks_whether_to_go_on(tmp_path):
+    source = draw_test_video(tmp_path / 'in.mp4', size=(96, 64), audio='aac')
+    with pytest.raises(JobError, match='^cancelled'): extract_audio(source, tmp_path / 'a.m4a', reading=Reading('in.mp4', cancelled=lambda: True))
+    assert not (tmp_path / 'a.m4a').exists()
 
 
 # reading, writing, proving

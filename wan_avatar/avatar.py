@@ -615,7 +615,8 @@ async def make_avatar(
             values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
             await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)
         finally: studio.renderer.release()
-        about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])}}
+        about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])},
+                 'notes': list(inputs.clip.notes) or None}
         rendered = rendered_with(profile, job.prompt or profile.prompt)
         more = {'job_id': job_id, 'rendered_with': rendered, 'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
         result = await deliver(key, inputs, about, more, studio, timeline, report)

@@ -163,9 +163,10 @@ class Result(BaseModel):
     profile: str
     timings: dict[str, float] = Field(description='seconds per stage')
     worker: dict[str, str] = Field(description='versions and identity of the worker that made it')
+    notes: list[str] | None = Field(None, description='what was left out of the driving video, such as a sound track that nothing here decodes')
 
     def answer(self) -> dict:
-        "JSON for RunPod; `presigned_url` only when there is one"
+        "JSON for RunPod; `presigned_url` and `notes` only when there are any"
         return self.model_dump(exclude_none=True)
 
 # %% ../nbs/00_job.ipynb #1526bb16
