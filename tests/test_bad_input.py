@@ -185,7 +185,7 @@ def trouble():
 @pytest.fixture(scope='module')
 def fetching(service, bucket, trouble, tmp_path_factory):
     "Starts jobs whose pictures come from there, on a worker that may reach it"
-    settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true')
+    settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true', URL_PORTS=trouble.rpartition(':')[2])
     handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
     return lambda path: service.background.submit(handler({'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}))
 

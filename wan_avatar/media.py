@@ -29,7 +29,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from .files import whole_file
+from .files import disk_is_full, whole_file
 from .job import JobError
 
 # %% ../nbs/20_media.ipynb #46dd2f60
@@ -141,7 +141,9 @@ def _opened(source: Path | str) -> Iterator[Any]:
                 file.seek(0)
                 raise JobError('input_unreadable', f'{name} {_nature(file.read(512))}; send an MP4, MOV, MKV, WebM, AVI or GIF') from None
             with container: yield container
-    except av.FFmpegError as e: raise JobError('input_unreadable', f'{name} can not be read: {e.strerror}') from e
+    except av.FFmpegError as e:
+        if disk_is_full(e): raise OSError(e.errno, e.strerror) from e # of what was written: libav's error is none of Python's
+        raise JobError('input_unreadable', f'{name} can not be read: {e.strerror}') from e
 
 # %% ../nbs/20_media.ipynb #f65a4d5f
 MAX_HOLE = 0.5 # seconds of damage that the nearest frame may stand in for
@@ -492,7 +494,9 @@ def _copy_audio(container: Any, stream: Any, target: Path | str, start: Fraction
                     packet.decode()
                     packet.stream, end = track, reached
                     out.mux(packet)
-            except av.FFmpegError: end = 0.0
+            except av.FFmpegError as e:
+                if disk_is_full(e): raise
+                end = 0.0
         if end <= 0: part.unlink(missing_ok=True)
     return end if end > 0 else None
 
