@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .job import Key, check_key, shorten
 from .launch import DEFAULTS
 
-# %% ../nbs/01_config.ipynb #a53c7f95
+# %% ../nbs/01_config.ipynb #4d64ebab
 def _plain_address(address: str) -> str:
     _no_blank(address)
     if '\\' in address: raise ValueError('has a backslash in it')
@@ -32,7 +32,8 @@ def _plain_address(address: str) -> str:
     if parts.path.strip('/'): raise ValueError('has a path behind host[:port]; a bucket is named by MINIO_BUCKET alone')
     if not parts.hostname or not _is_host(parts.hostname): raise ValueError('names no host; it must be host[:port], optionally with http:// or https://')
     if port == -1 or port == 0 or parts.netloc.endswith(':'): raise ValueError('has a port that is no number from 1 to 65535')
-    return (f'{parts.scheme}://' if parts.scheme else '') + parts.netloc
+    old_form = re.sub(r'(?i)^(s3-fips|s3)-(?=[a-z]{2,4}-[a-z]+-)(?=[a-z0-9-]+\.amazonaws\.)', r'\1.', parts.netloc) # s3-REGION: the client knows s3.REGION
+    return (f'{parts.scheme}://' if parts.scheme else '') + old_form
 
 def _no_blank(value: str) -> None:
     if re.search(r'[\s\x00-\x1f\x7f]', value): raise ValueError('has a blank or a line end in it; take it out')
@@ -45,7 +46,7 @@ def _is_host(name: str) -> bool:
 
 Address = Annotated[str, AfterValidator(_plain_address)]
 
-# %% ../nbs/01_config.ipynb #955242ac
+# %% ../nbs/01_config.ipynb #0ebb9460
 _AMAZON = re.compile(r'(.+)\.amazonaws\.(?:com|com\.cn|eu)')
 _REGION = re.compile(r'(?:^|[.-])([a-z]{2,4}(?:-(?:gov|iso[a-z]?))?-[a-z]+-\d{1,2})(?:\.vpce)?$')
 _SERVERS = re.compile(r'(s3|s3-[a-z0-9-]+|(bucket|accesspoint)\.vpce-[a-z0-9-]+\.s3|[a-z0-9-]+\.s3-control(-fips)?)(\.|$)')
@@ -72,7 +73,7 @@ def _bucket_name(name: str) -> str:
     if re.fullmatch(r'\d+(\.\d+){3}', name): raise ValueError('looks like an IP address; a bucket has a name')
     return name
 
-# %% ../nbs/01_config.ipynb #610ff0f2
+# %% ../nbs/01_config.ipynb #47f3a374
 def _separated(value: Any) -> Any:
     if not isinstance(value, str): return value
     found = tuple(part.strip() for part in value.split(',') if part.strip())
@@ -155,7 +156,7 @@ class Settings(WeightSettings):
             object.__setattr__(self, 'minio_region', named) # a default that depends on another field
         return self
 
-# %% ../nbs/01_config.ipynb #0cc78e88
+# %% ../nbs/01_config.ipynb #fce563f0
 def _address_problems(settings: Settings) -> list[str]:
     problems, given = [], 'minio_region' in settings.model_fields_set
     for variable in ('minio_endpoint', 'minio_public_endpoint'):
