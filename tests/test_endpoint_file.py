@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from wan_avatar.cli import app
 from wan_avatar.client import EndpointError
 from wan_avatar.config import load_settings
-from wan_avatar.endpoint import Control, FileError, Unclear, apply, check_file, create, delete, find, look, model_references, read_file, request_body
+from wan_avatar.endpoint import (
+    Control, FileError, Unclear, apply, check_file, create, delete, find, look, model_references, read_file,
+    request_body,
+)
 
 IMAGE = 'dexsynccom/twin-avatar:wan-worker-20261124-8f3a1c2b4d5e'
 OPERATOR = {'MINIO_ENDPOINT': 's3.hidden.example', 'MINIO_ACCESS_KEY': 'hidden-access', 'MINIO_SECRET_KEY': 'hidden-secret', 'MINIO_BUCKET': 'hidden-bucket'}
@@ -100,10 +103,12 @@ DEADLINES = [ # execution_timeout_s, JOB_SECONDS of the file, what the workers g
 
 @pytest.mark.parametrize('timeout, said, expected', DEADLINES)
 def test_a_worker_gives_up_before_runpod_does(control, tmp_path, timeout, said, expected):
-    edits = [(r'^profile = .*', 'profile = "draft"'), (r'^execution_timeout_s = .*', f'execution_timeout_s = {timeout}')]
-    file = edited(tmp_path, *edits, *([(r'^OUTPUT_PREFIX = .*', f'JOB_SECONDS = "{said}"')] if said is not None else []))
+    edits = {r'^profile = .*': 'profile = "draft"', r'^execution_timeout_s = .*': f'execution_timeout_s = {timeout}'}
+    if said is not None: edits[r'^OUTPUT_PREFIX = .*'] = f'JOB_SECONDS = "{said}"'
+    file = edited(tmp_path, *edits.items())
     if expected is None:
-        with pytest.raises(FileError, match=f'JOB_SECONDS is .*up to {timeout - 60}, .*TIMED_OUT'): look(control, file, OPERATOR)
+        with pytest.raises(FileError, match=f'JOB_SECONDS is .*up to {timeout - 60}, .*TIMED_OUT'):
+            look(control, file, OPERATOR)
     else:
         plan = look(control, file, OPERATOR)
         assert plan.body['env']['JOB_SECONDS'] == expected and 0 < float(expected) < timeout

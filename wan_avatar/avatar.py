@@ -181,8 +181,9 @@ def take_image(job: Job, studio: Studio, folder: Path, cancelled: Callable[[], b
     "Fetch the picture and normalise it"
     raw, reference = folder / 'picture', folder / 'reference.png'
     if job.input_image_url is not None:
-        fetch_image(str(job.input_image_url), raw, allow_private=studio.settings.allow_private_urls, max_bytes=MAX_IMAGE_BYTES, cancelled=cancelled,
-                    ports=ports_of(studio.settings))
+        settings = studio.settings
+        fetch_image(str(job.input_image_url), raw, allow_private=settings.allow_private_urls, max_bytes=MAX_IMAGE_BYTES,
+                    cancelled=cancelled, ports=ports_of(settings))
     else: studio.store.download(job.input_image_minio_path, raw, 'input_image_minio_path', MAX_IMAGE_BYTES, cancelled=cancelled)
     normalise_image(raw, reference)
     return reference
@@ -204,17 +205,18 @@ def driving_key(job: Job, settings: Settings) -> str:
     if key is None: raise JobError('bad_input', 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH')
     return key
 
-# %% ../nbs/40_avatar.ipynb #ba2b5991
+# %% ../nbs/40_avatar.ipynb #153df2a5
 def check_keys(job: Job, settings: Settings) -> None:
-    "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default always may"
-    if (video := driving_key(job, settings)) != settings.default_driving_video_path: check_reach('driving_video_path', video, settings)
-    if job.input_image_minio_path is not None: check_reach('input_image_minio_path', job.input_image_minio_path, settings)
+    "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"
+    video, picture = driving_key(job, settings), job.input_image_minio_path
+    if video != settings.default_driving_video_path: check_reach('driving_video_path', video, settings)
+    if picture is not None: check_reach('input_image_minio_path', picture, settings)
 
 VIDEO_RATE = 2_000_000 # bytes a second of 1280x720 that moves a lot: normalised, and as a result
 
 def room_needed(job: Job, profile: Profile) -> int: # bytes
-    "What a job writes at most beside its downloads: raw frames of the window that renders and of the one that is encoded, and two videos"
-    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 3
+    "What a job writes at most beside its downloads: raw frames of two windows, and two videos"
+    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 3 # of the window that renders, and of the one that is encoded
     return raw + int(2 * VIDEO_RATE * job.max_seconds)
 
 def check_start(job: Job, profile: Profile, settings: Settings) -> None:
@@ -528,7 +530,7 @@ def take_back(
     key: str, # of the MP4
     attempt: str # whose traces are to go
 ) -> None:
-    "Remove what an attempt has written; a video with a good manifest stays, and so does what another attempt is writing"
+    "Remove what an attempt has written; a video with a good manifest stays, and so does what another attempt writes"
     manifest = store.stat(manifest_key(key))
     if manifest and manifest['labels'].get('attempt') != attempt and delivered(store, key, 0) is not None: return
     if manifest: store.remove(manifest_key(key))
@@ -538,7 +540,14 @@ def take_back(
 class Outrun(Exception):
     "Another attempt at this job has delivered"
 
-def put_own(store: Store, key: str, path: Path, labels: dict[str, str], progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:
+def put_own(
+    store: Store,
+    key: str, # of the MP4
+    path: Path,
+    labels: dict[str, str], # whose attempt it is, and the hash
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], bool]
+) -> None:
     "Put an attempt's video where no good one lies; raises Outrun where one does"
     for _ in range(5): # each time another attempt has written there in between
         there = store.stat(key)
@@ -550,7 +559,14 @@ def put_own(store: Store, key: str, path: Path, labels: dict[str, str], progress
         except Replaced: continue
     raise JobError('storage_failed', f'{key} is written to by several attempts at this job; ask again for its result')
 
-async def upload_proven(key: str, inputs: Inputs, studio: Studio, timeline: Timeline, report: Report, attempt: str | None = None) -> dict[str, Any]: # fields of the result
+async def upload_proven(
+    key: str, # of the MP4
+    inputs: Inputs,
+    studio: Studio,
+    timeline: Timeline,
+    report: Report,
+    attempt: str | None = None # whose it is; None: of one by itself
+) -> dict[str, Any]: # fields of the result
     "Upload the video while it is checked; the first failure is raised at once"
     progress, digest = StageProgress(report, 'upload', timeline), await asyncio.to_thread(sha256_of, inputs.result)
     labels = {'attempt': attempt or uuid.uuid4().hex, 'sha256': digest}
@@ -564,7 +580,13 @@ async def upload_proven(key: str, inputs: Inputs, studio: Studio, timeline: Time
         await asyncio.wait({uploading})
     return proven
 
-def write_manifest(store: Store, key: str, manifest: dict[str, Any], cancelled: Callable[[], bool], attempt: str = 'alone') -> None:
+def write_manifest(
+    store: Store,
+    key: str, # of the MP4
+    manifest: dict[str, Any],
+    cancelled: Callable[[], bool],
+    attempt: str = 'alone' # whose it is
+) -> None:
     "Say that the video is whole; taken back when the job was cancelled meanwhile"
     store.write_json(manifest_key(key), manifest, {'attempt': attempt})
     if cancelled(): store.remove(manifest_key(key))
@@ -585,7 +607,8 @@ async def deliver(
             proven = await upload_proven(key, inputs, studio, timeline, report, attempt)
             result = Result(minio_key=key, **proven, **about, timings=timeline.seconds())
             manifest = result.model_dump(exclude={'presigned_url'}) | more | {'timeline': timeline.records()}
-            await in_thread(put_own, store, key, inputs.result, {'attempt': attempt, 'sha256': result.sha256}, lambda *far: None) # or it is there no more
+            labels = {'attempt': attempt, 'sha256': result.sha256}
+            await in_thread(put_own, store, key, inputs.result, labels, lambda *far: None) # if it is there no more
             await in_thread(write_manifest, store, key, manifest, attempt=attempt)
         return result
     except Outrun:
@@ -614,7 +637,8 @@ async def make_avatar(
     settings, timeline, restarts, started = studio.settings, timeline or Timeline(), Restarts(), boot_report(studio)
     profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
     profile = with_tracker(profile, settings.tracker)
-    async with deadline(settings.job_seconds, timeline, settings.work_dir), studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
+    whole = deadline(settings.job_seconds, timeline, settings.work_dir)
+    async with whole, studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
         if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)) is not None: return before
         check_start(job, profile, settings)
         inputs = await fetch_inputs(job, studio, folder, timeline, report)
@@ -651,7 +675,8 @@ async def deadline(
 def so_far(timeline: Timeline) -> str:
     "What a job was doing, and for how long, the last stage being the one that was stopped"
     times = Counter(s.name for s in timeline.stages)
-    spent = [f'{name} {s:.1f} s' + (f' ({times[name]} windows)' if name == 'render' else '') for name, s in timeline.seconds().items() if name in times]
+    windows = {'render': f' ({times["render"]} windows)'}
+    spent = [f'{n} {s:.1f} s{windows.get(n, "")}' for n, s in timeline.seconds().items() if n in times]
     return f'so far: {", ".join(spent) or "nothing"}'
 
 def seed_of(job: Job, job_id: str) -> int:

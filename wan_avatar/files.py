@@ -39,7 +39,7 @@ def sha256_of(path: Path, tick: Callable[[int], None] = lambda n: None) -> str: 
             tick(n)
     return digest.hexdigest()
 
-# %% ../nbs/03_files.ipynb #d8567fe1
+# %% ../nbs/03_files.ipynb #e49ea86b
 MARGIN = 100_000_000 # bytes that are left alone: logs, and what others write meanwhile
 
 def check_room(
@@ -51,8 +51,9 @@ def check_room(
 ) -> None:
     "Will it fit? JobError `storage_failed` with figures, and the worker is unfit"
     if (free := disk_usage(folder).free) >= needed + margin: return
-    raise JobError('storage_failed', f'{what} needs {needed / 1e6:,.0f} MB of this worker\'s disk and a margin of {margin / 1e6:,.0f} MB, '
-                   f'and {free / 1e6:,.0f} MB are free; give the worker a larger disk', worker_unfit=True)
+    raise JobError('storage_failed', f'{what} needs {needed / 1e6:,.0f} MB of this worker\'s disk and a margin of '
+                   f'{margin / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; give the worker a larger disk',
+                   worker_unfit=True)
 
 def disk_is_full(error: BaseException | None) -> bool:
     "Is a full disk, or a quota that is used up, behind an error? Its causes are looked at too"
@@ -69,5 +70,5 @@ def room_on(folder: Path, doing: str) -> Iterator[None]: # `doing`: for the mess
     except Exception as e:
         if not disk_is_full(e) or (isinstance(e, JobError) and e.worker_unfit): raise # the last: said already
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        raise JobError('storage_failed', f'the disk of this worker is full: {doing} stopped with {free / 1e6:,.0f} MB free; '
-                       'give the worker a larger disk', worker_unfit=True) from e
+        raise JobError('storage_failed', f'the disk of this worker is full: {doing} stopped with {free / 1e6:,.0f} MB '
+                       'free; give the worker a larger disk', worker_unfit=True) from e

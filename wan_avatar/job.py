@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, StrictBool, StrictInt, ValidationError, model_validator
 
-# %% ../nbs/00_job.ipynb #200633f5
+# %% ../nbs/00_job.ipynb #5f8afe1c
 _BARE_LOGIN = re.compile(r'(?<![\w.+-])[\w.+-]{1,64}:[^\s/@]{1,256}@') # user:password@ without a scheme in front
 _SIGNED = re.compile(r'(?i)\b((?:x-(?:amz|goog)-[\w-]{1,40}|signature|awsaccesskeyid|token|sig)=)[^\s&\'"]+')
 

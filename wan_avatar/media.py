@@ -142,7 +142,7 @@ def _opened(source: Path | str) -> Iterator[Any]:
                 raise JobError('input_unreadable', f'{name} {_nature(file.read(512))}; send an MP4, MOV, MKV, WebM, AVI or GIF') from None
             with container: yield container
     except av.FFmpegError as e:
-        if disk_is_full(e): raise OSError(e.errno, e.strerror) from e # of what was written: libav's error is none of Python's
+        if disk_is_full(e): raise OSError(e.errno, e.strerror) from e # libav's own error is none of Python's
         raise JobError('input_unreadable', f'{name} can not be read: {e.strerror}') from e
 
 # %% ../nbs/20_media.ipynb #f65a4d5f

@@ -70,14 +70,16 @@ def is_passing(error: BaseException) -> bool:
     if tls_trouble(error): return False
     return isinstance(error, (urllib3.exceptions.HTTPError, _Dropped, ConnectionError, http.client.HTTPException))
 
-# %% ../nbs/11_store.ipynb #14940f3c
+# %% ../nbs/11_store.ipynb #e988ed95
 def tls_trouble(error: BaseException) -> str | None: # None: another fault, or one that may pass
     "What a failed handshake says about the settings"
     inner = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
     found = next((e for e in (inner, *getattr(inner, 'args', ())) if isinstance(e, ssl.SSLError)), None)
     if found is None: return None
-    if isinstance(found, ssl.SSLCertVerificationError): return f'its certificate is not trusted ({found.verify_message}); check the name in MINIO_ENDPOINT'
-    return 'it speaks no TLS; set MINIO_USE_SSL=false, or begin MINIO_ENDPOINT with http://' if any(word in str(found) for word in _NO_TLS) else None
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return f'its certificate is not trusted ({found.verify_message}); check the name in MINIO_ENDPOINT'
+    if not any(word in str(found) for word in _NO_TLS): return None
+    return 'it speaks no TLS; set MINIO_USE_SSL=false, or begin MINIO_ENDPOINT with http://'
 
 def region_named(error: S3Error) -> str | None:
     "The region that an answer wants to be asked in"
@@ -104,7 +106,8 @@ class _Connections(urllib3.PoolManager):
     def urlopen(self, method: str, url: str, redirect: bool = True, **more: Any) -> urllib3.BaseHTTPResponse:
         "One request"
         parts, condition = 'uploadId=' in url, getattr(self.said, 'condition', None)
-        if condition and (method, parts) in (('PUT', False), ('POST', True)): more['headers'] = {**more['headers'], **condition}
+        if condition and (method, parts) in (('PUT', False), ('POST', True)):
+            more['headers'] = {**more['headers'], **condition}
         return super().urlopen(method, url, redirect, **more)
 
     @contextmanager
@@ -121,7 +124,8 @@ class Connection:
     "The bucket's client, and how long its faults are waited out"
     def __init__(self, settings: Settings, window_s: float = 40): # how long an outage is ridden out
         self.settings, self.bucket, self.window_s = settings, settings.minio_bucket, window_s
-        if len(self.bucket) < 3: raise SettingsError(f'MINIO_BUCKET: has 3 to 63 characters (it is {shorten(self.bucket)})')
+        if len(self.bucket) < 3:
+            raise SettingsError(f'MINIO_BUCKET: has 3 to 63 characters (it is {shorten(self.bucket)})')
         self.host, secure = address(settings.minio_endpoint, settings.minio_use_ssl)
         self.pool = _Connections(maxsize=16, retries=False, timeout=urllib3.Timeout(connect=5, read=30))
         self.client = self._client(self.host, secure)
@@ -139,29 +143,37 @@ class Connection:
         try: return retrying(work)
         except RetryError as e:
             if cancelled and cancelled(): raise JobError('cancelled', 'the job was cancelled') from None
-            raise JobError('storage_failed', f'the bucket at {self.host} did not answer: {_shortly(e.last_attempt.exception())}') from None
+            why = _shortly(e.last_attempt.exception())
+            raise JobError('storage_failed', f'the bucket at {self.host} did not answer: {why}') from None
         except S3Error as e:
             if e.code in _MISSING: raise
             raise JobError('storage_failed', self._refusal(e)) from None
         except MinioException as e:
             plain = 'HTTPS' in str(e) and 'HTTP' in str(e).replace('HTTPS', '') # 'an HTTP request to an HTTPS server'
             remedy = 'MINIO_USE_SSL: it wants TLS' if plain else 'MINIO_ENDPOINT'
-            raise JobError('storage_failed', f'{self.host} does not answer like S3: {shorten(str(e), 120)}; check {remedy}') from None
-        except urllib3.exceptions.HTTPError as e: raise JobError('storage_failed', f'the bucket at {self.host} can not be reached: {tls_trouble(e) or _shortly(e)}') from None
+            said = shorten(str(e), 120)
+            raise JobError('storage_failed', f'{self.host} does not answer like S3: {said}; check {remedy}') from None
+        except urllib3.exceptions.HTTPError as e:
+            why = tls_trouble(e) or _shortly(e)
+            raise JobError('storage_failed', f'the bucket at {self.host} cannot be reached: {why}') from None
         except (ValueError, ParseError) as e: # what the client makes of headers and XML that are none
-            raise JobError('storage_failed', f'{self.host} does not answer like S3 ({type(e).__name__}); check MINIO_ENDPOINT') from None
+            said = f'does not answer like S3 ({type(e).__name__})'
+            raise JobError('storage_failed', f'{self.host} {said}; check MINIO_ENDPOINT') from None
 
     def _refusal(self, e: S3Error) -> str:
         "What a refusal that will not pass means, with the variable that cures it"
         ours = region_of(self.host) or self.settings.minio_region
         if (named := region_named(e)) and named != ours:
             also = ', and MINIO_ENDPOINT to the address of that region' if region_of(self.host) else ''
-            return f'bucket "{self.bucket}" is in region {named}, and {self.host} was asked for {ours}; set MINIO_REGION={named}{also}'
+            where = f'bucket "{self.bucket}" is in region {named}, and {self.host} was asked for {ours}'
+            return f'{where}; set MINIO_REGION={named}{also}'
         skew = clock_skew(e.response.headers.get('Date'), datetime.now(UTC))
         if e.code in _REFUSED and (e.code == 'RequestTimeTooSkewed' or abs(skew) > _SKEW_S):
-            off = f'{abs(skew) / 60:,.0f} minutes {"ahead of" if skew > 0 else "behind"} ' if abs(skew) > 60 else 'off from '
+            side = 'ahead of' if skew > 0 else 'behind'
+            off = f'{abs(skew) / 60:,.0f} minutes {side} ' if abs(skew) > 60 else 'off from '
             return f'the clock of this worker is {off}that of {self.host}, which takes no request then; set the clock'
-        if e.code == 'BadRequest' and e.response.status == 400: return f'{self.host} refused the request for bucket "{self.bucket}"; check MINIO_REGION (it is {ours})'
+        if e.code == 'BadRequest': # a HEAD, whose answer has no text
+            return f'{self.host} refused the request for bucket "{self.bucket}"; check MINIO_REGION (it is {ours})'
         if e.code in _FATAL: return _FATAL[e.code].format(bucket=self.bucket, host=self.host)
         return f'the bucket answered {_shortly(e)}'
 
@@ -171,7 +183,8 @@ class Connection:
             if not self.client.bucket_exists(bucket_name=self.bucket): raise JobError('storage_failed', _FATAL['NoSuchBucket'].format(bucket=self.bucket, host=self.host))
             try: self.client.stat_object(bucket_name=self.bucket, object_name=f'no-such-object-{uuid.uuid4().hex}')
             except S3Error: return # an object nobody has is not there, or not for us to know of
-            raise JobError('storage_failed', f'{self.host} says yes to whatever it is asked, so it is no S3 server; check MINIO_ENDPOINT')
+            says = 'says yes to whatever it is asked, so it is no S3 server'
+            raise JobError('storage_failed', f'{self.host} {says}; check MINIO_ENDPOINT')
         self.attempt(look, window_s=8)
 
 def _shortly(error: BaseException) -> str:
@@ -194,19 +207,20 @@ def copy_stream(chunks: Iterable[bytes], out: BinaryIO, what: str, max_bytes: in
         if progress: progress(done, total)
     return done
 
-# %% ../nbs/11_store.ipynb #f72a39cd
+# %% ../nbs/11_store.ipynb #282b7206
 _PACKED = ('gzip', 'x-gzip', 'deflate')
 
 def encodings_of(
     what: str, # for the message
     headers: Mapping[str, str]
 ) -> list[str]: # in the order they were applied; empty: as it is
-    "How the bytes of an object or of an answer are packed; JobError `bad_input` when it is in a way that is not unpacked here"
+    "How bytes are packed; JobError `bad_input` when it is in a way that is not unpacked here"
     said = [e.strip().lower() for e in headers.get('Content-Encoding', '').split(',')]
-    found = [e for e in said if e not in ('', 'identity', 'aws-chunked')] # the last is how an upload was sent, not what lies there
+    found = [e for e in said if e not in ('', 'identity', 'aws-chunked')] # the last is how an upload was sent
     if not found or (len(found) < 3 and all(e in _PACKED for e in found)): return found
-    raise JobError('bad_input', f'{what} is compressed (Content-Encoding: {shorten(", ".join(found))}), and only gzip and deflate are unpacked, '
-                   'two at most; store it without Content-Encoding')
+    how = shorten(', '.join(found))
+    raise JobError('bad_input', f'{what} is compressed (Content-Encoding: {how}), and only gzip and deflate are '
+                   'unpacked, two at most; store it without Content-Encoding')
 
 def unpacked(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     "Undo one encoding, in pieces of a megabyte at most; raises zlib.error when the bytes are damaged or end early"
@@ -238,8 +252,9 @@ def unpack(
     for encoding in reversed(encodings): chunks = _capped(unpacked(chunks, encoding), what, max_bytes)
     try: yield from chunks
     except zlib.error:
-        raise JobError('bad_input', f'{what} came compressed (Content-Encoding: {", ".join(encodings)}), and its bytes are not that, or damaged; '
-                       'store it again, or without Content-Encoding') from None
+        how = ', '.join(encodings)
+        raise JobError('bad_input', f'{what} came compressed (Content-Encoding: {how}), and its bytes are not that, or '
+                       'damaged; store it again, or without Content-Encoding') from None
 
 def _capped(chunks: Iterable[bytes], what: str, max_bytes: int) -> Iterator[bytes]:
     done = 0
@@ -247,7 +262,13 @@ def _capped(chunks: Iterable[bytes], what: str, max_bytes: int) -> Iterator[byte
         check_size(what, done := done + len(chunk), max_bytes)
         yield chunk
 
-def unpack_file(path: Path, encodings: list[str], what: str, max_bytes: int, cancelled: Cancelled | None = None) -> int: # its bytes
+def unpack_file(
+    path: Path,
+    encodings: list[str], # as `encodings_of` found them
+    what: str, # for the message
+    max_bytes: int, # of each layer
+    cancelled: Cancelled | None = None
+) -> int: # its bytes
     "Unpack a file in its place"
     if not encodings: return path.stat().st_size
     with whole_file(path) as part, path.open('rb') as packed, part.open('wb') as out:
@@ -269,12 +290,16 @@ class _Reading(Connection):
         if found.size < 0: raise JobError('bad_input', f'{what}: the bucket says it has {shorten(found.size)} bytes')
         if (offset := out.tell()) == found.size: return stored
         if folder and not offset: check_room(folder, found.size, what)
-        response = self.client.get_object(bucket_name=self.bucket, object_name=key, offset=offset, request_headers={'If-Match': f'"{found.etag}"'})
+        response = self.client.get_object(bucket_name=self.bucket, object_name=key, offset=offset,
+                                          request_headers={'If-Match': f'"{found.etag}"'})
         try:
             sent = encodings_of(what, response.headers)
-            if sent != stored and sent: raise JobError('storage_failed', f'{self.host} compresses {what} on the way ({", ".join(sent)}); let its proxy pass objects as they are')
+            if sent and sent != stored:
+                raise JobError('storage_failed', f'{self.host} compresses {what} on the way ({", ".join(sent)}); '
+                               'let its proxy pass objects as they are')
             if offset and response.status != 206: _restart(out) # it knows no ranges: this is all of it
-            done = copy_stream(response.stream(_CHUNK, decode_content=False), out, what, max_bytes, cancelled, progress, found.size)
+            chunks = response.stream(_CHUNK, decode_content=False)
+            done = copy_stream(chunks, out, what, max_bytes, cancelled, progress, found.size)
         finally:
             response.close()
             response.release_conn()
@@ -294,7 +319,8 @@ class Objects(_Reading):
         "What the bucket knows about an object, with the labels it was written with"
         try: found = self.attempt(lambda: self.client.stat_object(bucket_name=self.bucket, object_name=key))
         except S3Error: return None
-        labels = {k.lower().removeprefix(_LABEL): v for k, v in (found.metadata or {}).items() if k.lower().startswith(_LABEL)}
+        headers = {k.lower(): v for k, v in (found.metadata or {}).items()}
+        labels = {k.removeprefix(_LABEL): v for k, v in headers.items() if k.startswith(_LABEL)}
         return {'bytes': found.size, 'etag': found.etag, 'labels': labels}
 
     def read_bytes(self, key: str, max_bytes: int) -> bytes | None: # None: not there
@@ -307,8 +333,10 @@ class Objects(_Reading):
 
     def write_bytes(self, key: str, data: bytes, content_type: str, labels: Mapping[str, str] | None = None) -> None:
         "A small object; `labels` are words that `stat` gives back"
-        self.attempt(lambda: self.client.put_object(bucket_name=self.bucket, object_name=key, data=io.BytesIO(data), length=len(data),
-                                                    content_type=content_type, metadata=labels and dict(labels)))
+        def put() -> None:
+            self.client.put_object(bucket_name=self.bucket, object_name=key, data=io.BytesIO(data), length=len(data),
+                                   content_type=content_type, metadata=labels and dict(labels))
+        self.attempt(put)
 
     def read_json(self, key: str) -> Any | None: # None: not there
         "A small JSON object"
@@ -330,24 +358,34 @@ class Files(Objects):
         "An object into a file; JobError `input_missing` names the field whose key is not there"
         with room_on(path.parent, f'the download of {field}'), whole_file(path) as part:
             with part.open('wb') as out:
-                try: packed = self.attempt(lambda: self._get(key, out, field, max_bytes, cancelled, progress, path.parent), cancelled)
+                def get() -> list[str]: return self._get(key, out, field, max_bytes, cancelled, progress, path.parent)
+                try: packed = self.attempt(get, cancelled)
                 except S3Error:
                     self.check() # a HEAD has no body: a missing bucket looks like a missing key
-                    raise JobError('input_missing', f'{field} {shorten(key)} is not in the bucket "{self.bucket}"') from None
+                    where = f'is not in the bucket "{self.bucket}"'
+                    raise JobError('input_missing', f'{field} {shorten(key)} {where}') from None
             return unpack_file(part, packed, field, max_bytes, cancelled)
 
-    def upload(self, path: Path, key: str, content_type: str, cancelled: Cancelled | None = None, progress: Callable[[int, int], None] | None = None,
-               labels: Mapping[str, str] | None = None, # words that `stat` gives back
-               in_place_of: str | None = '*', # etag of what lies there, None: nothing does; else Replaced. '*': whatever it is
-               take_back: Callable[[], None] | None = None) -> None: # default: the object is removed
+    def upload(self,
+        path: Path,
+        key: str,
+        content_type: str,
+        cancelled: Cancelled | None = None,
+        progress: Callable[[int, int], None] | None = None, # told bytes done and total
+        labels: Mapping[str, str] | None = None, # words that `stat` gives back
+        in_place_of: str | None = '*', # etag of what must lie there, None: nothing may; '*': anything
+        take_back: Callable[[], None] | None = None # default: the object is removed
+    ) -> None:
         "A file into the bucket: whole, or not at all; one that arrives after the job was cancelled is taken back"
-        condition = None if in_place_of == '*' else {'If-Match': f'"{in_place_of}"'} if in_place_of else {'If-None-Match': '*'}
+        condition = {'If-Match': f'"{in_place_of}"'} if in_place_of else {'If-None-Match': '*'}
+        if in_place_of == '*': condition = None
         def put() -> None:
             with path.open('rb') as f:
                 size = path.stat().st_size
                 watched = _Watched(f, size, cancelled, progress)
-                with self.pool.only_if(condition): self.client.put_object(bucket_name=self.bucket, object_name=key, data=watched, length=size,
-                                                                          content_type=content_type, part_size=PART, metadata=labels and dict(labels))
+                with self.pool.only_if(condition):
+                    self.client.put_object(bucket_name=self.bucket, object_name=key, data=watched, length=size,
+                                           content_type=content_type, part_size=PART, metadata=labels and dict(labels))
         try: self.attempt(_conditional(put), cancelled)
         except _Unconditional: # this server has no conditions
             condition = None
@@ -396,7 +434,7 @@ class Store(Files):
         client = self._client(*address(public, None if '://' in public else self.settings.minio_use_ssl)) if public else self.client
         return client.presigned_get_object(bucket_name=self.bucket, object_name=key, expires=timedelta(seconds=seconds))
 
-# %% ../nbs/11_store.ipynb #f276a36f
+# %% ../nbs/11_store.ipynb #f8282fa6
 OWN_FOLDERS = ('tracks', 'embeddings') # the worker's caches
 
 def check_reach(
@@ -408,10 +446,13 @@ def check_reach(
     own = [*OWN_FOLDERS, *([settings.models_mirror.strip('/')] if (settings.models_mirror or '').strip('/') else [])]
     for form in _forms(key):
         if any(_below(_folded(form), _folded(folder)) for folder in own):
-            raise JobError('bad_input', f'{field} {shorten(key)} is a file of the worker itself: {", ".join(own)} hold no pictures or videos')
-        if '..' in form.split('/') or (settings.input_prefixes and not any(_below(form, p) for p in settings.input_prefixes)):
-            open_ = ', '.join(f'{p}/' for p in settings.input_prefixes) or 'keys without ".." parts'
-            raise JobError('bad_input', f'{field} {shorten(key)} is outside of what this worker reads for callers: {open_} (INPUT_PREFIXES)')
+            raise JobError('bad_input', f'{field} {shorten(key)} is a file of the worker itself: {", ".join(own)} '
+                           'hold no pictures or videos')
+        outside = settings.input_prefixes and not any(_below(form, p) for p in settings.input_prefixes)
+        if outside or '..' in form.split('/'):
+            read = ', '.join(f'{p}/' for p in settings.input_prefixes) or 'keys without ".." parts'
+            raise JobError('bad_input', f'{field} {shorten(key)} is outside of what this worker reads for callers: '
+                           f'{read} (INPUT_PREFIXES)')
 
 def _forms(key: str) -> Iterator[str]:
     "A key as it stands, and as a server might read it that undoes percent-encoding, backslashes and empty parts"
@@ -434,13 +475,13 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(a[4][0] for a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
 _CLOSED = [ipaddress.ip_network(n) for n in (
-    '0.0.0.0/8', '10.0.0.0/8', '100.64.0.0/10', '127.0.0.0/8', '169.254.0.0/16', '172.16.0.0/12', '192.0.0.0/24', '192.0.2.0/24',
-    '192.88.99.0/24', '192.168.0.0/16', '198.18.0.0/15', '198.51.100.0/24', '203.0.113.0/24', '224.0.0.0/3',
+    '0.0.0.0/8', '10.0.0.0/8', '100.64.0.0/10', '127.0.0.0/8', '169.254.0.0/16', '172.16.0.0/12', '192.0.0.0/24',
+    '192.0.2.0/24', '192.88.99.0/24', '192.168.0.0/16', '198.18.0.0/15', '198.51.100.0/24', '203.0.113.0/24', '224.0.0.0/3',
     '168.63.129.16/32', # Azure's own services, to every machine there
     '2001::/23', '2001:db8::/32', '2002::/16', '3fff::/20')] # protocols, Teredo, examples, 6to4: relays lead anywhere
 _GLOBAL = ipaddress.ip_network('2000::/3') # all else of IPv6 is local, multicast or not given out
-_CARRIERS = [ipaddress.ip_network(n) for n in ('::ffff:0:0/96', '64:ff9b::/96')] # IPv4-mapped, NAT64: the last 32 bits decide
-_ISATAP = 0x5efe # in the upper half of the last 64 bits, before an IPv4 address; one bit of it says whether that is unique
+_CARRIERS = [ipaddress.ip_network(n) for n in ('::ffff:0:0/96', '64:ff9b::/96')] # IPv4-mapped, NAT64: the rest decides
+_ISATAP = 0x5efe # in the upper half of the last 64 bits, before an IPv4 address; one bit says whether that is unique
 
 def is_public(
     ip: str # IPv4 or IPv6, as the resolver gives it
@@ -464,8 +505,9 @@ WEB_PORTS = frozenset({80, 443})
 
 def ports_of(settings: Settings) -> frozenset[int]:
     "Ports that a picture may come from: the web's, the bucket's and those of URL_PORTS"
-    bucket = (urlsplit(e if '://' in e else f'//{e}').port for e in (settings.minio_endpoint, settings.minio_public_endpoint) if e)
-    return WEB_PORTS | {p for p in bucket if p} | set(settings.url_ports)
+    endpoints = filter(None, (settings.minio_endpoint, settings.minio_public_endpoint))
+    bucket = (urlsplit(e if '://' in e else f'//{e}').port for e in endpoints)
+    return WEB_PORTS | set(filter(None, bucket)) | set(settings.url_ports)
 
 def check_url(
     url: str,
@@ -482,7 +524,9 @@ def check_url(
     port = {'http': 80, 'https': 443}[parts.scheme] if port is None else port
     inside = 'leads to an address that is not public; put the picture into the bucket instead'
     if not allow_private and _is_ip(parts.hostname) and not is_public(parts.hostname): refuse(inside)
-    if port not in ports: refuse(f'leads to port {port}; this worker asks ports {", ".join(map(str, sorted(ports)))} alone, and those that URL_PORTS names')
+    if port not in ports:
+        allowed = ', '.join(map(str, sorted(ports)))
+        refuse(f'leads to port {port}; this worker asks ports {allowed} alone, and those that URL_PORTS names')
     try: found = resolver(parts.hostname, port)
     except OSError: raise JobError('input_missing', f'input_image_url {shorten(url)}: the host has no address') from None
     except ValueError: refuse('names no host') # what IDNA can't spell: an empty or endless label
@@ -555,7 +599,9 @@ def _further(url: str, location: str) -> str:
     try: return quote(urljoin(url, location), safe="%/:=&?~#+!$,;'@()*[]")
     except ValueError: raise JobError('bad_input', f'input_image_url {shorten(url)} redirects to {shorten(location)}, which is no address') from None
 
-def _save(response: http.client.HTTPResponse, path: Path, name: str, max_bytes: int, cancelled: Cancelled | None) -> list[str]: # how it is packed
+def _save(
+    response: http.client.HTTPResponse, path: Path, name: str, max_bytes: int, cancelled: Cancelled | None
+) -> list[str]: # how it is packed
     if response.status != 200: raise JobError('input_missing', f'{name} answered HTTP {response.status}')
     packed, length = encodings_of(name, response.headers), content_length(response.headers['Content-Length'], name)
     if length: check_size(name, length, max_bytes)
@@ -570,5 +616,6 @@ def content_length(
     "How many bytes are announced; JobError `bad_input` when it is no number"
     said = {v.strip().lstrip('0') or '0' for v in (value or '').split(',') if v.strip()}
     if not said: return None
-    if len(said) > 1 or not re.fullmatch('[0-9]+', found := said.pop()): raise JobError('bad_input', f'{what} answered with a Content-Length that is no number: {shorten(value)}')
+    if len(said) > 1 or not re.fullmatch('[0-9]+', found := said.pop()):
+        raise JobError('bad_input', f'{what} answered with a Content-Length that is no number: {shorten(value)}')
     return int(found) if len(found) < 19 else 10**18 # no file has so many: too large for everybody

@@ -277,9 +277,9 @@ def log_barely(level: str) -> None:
 
 def loud_argument(argv: Sequence[str]) -> str | None: # None: there is none
     "The argument of the command line by which the SDK would be told to print requests"
-    for n, argument in enumerate(argv):
+    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
         name, _, value = argument.partition('=')
-        if name.startswith('--rp_log') and (value or ''.join(argv[n + 1:n + 2])).upper() in ('DEBUG', 'TRACE'): return argument
+        if name.startswith('--rp_log') and (value or following).upper() in ('DEBUG', 'TRACE'): return argument
     return None
 
 def spare_the_core() -> None:
@@ -324,7 +324,8 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
     try:
         settings = load_settings()
         if not settings.allow_sdk_debug and (loud := loud_argument(sys.argv[1:])):
-            raise SettingsError(f'{loud}: prints every request and answer with its signed addresses; leave it out, or set ALLOW_SDK_DEBUG=true')
+            raise SettingsError(f'{loud}: prints every request and answer with its signed addresses; leave it out, '
+                                'or set ALLOW_SDK_DEBUG=true')
     except SettingsError as e:
         if launched: launched.end()
         sys.exit(f'this worker is not configured: {e}')
