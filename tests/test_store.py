@@ -23,7 +23,8 @@ from conftest import make_settings
 from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError, parse_job
 from wan_avatar.store import (
-    OWN_FOLDERS, PART, WEB_PORTS, Store, address, check_reach, check_url, fetch_image, is_public, ports_of,
+    OWN_FOLDERS, PART, WEB_PORTS, Replaced, Store, address, check_reach, check_url, fetch_image, is_public,
+    ports_of,
 )
 
 class Line:
@@ -168,6 +169,49 @@ def test_presigned_addresses(bucket, store, tmp_path):
     assert httpx.get(store.presign('pre signed.bin', 60)).content == b'hello'
     public = Store(make_settings(bucket, tmp_path, MINIO_PUBLIC_ENDPOINT='https://media.example.org')).presign('a.mp4', 60)
     assert public.startswith('https://media.example.org/media/a.mp4?') and 'X-Amz-Expires=60' in public and bucket.secret_key not in public
+
+CONDITIONS = [ # what lies there, what is said to lie there ('etag': what does), is it written?
+    (None, None, True),
+    (None, 'another', False),
+    (b'old', None, False),
+    (b'old', 'etag', True),
+    (b'old', 'another', False),
+    (b'old', '*', True),
+    (None, '*', True),
+]
+
+@pytest.mark.parametrize('size', [10, PART + 1], ids=['in one', 'in parts'])
+@pytest.mark.parametrize('there, said, written', CONDITIONS)
+def test_a_file_is_written_in_place_of_what_was_seen_alone(store, tmp_path, there, said, written, size):
+    key = f'conditions/{there}-{said}-{size}'
+    if there: store.write_bytes(key, there, 'text/plain')
+    with (tmp_path / 'in').open('wb') as f: f.truncate(size)
+    in_place_of = store.stat(key)['etag'] if said == 'etag' else said
+    def upload(): store.upload(tmp_path / 'in', key, 'text/plain', in_place_of=in_place_of)
+    if written:
+        upload()
+        assert store.stat(key)['bytes'] == size
+    else:
+        with pytest.raises(Replaced): upload()
+        assert (store.stat(key) or {}).get('bytes') == (len(there) if there else None)
+
+@pytest.mark.parametrize('status, code, outcome', [
+    (412, 'PreconditionFailed', Replaced),
+    (409, 'ConditionalRequestConflict', Replaced),
+    (404, 'NoSuchKey', Replaced),
+    (501, 'NotImplemented', None)])
+def test_what_a_server_makes_of_a_condition(bucket, tmp_path, status, code, outcome):
+    (tmp_path / 'in').write_bytes(b'in')
+    asked = []
+    def answer(method, begin):
+        asked.append(method)
+        return (200, {}, b'') if outcome is None and len(asked) > 1 else (status, XML, said(code))
+    with strict(answer) as server:
+        def upload(): at(server, bucket, tmp_path).upload(tmp_path / 'in', 'k', 'text/plain', in_place_of='a')
+        if outcome is None: upload()
+        else:
+            with pytest.raises(outcome): upload()
+    assert len(asked) == (2 if outcome is None else 1)
 
 # pictures from the web
 
@@ -322,7 +366,7 @@ class Strict(BaseHTTPRequestHandler):
         else: status, headers, body = server.answer(self.command, begin)
         self.send_response(status)
         for name, value in ({'ETag': '"a"', 'Content-Length': len(body)} | headers).items():
-            if value is not None: self.send_header(name, str(value))
+            for each in value if isinstance(value, list) else [value] * (value is not None): self.send_header(name, str(each))
         self.end_headers()
         try: self.wfile.write(b'' if self.command == 'HEAD' else body)
         except OSError: pass # the other side has had enough
@@ -464,6 +508,20 @@ def test_a_content_length_of_any_kind(bucket, tmp_path, length):
         else:
             with pytest.raises(JobError, match=f'bad_input: .*{LENGTHS[length]}') as e: fetch()
             assert len(str(e.value)) < 1000
+
+TWICE = { # headers of a picture that are there twice -> what comes of it
+    'the same length': ({'Content-Length': ['7', '7']}, None),
+    'two lengths': ({'Content-Length': ['7', '8']}, 'no number'),
+    'two encodings': ({'Content-Encoding': ['gzip', 'br']}, 'only gzip'),
+}
+
+@pytest.mark.parametrize('name', TWICE)
+def test_a_header_that_is_there_twice(bucket, tmp_path, name):
+    headers, words = TWICE[name]
+    with strict(lambda method, begin: (200, headers | {'Connection': 'close'}, b'picture')) as server:
+        if words is None: assert picture_at(server, tmp_path) == 7
+        else:
+            with pytest.raises(JobError, match=f'bad_input: .*{words}'): picture_at(server, tmp_path)
 
 # settings of the bucket
 

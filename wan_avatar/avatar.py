@@ -205,7 +205,7 @@ def driving_key(job: Job, settings: Settings) -> str:
     if key is None: raise JobError('bad_input', 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH')
     return key
 
-# %% ../nbs/40_avatar.ipynb #153df2a5
+# %% ../nbs/40_avatar.ipynb #598f96cc
 def check_keys(job: Job, settings: Settings) -> None:
     "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"
     video, picture = driving_key(job, settings), job.input_image_minio_path
@@ -607,8 +607,10 @@ async def deliver(
             proven = await upload_proven(key, inputs, studio, timeline, report, attempt)
             result = Result(minio_key=key, **proven, **about, timings=timeline.seconds())
             manifest = result.model_dump(exclude={'presigned_url'}) | more | {'timeline': timeline.records()}
-            labels = {'attempt': attempt, 'sha256': result.sha256}
-            await in_thread(put_own, store, key, inputs.result, labels, lambda *far: None) # if it is there no more
+            there = await asyncio.to_thread(store.stat, key)
+            if not there or there['labels'].get('attempt', attempt) != attempt: # another attempt wrote over it meanwhile
+                labels = {'attempt': attempt, 'sha256': result.sha256}
+                await in_thread(put_own, store, key, inputs.result, labels, lambda *far: None)
             await in_thread(write_manifest, store, key, manifest, attempt=attempt)
         return result
     except Outrun:

@@ -70,7 +70,7 @@ def is_passing(error: BaseException) -> bool:
     if tls_trouble(error): return False
     return isinstance(error, (urllib3.exceptions.HTTPError, _Dropped, ConnectionError, http.client.HTTPException))
 
-# %% ../nbs/11_store.ipynb #e988ed95
+# %% ../nbs/11_store.ipynb #efe8b0e7
 def tls_trouble(error: BaseException) -> str | None: # None: another fault, or one that may pass
     "What a failed handshake says about the settings"
     inner = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
@@ -127,6 +127,7 @@ class Connection:
         if len(self.bucket) < 3:
             raise SettingsError(f'MINIO_BUCKET: has 3 to 63 characters (it is {shorten(self.bucket)})')
         self.host, secure = address(settings.minio_endpoint, settings.minio_use_ssl)
+        self.plain = not secure
         self.pool = _Connections(maxsize=16, retries=False, timeout=urllib3.Timeout(connect=5, read=30))
         self.client = self._client(self.host, secure)
 
@@ -143,7 +144,9 @@ class Connection:
         try: return retrying(work)
         except RetryError as e:
             if cancelled and cancelled(): raise JobError('cancelled', 'the job was cancelled') from None
-            why = _shortly(e.last_attempt.exception())
+            last = e.last_attempt.exception()
+            why = _shortly(last)
+            if self.plain and isinstance(last, urllib3.exceptions.ProtocolError): why += ' (if it wants TLS, set MINIO_USE_SSL=true)'
             raise JobError('storage_failed', f'the bucket at {self.host} did not answer: {why}') from None
         except S3Error as e:
             if e.code in _MISSING: raise
@@ -207,7 +210,7 @@ def copy_stream(chunks: Iterable[bytes], out: BinaryIO, what: str, max_bytes: in
         if progress: progress(done, total)
     return done
 
-# %% ../nbs/11_store.ipynb #282b7206
+# %% ../nbs/11_store.ipynb #fbcbb4d9
 _PACKED = ('gzip', 'x-gzip', 'deflate')
 
 def encodings_of(
@@ -405,7 +408,7 @@ def _conditional(put: Callable[[], None]) -> Callable[[], None]:
     def tried() -> None:
         try: put()
         except S3Error as e:
-            if e.response.status == 412: raise Replaced from None
+            if e.response.status == 412 or e.code in ('ConditionalRequestConflict', 'NoSuchKey'): raise Replaced from None
             if e.response.status == 501 and e.code == 'NotImplemented': raise _Unconditional from None
             raise
     return tried
@@ -434,7 +437,7 @@ class Store(Files):
         client = self._client(*address(public, None if '://' in public else self.settings.minio_use_ssl)) if public else self.client
         return client.presigned_get_object(bucket_name=self.bucket, object_name=key, expires=timedelta(seconds=seconds))
 
-# %% ../nbs/11_store.ipynb #f8282fa6
+# %% ../nbs/11_store.ipynb #48fb7fd6
 OWN_FOLDERS = ('tracks', 'embeddings') # the worker's caches
 
 def check_reach(
@@ -603,7 +606,8 @@ def _save(
     response: http.client.HTTPResponse, path: Path, name: str, max_bytes: int, cancelled: Cancelled | None
 ) -> list[str]: # how it is packed
     if response.status != 200: raise JobError('input_missing', f'{name} answered HTTP {response.status}')
-    packed, length = encodings_of(name, response.headers), content_length(response.headers['Content-Length'], name)
+    said = {n: ', '.join(response.headers.get_all(n) or []) for n in ('Content-Encoding', 'Content-Length')}
+    packed, length = encodings_of(name, said), content_length(said['Content-Length'], name)
     if length: check_size(name, length, max_bytes)
     with path.open('wb') as out: size = copy_stream(_chunks(response), out, name, max_bytes, cancelled)
     if length is not None and size != length: raise _Dropped(f'{size} of {length} bytes')
