@@ -17,6 +17,7 @@ from test_media import at_one_instant, clicking, with_larger_frames, without_dec
 
 from wan_avatar.handler import Handler
 from wan_avatar.store import Store
+from wan_avatar.worker import BareFormatter
 
 IMAGE, VIDEO = {'input_image_minio_path': 'in/astronaut.png'}, {'driving_video_path': 'in/single_face.mp4'}
 
@@ -211,7 +212,8 @@ def trouble():
 @pytest.fixture(scope='module')
 def fetching(service, bucket, trouble, tmp_path_factory):
     "Starts jobs whose pictures come from there, on a worker that may reach it"
-    settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true')
+    port = trouble.rpartition(':')[2]
+    settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true', URL_PORTS=port)
     handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
     return lambda path: service.background.submit(handler({'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}))
 
@@ -225,3 +227,91 @@ def test_pictures_from_hostile_servers(fetching, path, words):
 
 def test_a_picture_that_drips_is_given_up_after_thirty_seconds(slow):
     assert 'did not arrive within 30 s' in slow.result(timeout=60)['error']
+
+# ---- whose key, which port, and what is signed
+
+class SignedPage(BaseHTTPRequestHandler):
+    "The astronaut, for whoever has the signature"
+    def do_GET(self):
+        self.send_response(200 if 'X-Amz-Signature=hidden' in self.path else 403)
+        self.end_headers()
+        self.wfile.write(self.server.picture)
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def limited(service, bucket, samples, tmp_path_factory):
+    "Runs jobs on a worker that reads from two folders and a port besides"
+    with ThreadingHTTPServer(('127.0.0.1', 0), SignedPage) as web:
+        web.picture = (samples / 'astronaut.png').read_bytes()
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        said = {'INPUT_PREFIXES': 'in/, templates', 'DEFAULT_DRIVING_VIDEO_PATH': 'own/default.mp4',
+                'ALLOW_PRIVATE_URLS': 'true', 'URL_PORTS': str(web.server_port)}
+        settings = make_settings(bucket, service.settings.work_dir, **said)
+        handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
+        def run(job_id, **job):
+            return service.background.submit(handler({'id': job_id, 'input': job})).result(timeout=120)
+        run.web = f'http://127.0.0.1:{web.server_port}'
+        yield run
+        web.shutdown()
+
+REACH = { # what a caller asks for, and what he is told
+    'a picture elsewhere': ({'input_image_minio_path': 'x/ana.png', **VIDEO}, 'input_image_minio_path', 'PREFIXES'),
+    'a video elsewhere': ({**IMAGE, 'driving_video_path': 'other/talk.mp4'}, 'driving_video_path', 'in/, templates/'),
+    'encoded': ({**IMAGE, 'driving_video_path': 'in/%2e%2e/other/talk.mp4'}, 'driving_video_path', 'INPUT_PREFIXES'),
+    'a result': ({**IMAGE, 'driving_video_path': 'avatars/alone.mp4'}, 'driving_video_path', 'INPUT_PREFIXES'),
+    'a track': ({**IMAGE, 'driving_video_path': 'tracks/x.track'}, 'driving_video_path', 'a file of the worker itself'),
+    'a port': ({'input_image_url': 'http://127.0.0.1:6379/?token=hidden', **VIDEO}, 'input_image_url', 'URL_PORTS'),
+    'a user name': ({'input_image_url': 'http://u:hidden@127.0.0.1/a.png', **VIDEO}, 'input_image_url', 'user name'),
+}
+
+@pytest.mark.parametrize('name', REACH)
+def test_what_a_limited_worker_reads(limited, service, name):
+    asked, field, words = REACH[name]
+    answer = limited('reach', **asked)
+    assert answer['error'].startswith(f'bad_input: {field}'), answer
+    assert words in answer['error'], answer
+    assert 'hidden' not in answer['error'], answer
+    assert service.store.list('avatars/reach') == []
+
+def test_a_track_is_nobodys_input_on_any_worker(service):
+    refused(service, {}, 'bad_input', 'a file of the worker itself', driving_video_path='tracks/x.track', **IMAGE)
+
+def test_the_operators_own_default_may_lie_anywhere(limited, service):
+    service.store.write_bytes('own/default.mp4', service.store.read_bytes('in/brief.mp4', 10**8), 'video/mp4')
+    assert limited('default', **IMAGE).get('frames') == 12
+
+def test_a_signed_address_shows_up_nowhere(limited, service, caplog):
+    caplog.set_level('DEBUG')
+    service.reports.clear()
+    picture, brief = f'{limited.web}/ana.png', {'driving_video_path': 'in/brief.mp4', 'presign': True}
+    answer = limited('signed', input_image_url=f'{picture}?X-Amz-Signature=hidden', **brief)
+    refusal = limited('unsigned', input_image_url=f'{picture}?X-Amz-Sig=hidden', **brief)
+    assert answer.pop('presigned_url') and 'input_missing' in refusal['error'] and 'HTTP 403' in refusal['error']
+    manifest = service.store.read_bytes('avatars/signed.mp4.json', 10**7).decode()
+    lines = [BareFormatter('%(message)s').format(r) for r in caplog.records]
+    assert lines
+    said = manifest, str(answer), str(refusal), str(service.reports), *lines
+    assert not [text for text in said if 'hidden' in text or 'X-Amz-Signature=' in text.replace('Signature=…', '')]
+
+ODD_REQUESTS = { # what JSON can hold, and the words of its refusal
+    'half a character in a key': ({'input_image_minio_path': 'in/\ud800.png', **VIDEO}, 'input_image_minio_path'),
+    'half a character in the key of the video': ({**IMAGE, 'driving_video_path': '\udfff.mp4'}, 'driving_video_path'),
+    'half a character in an address': ({'input_image_url': 'https://h.example/\ud800', **VIDEO}, 'input_image_url'),
+    'half a character in a host': ({'input_image_url': 'https://\ud800.example/a.png', **VIDEO}, 'input_image_url'),
+    'half a character for a field': ({**IMAGE, **VIDEO, '\ud800': 1}, 'unicode'),
+    'half a character in a name': ({**IMAGE, **VIDEO, 'user_id': '\ud800'}, 'user_id'),
+    '40,000 unknown fields': ({**IMAGE, **VIDEO, **{f'{n} {"x" * 99}': n for n in range(40_000)}}, 'are not fields'),
+    'a seed of 5000 digits': ({**IMAGE, **VIDEO, 'seed': 10**5000}, 'seed'),
+    'seconds of 5000 digits': ({**IMAGE, **VIDEO, 'max_seconds': 10**5000}, 'max_seconds'),
+    'seconds that are no number': ({**IMAGE, **VIDEO, 'max_seconds': float('nan')}, 'max_seconds'),
+    'a port of 1500 digits': ({'input_image_url': f'https://h.example:{"9" * 1500}/a', **VIDEO}, 'input_image_url'),
+}
+
+@pytest.mark.parametrize('name', ODD_REQUESTS)
+def test_odd_requests_are_bad_input(service, name):
+    asked, words = ODD_REQUESTS[name]
+    answer = service.background.submit(service.handler({'id': 'bad', 'input': asked})).result(timeout=30)
+    assert answer['error'].startswith('bad_input: '), answer
+    assert words in answer['error'], answer
+    assert len(answer['error']) <= 1000, answer
+    answer['error'].encode() # a terminal and JSON take it

@@ -15,7 +15,11 @@ from typer.testing import CliRunner
 
 from wan_avatar.cli import app
 from wan_avatar.client import EndpointError
-from wan_avatar.endpoint import Control, Unclear, apply, check_file, create, delete, find, look, model_references, read_file, request_body
+from wan_avatar.config import load_settings
+from wan_avatar.endpoint import (
+    Control, FileError, Unclear, apply, check_file, create, delete, find, look, model_references, read_file,
+    request_body,
+)
 
 IMAGE = 'dexsynccom/twin-avatar:wan-worker-20261124-8f3a1c2b4d5e'
 OPERATOR = {'MINIO_ENDPOINT': 's3.hidden.example', 'MINIO_ACCESS_KEY': 'hidden-access', 'MINIO_SECRET_KEY': 'hidden-secret', 'MINIO_BUCKET': 'hidden-bucket'}
@@ -76,6 +80,44 @@ def test_every_field_of_the_file_is_applied_once_and_undone(control, plane, tmp_
     assert plane.endpoints[id]['image'].endswith('99991c2b4d5e') and len(plane.endpoints) == 1
     covered = {re.match(r'\^?(\w+)', e[0] or e[1])[1] for e, *_ in FIELDS} | {'name', 'type', 'image', 'max_seconds', 'job_ttl_s'} # those three are in other tests
     assert set(re.findall(r'^(\w+) = ', (ROOT / 'endpoint.toml').read_text(), re.M)) <= covered | {'model', 'revision'}
+
+# %% the worker's own deadline
+DEADLINES = [ # execution_timeout_s, JOB_SECONDS of the file, what the workers get; None: refused
+    (1200, None, '1140'),
+    (300, None, '240'),
+    (100, None, '80'),
+    (5, None, '4'),
+    (1200, '900', '900'),
+    (1200, '1140', '1140'),
+    (1200, '0.5', '0.5'),
+    (1200, '1141', None),
+    (1200, '1200', None),
+    (1200, '3600', None),
+    (1200, '0', None),
+    (1200, '-5', None),
+    (1200, 'nan', None),
+    (1200, 'inf', None),
+    (1200, 'long', None),
+    (1200, '', None),
+]
+
+@pytest.mark.parametrize('timeout, said, expected', DEADLINES)
+def test_a_worker_gives_up_before_runpod_does(control, tmp_path, timeout, said, expected):
+    edits = {r'^profile = .*': 'profile = "draft"', r'^execution_timeout_s = .*': f'execution_timeout_s = {timeout}'}
+    if said is not None: edits[r'^OUTPUT_PREFIX = .*'] = f'JOB_SECONDS = "{said}"'
+    file = edited(tmp_path, *edits.items())
+    if expected is None:
+        with pytest.raises(FileError, match=f'JOB_SECONDS is .*up to {timeout - 60}, .*TIMED_OUT'):
+            look(control, file, OPERATOR)
+    else:
+        plan = look(control, file, OPERATOR)
+        assert plan.body['env']['JOB_SECONDS'] == expected and 0 < float(expected) < timeout
+        assert load_settings({k: v for k, v in plan.body['env'].items()}).job_seconds == float(expected)
+
+def test_a_worker_stops_a_job_before_the_file_would(control, plane, tmp_path):
+    id = settle(control, edited(tmp_path))
+    settle(control, edited(tmp_path, (r'^execution_timeout_s = .*', 'execution_timeout_s = 1500')))
+    assert plane.endpoints[id]['env']['JOB_SECONDS'] == '1440' and plane.endpoints[id]['timeout'] == 1_500_000
 
 def test_a_name_is_an_endpoint(control, plane, tmp_path):
     one, two = settle(control, edited(tmp_path)), settle(control, edited(tmp_path, (r'^name = .*', 'name = "staging"')))

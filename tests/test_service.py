@@ -1,23 +1,36 @@
 """The job path with everything real but RunPod: faults in the middle of a job, and jobs beside each other"""
 import asyncio
 import gc
+import gzip
 import hashlib
+import io
 import os
 import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from wan_avatar.avatar import Studio, make_avatar, work_folder
+from wan_avatar.avatar import (
+    Inputs, Outrun, Studio, deadline, deliver, delivered, make_avatar, room_needed, take_cached_track, work_folder,
+)
 from wan_avatar.comfy import Child, Comfy, ComfyProcess
 from wan_avatar.handler import Handler
-from wan_avatar.store import Store
+from wan_avatar.job import Job, JobError, manifest_key
+from wan_avatar.media import Encoder, normalise_video
+from wan_avatar.store import Store, fetch_image
+from wan_avatar.timeline import Timeline
 from wan_avatar.track import track_key
 from wan_avatar.worker import Background, shut_down
+from wan_avatar.workflow import get_profile
 
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/two windows.mp4'}
 
@@ -222,3 +235,206 @@ def test_a_folder_goes_at_whatever_moment_of_its_removal_the_loop_ends(tmp_path,
         for _ in range(turns): await asyncio.sleep(0)
     asyncio.run(main())
     assert list((tmp_path / 'jobs').iterdir()) == []
+
+# two attempts at one job, in two workers
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Two finished videos of one job, as two machines might render it"
+    folders = [tmp_path_factory.mktemp(name) for name in 'ab']
+    for shade, folder in enumerate(folders, 1):
+        with Encoder(folder / 'avatar.mp4', (64, 64)) as encoder:
+            for n in range(24): encoder.write(np.full((64, 64, 3), n * shade, np.uint8))
+    def inputs(of: int, frames: int = 24) -> Inputs:
+        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0)
+        return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='')
+    return inputs
+
+def delivery(service, key: str, inputs: Inputs, store: Store | None = None):
+    "One attempt's delivery, from a worker of its own when it has a store of its own"
+    studio = replace(service.studio, store=store or service.store)
+    about = {'seed': 1, 'profile': 'draft', 'worker': {}}
+    return deliver(key, inputs, about, {'job_id': 'twice'}, studio, Timeline(), lambda update: None)
+
+def lost(put, asked): raise JobError('storage_failed', 'the line was cut')
+def arrived(put, asked):
+    put(**asked)
+    raise JobError('storage_failed', 'the line was cut')
+def goes_on(put, asked): return put(**asked)
+
+# what happens to the second attempt, in whose upload the first one delivers: which video it has, its frames, what its
+# upload does, whether it is cancelled, whether the bucket knows conditions
+SECOND = {
+    'its upload is lost': (1, 24, lost, False, True),
+    'the answer to its upload is lost': (1, 24, arrived, False, True),
+    'its upload goes on': (1, 24, goes_on, False, True),
+    'its video is not right': (1, 25, goes_on, False, True),
+    'it is cancelled': (1, 24, goes_on, True, True),
+    'it is cancelled, its upload is lost': (1, 24, lost, True, True),
+    'the same bytes, a bucket without conditions': (0, 24, arrived, False, False),
+    'the same bytes, cancelled, a bucket without conditions': (0, 24, goes_on, True, False),
+    'lost, a bucket without conditions': (1, 24, lost, False, False),
+}
+
+@pytest.mark.parametrize('name', SECOND)
+def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, monkeypatch, name):
+    which, frames, upload, cancelled, conditions = SECOND[name]
+    key, second, first = f'avatars/{name}.mp4', Store(service.settings), []
+    begun, go_on = threading.Event(), threading.Event()
+    put = second.client.put_object
+    def hooked(**asked):
+        if asked['object_name'] != key: return put(**asked)
+        if not first:
+            first.append(service.background.submit(delivery(service, key, made(0))).result(timeout=30))
+            begun.set()
+            assert go_on.wait(30)
+        return upload(put, asked)
+    monkeypatch.setattr(second.client, 'put_object', hooked)
+    if not conditions: monkeypatch.setattr(second.pool, 'only_if', lambda condition: nullcontext())
+    attempt = service.background.submit(delivery(service, key, made(which, frames), second))
+    assert begun.wait(30)
+    if cancelled: attempt.cancel()
+    async def heard() -> None: pass
+    service.on_loop(heard())
+    go_on.set()
+    try: answer = attempt.result(timeout=30)
+    except (JobError, asyncio.CancelledError, Outrun): answer = None
+    except BaseException as e: # noqa: BLE001 - a future of another thread has its own kind of cancellation
+        assert type(e).__name__ == 'CancelledError'
+        answer = None
+        service.on_loop(settled(service))
+    assert answer is None or answer.sha256 == first[0].sha256, 'the second attempt says something else'
+    found = delivered(service.store, key, 0)
+    assert found == first[0] and hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
+    assert service.store.read_json(manifest_key(key))['sha256'] == found.sha256
+
+async def settled(service) -> None:
+    "Until nothing but this runs on the service's loop that delivers"
+    for task in asyncio.all_tasks():
+        if 'deliver' in repr(task.get_coro()) and task is not asyncio.current_task():
+            await asyncio.wait({task}, timeout=30)
+
+def test_an_attempt_that_fails_alone_leaves_nothing(service, made):
+    with pytest.raises(JobError, match='internal: .*25 frames'):
+        service.on_loop(delivery(service, 'avatars/fails alone.mp4', made(0, 25)))
+    assert service.store.list('avatars/fails alone') == []
+
+@pytest.mark.parametrize('manifest', [None, b'{"half": ', b'{}'])
+def test_what_a_killed_attempt_left_is_replaced(service, made, manifest):
+    key = f'avatars/left {manifest}.mp4'
+    service.store.write_bytes(key, b'half a video', 'video/mp4', {'attempt': 'killed', 'sha256': '0' * 64})
+    if manifest: service.store.write_bytes(manifest_key(key), manifest, 'application/json')
+    result = service.on_loop(delivery(service, key, made(0)))
+    assert delivered(service.store, key, 0) == result
+    assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == result.sha256
+
+def test_a_manifest_of_other_bytes_is_no_delivery(service, made):
+    key, result = 'avatars/swapped.mp4', service.on_loop(delivery(service, 'avatars/swapped.mp4', made(0)))
+    other = bytes(result.bytes)
+    service.store.write_bytes(key, other, 'video/mp4', {'sha256': hashlib.sha256(other).hexdigest()})
+    assert delivered(service.store, key, 0) is None
+
+# a disk that is full
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of its own with room for half a megabyte"
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    yield from mounted(folder, '512k')
+
+def mounted(folder, size: str):
+    command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'only root may mount a small disk: {done.stderr.strip()}')
+    try: yield folder
+    finally: subprocess.run(['umount', '-l', str(folder)], check=True)
+
+class Sends(BaseHTTPRequestHandler):
+    "A picture of two megabytes"
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        try: self.wfile.write(bytes(2_000_000))
+        except OSError: pass # the other side has no room
+    def log_message(self, *args): pass
+
+def from_the_bucket(service, disk, source):
+    service.store.download('disk/large', disk / 'x', 'driving_video_path', 10**8)
+def unpacked_there(service, disk, source):
+    service.store.download('disk/packed', disk / 'x', 'driving_video_path', 10**8)
+def from_the_web(service, disk, source):
+    with ThreadingHTTPServer(('127.0.0.1', 0), Sends) as web:
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+        url = f'http://127.0.0.1:{web.server_port}/a.png'
+        try:
+            fetch_image(url, disk / 'x', allow_private=True, ports={web.server_port})
+        finally: web.shutdown()
+def normalised(service, disk, source): normalise_video(source, disk / 'driving.mp4', disk / 'audio.m4a', 60)
+def tracked(service, disk, source):
+    filler = disk / 'filler' # until the disk has no room for a track of 4 kB
+    with pytest.raises(OSError), filler.open('wb', buffering=0) as out:
+        while True: out.write(bytes(1 << 16))
+    take_cached_track(service.store, 'disk/track', disk / 'x.track', 8)
+def encoded(service, disk, source):
+    with Encoder(disk / 'avatar.mp4', (640, 360)) as encoder:
+        for n in range(48): encoder.write(np.random.default_rng(n).integers(0, 255, (360, 640, 3), dtype=np.uint8))
+@pytest.fixture(scope='module')
+def large(service, samples):
+    "What does not fit on the small disk"
+    service.store.write_bytes('disk/large', bytes(2_000_000), 'application/octet-stream')
+    track = Path(__file__).with_name('audit') / 'driving.track'
+    service.store.write_bytes('disk/track', track.read_bytes(), 'application/octet-stream')
+    body = gzip.compress(bytes(2_000_000))
+    service.store.client.put_object(bucket_name=service.store.bucket, object_name='disk/packed', data=io.BytesIO(body),
+                                    length=len(body), metadata={'Content-Encoding': 'gzip'})
+    return samples / 'pexels.mp4'
+
+WRITERS = (from_the_bucket, unpacked_there, from_the_web, normalised, encoded, tracked)
+
+@pytest.mark.parametrize('writes', WRITERS, ids=lambda f: f.__name__)
+def test_a_full_disk_is_the_workers_fault(service, small_disk, large, monkeypatch, writes):
+    monkeypatch.setattr('wan_avatar.store.check_room', lambda *a, **more: None) # others took the room meanwhile
+    async def job():
+        async with deadline(60, Timeline(), small_disk): await asyncio.to_thread(writes, service, small_disk, large)
+    with pytest.raises(JobError) as e: asyncio.run(job())
+    assert e.value.code == 'storage_failed'
+    assert e.value.answer()['refresh_worker'] is True
+    assert 'disk of this worker is full' in e.value.message
+    assert ' MB free' in e.value.message
+    assert [f.name for f in small_disk.iterdir() if f.name.startswith('.')] == [], 'a part was left'
+
+@pytest.mark.parametrize('asks', [True, False])
+def test_a_job_on_a_full_disk(service, monkeypatch, asks):
+    "Its folder is on a disk with no room for its video: said when the download asks, or when normalising hits it"
+    if not asks: monkeypatch.setattr('wan_avatar.store.check_room', lambda *a, **more: None)
+    service.reports.clear()
+    (service.settings.work_dir / 'jobs').mkdir(exist_ok=True)
+    for _ in mounted(service.settings.work_dir / 'jobs', '1m'): answer = service.run(f'full-{asks}', **JOB)
+    assert answer['error'].startswith('storage_failed: ') and answer['refresh_worker'] is True, answer
+    assert ('needs' in answer['error'] and 'a margin of 100 MB' in answer['error']) == asks
+    assert 'render' not in service.stages(f'full-{asks}')
+    assert list((service.settings.work_dir / 'jobs').iterdir()) == []
+
+def test_a_job_asks_for_its_room_before_it_starts(service, monkeypatch):
+    monkeypatch.setattr('wan_avatar.avatar.VIDEO_RATE', 10**12)
+    service.reports.clear()
+    answer = service.run('no-room', **JOB, max_seconds=10)
+    assert answer['refresh_worker'] is True and service.stages('no-room') == []
+    assert 'storage_failed: a job of at most 10 s needs 20,000,' in answer['error']
+    assert 'a margin of 100 MB, and ' in answer['error']
+    assert ' MB are free' in answer['error']
+
+def test_the_room_a_job_asks_for_grows_with_what_it_may_hold():
+    draft = get_profile('draft')
+    of = {s: room_needed(Job(input_image_minio_path='a.png', max_seconds=s), draft) for s in (1, 60, 600)}
+    frames = 2 * draft.length * 1280 * 720 * 3
+    assert frames < of[1] < of[60] < of[600] < 4 * 10**9
+
+def test_out_of_time_says_how_far_it_came(service, bucket):
+    from wan_avatar.handler import Handler
+    hurried = replace(service.studio, settings=service.settings.model_copy(update={'job_seconds': 1.0}))
+    handler = Handler(hurried, service.note)
+    answer = service.background.submit(handler({'id': 'hurried', 'input': JOB})).result(timeout=60)
+    assert answer['error'].startswith('timed_out: the job took longer than 1 s (JOB_SECONDS); so far: '), answer
+    assert 'download' in answer['error'], answer

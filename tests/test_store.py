@@ -1,18 +1,31 @@
 """The store against a real S3 server behind a line that can be cut, and pictures from hostile web servers"""
+import gzip
+import io
 import itertools
+import logging
+import random
+import re
 import socket
+import sys
 import threading
 import time
+import zlib
 from contextlib import contextmanager
+from datetime import timedelta
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import pytest
 from conftest import make_settings
 
-from wan_avatar.job import JobError
-from wan_avatar.store import PART, Store, address, check_url, fetch_image, is_public
+from wan_avatar.config import SettingsError, load_settings
+from wan_avatar.job import JobError, parse_job
+from wan_avatar.store import (
+    OWN_FOLDERS, PART, WEB_PORTS, Replaced, Store, address, check_reach, check_url, fetch_image, is_public,
+    ports_of,
+)
 
 class Line:
     "A TCP relay to the bucket: counts connections, and cuts the n-th of them after so many bytes of the answer"
@@ -157,6 +170,49 @@ def test_presigned_addresses(bucket, store, tmp_path):
     public = Store(make_settings(bucket, tmp_path, MINIO_PUBLIC_ENDPOINT='https://media.example.org')).presign('a.mp4', 60)
     assert public.startswith('https://media.example.org/media/a.mp4?') and 'X-Amz-Expires=60' in public and bucket.secret_key not in public
 
+CONDITIONS = [ # what lies there, what is said to lie there ('etag': what does), is it written?
+    (None, None, True),
+    (None, 'another', False),
+    (b'old', None, False),
+    (b'old', 'etag', True),
+    (b'old', 'another', False),
+    (b'old', '*', True),
+    (None, '*', True),
+]
+
+@pytest.mark.parametrize('size', [10, PART + 1], ids=['in one', 'in parts'])
+@pytest.mark.parametrize('there, said, written', CONDITIONS)
+def test_a_file_is_written_in_place_of_what_was_seen_alone(store, tmp_path, there, said, written, size):
+    key = f'conditions/{there}-{said}-{size}'
+    if there: store.write_bytes(key, there, 'text/plain')
+    with (tmp_path / 'in').open('wb') as f: f.truncate(size)
+    in_place_of = store.stat(key)['etag'] if said == 'etag' else said
+    def upload(): store.upload(tmp_path / 'in', key, 'text/plain', in_place_of=in_place_of)
+    if written:
+        upload()
+        assert store.stat(key)['bytes'] == size
+    else:
+        with pytest.raises(Replaced): upload()
+        assert (store.stat(key) or {}).get('bytes') == (len(there) if there else None)
+
+@pytest.mark.parametrize('status, code, outcome', [
+    (412, 'PreconditionFailed', Replaced),
+    (409, 'ConditionalRequestConflict', Replaced),
+    (404, 'NoSuchKey', Replaced),
+    (501, 'NotImplemented', None)])
+def test_what_a_server_makes_of_a_condition(bucket, tmp_path, status, code, outcome):
+    (tmp_path / 'in').write_bytes(b'in')
+    asked = []
+    def answer(method, begin):
+        asked.append(method)
+        return (200, {}, b'') if outcome is None and len(asked) > 1 else (status, XML, said(code))
+    with strict(answer) as server:
+        def upload(): at(server, bucket, tmp_path).upload(tmp_path / 'in', 'k', 'text/plain', in_place_of='a')
+        if outcome is None: upload()
+        else:
+            with pytest.raises(outcome): upload()
+    assert len(asked) == (2 if outcome is None else 1)
+
 # pictures from the web
 
 class Hostile(BaseHTTPRequestHandler):
@@ -209,20 +265,25 @@ def web():
     server.shutdown()
     server.server_close()
 
+def ports(web: str) -> set[int]: return {urlsplit(web).port} # as URL_PORTS would say
+
 @pytest.mark.parametrize('path, code, words', [
     ('/to/http://[::1', 'bad_input', 'which is no address'), ('/status/404', 'input_missing', 'HTTP 404'), ('/status/500', 'input_missing', 'HTTP 500'), ('/short', 'input_missing', 'can not be fetched'),
-    ('/large', 'bad_input', '20,000,000'), ('/endless', 'bad_input', '20,000,000'), ('/zipped', 'input_unreadable', 'compressed'),
+    ('/large', 'bad_input', '20,000,000'), ('/endless', 'bad_input', '20,000,000'),
+    ('/zipped', 'bad_input', 'compressed'),
     ('/hop/4', 'bad_input', 'more than 3'), ('/to/file:///etc/passwd', 'bad_input', 'http'), ('/drip', 'input_missing', 'within'),
     ('/silent', 'input_missing', 'within'), ('/headers', 'input_missing', '')])
 def test_pictures_that_do_not_come(web, tmp_path, path, code, words):
     began = time.monotonic()
-    with pytest.raises(JobError) as e: fetch_image(web + path, tmp_path / 'a.png', allow_private=True, deadline_s=1)
+    with pytest.raises(JobError) as e:
+        fetch_image(web + path, tmp_path / 'a.png', allow_private=True, deadline_s=1, ports=ports(web))
     assert e.value.code == code and words in e.value.message, e.value
     assert list(tmp_path.iterdir()) == [] and time.monotonic() - began < 5
 
 @pytest.mark.parametrize('path', ['/good', '/hop/1', '/hop/3', '/umlaut'])
 def test_pictures_that_come(web, tmp_path, path):
-    assert fetch_image(web + path, tmp_path / 'a.png', allow_private=True) == 7 and (tmp_path / 'a.png').read_bytes() == b'picture'
+    assert fetch_image(web + path, tmp_path / 'a.png', allow_private=True, ports=ports(web)) == 7
+    assert (tmp_path / 'a.png').read_bytes() == b'picture'
 
 INSIDE = ['http://169.254.169.254/latest/meta-data/', 'http://127.0.0.1:9000/', 'http://10.0.0.8/', 'http://[::1]/', 'http://0x7f000001/', 'http://inside.example/']
 
@@ -240,7 +301,8 @@ def test_the_checked_address_is_the_one_connected_to(web, tmp_path):
         asked.append(host)
         return next(answers)
     port = urlsplit(web).port
-    assert fetch_image(f'http://rebind.example:{port}/hop/1', tmp_path / 'a.png', allow_private=True, resolver=rebinding) == 7
+    url, asks = f'http://rebind.example:{port}/hop/1', {'allow_private': True, 'resolver': rebinding, 'ports': {port}}
+    assert fetch_image(url, tmp_path / 'a.png', **asks) == 7
     assert asked == ['rebind.example'] * 2
 
 @pytest.mark.parametrize('ip', ['fec0::1', '192.88.99.1', '100.64.0.1', '0.0.0.0', '224.0.0.1', '::ffff:10.0.0.1', '64:ff9b::a00:1', '2002:a00:1::', 'fe80::1%eth0', '255.255.255.255'])
@@ -253,3 +315,631 @@ def test_addresses_that_are_none(url, words):
 
 def test_one_private_answer_among_public_ones_is_enough_to_refuse():
     with pytest.raises(JobError, match='not public'): check_url('https://example.org/a.png', lambda host, port: ['1.1.1.1', '192.168.0.1'])
+
+# what is stored or sent compressed
+
+PLAIN = bytes(range(256)) * 200
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+UNPACKED = { # Content-Encoding, the bytes that lie there: all of them mean PLAIN
+    'gzip': ('gzip', gzip.compress(PLAIN)),
+    'gzip in capitals': ('GZIP', gzip.compress(PLAIN)),
+    'its old name': ('x-gzip', gzip.compress(PLAIN)),
+    'two members': ('gzip', gzip.compress(PLAIN[:100]) + gzip.compress(PLAIN[100:])),
+    'zeros behind it': ('gzip', gzip.compress(PLAIN) + bytes(1000)),
+    'deflate with its header': ('deflate', zlib.compress(PLAIN)),
+    'deflate without': ('deflate', raw_deflate(PLAIN)),
+    'gzip twice': ('gzip, gzip', gzip.compress(gzip.compress(PLAIN))),
+    'two of a kind each': ('deflate,gzip', gzip.compress(zlib.compress(PLAIN))),
+    'identity': ('identity', PLAIN),
+    'how it was uploaded': ('aws-chunked', PLAIN),
+    'uploaded so, and packed': ('gzip,aws-chunked', gzip.compress(PLAIN)),
+}
+REFUSED_PACKED = {
+    'brotli': ('br', b'whatever', 'only gzip and deflate'),
+    'zstd': ('zstd', b'\x28\xb5\x2f\xfd', 'only gzip and deflate'),
+    'a word of its own': ('squeezed', b'x', 'only gzip and deflate'),
+    'gzip in brotli': ('gzip, br', b'x', 'only gzip and deflate'),
+    'three times': ('gzip, gzip, gzip', gzip.compress(gzip.compress(gzip.compress(PLAIN))), 'two at most'),
+    'no gzip': ('gzip', PLAIN, 'damaged'),
+    'half of it': ('gzip', gzip.compress(PLAIN)[:200], 'damaged'),
+    'a bit off': ('gzip', gzip.compress(PLAIN)[:-8] + bytes(8), 'damaged'),
+    'gzip once, said twice': ('gzip, gzip', gzip.compress(PLAIN), 'damaged'),
+    'something behind it': ('gzip', gzip.compress(PLAIN) + b'more', 'damaged'),
+    'nothing': ('gzip', b'\x1f', 'damaged'),
+    'a bomb': ('gzip', gzip.compress(bytes(50_000_000)), 'more than 1,000,000 bytes'),
+    'a bomb in a bomb': ('gzip, gzip', gzip.compress(gzip.compress(bytes(50_000_000))), 'more than 1,000,000 bytes'),
+    'a bomb that unpacks to little': ('gzip, gzip', gzip.compress(gzip.compress(b'x') + bytes(10**7)), 'more than 1'),
+}
+
+class Strict(BaseHTTPRequestHandler):
+    "An S3 server of one object, whose headers and bytes are the test's: what a real one cannot be made to send"
+    protocol_version, spared = 'HTTP/1.1', True # an object that no bucket has is not there here either
+    def do_GET(self):
+        server, begin = self.server, int(re.match(r'bytes=(\d+)-|', self.headers.get('Range', ''))[1] or 0)
+        server.asked.append((self.command, begin))
+        self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.spared and self.path.startswith('/media/no-such-object'): status, headers, body = 404, {}, b''
+        else: status, headers, body = server.answer(self.command, begin)
+        self.send_response(status)
+        for name, value in ({'ETag': '"a"', 'Content-Length': len(body)} | headers).items():
+            for each in value if isinstance(value, list) else [value] * (value is not None): self.send_header(name, str(each))
+        self.end_headers()
+        try: self.wfile.write(b'' if self.command == 'HEAD' else body)
+        except OSError: pass # the other side has had enough
+        if self.command == 'GET' and headers.get('Content-Length', '') != len(body): self.close_connection = True
+    do_HEAD = do_PUT = do_GET
+    def log_message(self, *args): pass
+
+@contextmanager
+def strict(answer):
+    "Answers (status, headers, body) to (method, first byte)"
+    with ThreadingHTTPServer(('127.0.0.1', 0), Strict) as server:
+        server.answer, server.asked = answer, []
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+def at(server, bucket, work, **more) -> Store:
+    said = {'MINIO_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'MINIO_BUCKET': 'media'} | more
+    return Store(make_settings(bucket, work, **said), window_s=30)
+
+def packed_object(said, body):
+    headers = {'Content-Encoding': said}
+    return lambda method, begin: (206 if begin else 200, headers | {'Content-Length': len(body) - begin}, body[begin:])
+
+def put_packed(store: Store, key: str, body: bytes) -> None:
+    store.client.put_object(bucket_name=store.bucket, object_name=key, data=io.BytesIO(body), length=len(body),
+                            metadata={'Content-Encoding': 'gzip'})
+
+def picture_at(server, folder, **more) -> int:
+    "Fetch a picture from a server on this machine"
+    port = server.server_port
+    return fetch_image(f'http://127.0.0.1:{port}/a.png', folder / 'a', allow_private=True, ports={port}, **more)
+
+@pytest.mark.parametrize('name', UNPACKED)
+def test_what_is_stored_compressed_is_unpacked(bucket, tmp_path, name):
+    said, body = UNPACKED[name]
+    with strict(packed_object(said, body)) as server:
+        store = at(server, bucket, tmp_path)
+        assert store.download('v.mp4', tmp_path / 'v', 'driving_video_path', 10**6) == len(PLAIN)
+        assert (tmp_path / 'v').read_bytes() == PLAIN == store.read_bytes('v.mp4', 10**6)
+
+@pytest.mark.parametrize('name', REFUSED_PACKED)
+def test_what_cannot_be_unpacked_is_said_at_once(bucket, tmp_path, name):
+    said, body, words = REFUSED_PACKED[name]
+    with strict(packed_object(said, body)) as server:
+        store, began = at(server, bucket, tmp_path), time.monotonic()
+        def download(): return store.download('v.mp4', tmp_path / 'v', 'driving_video_path', 10**6)
+        for read in (download, lambda: store.read_bytes('v.mp4', 10**6)):
+            with pytest.raises(JobError, match='bad_input: ') as e: read()
+            assert words in e.value.message, e.value
+    assert time.monotonic() - began < 5, 'it was tried again'
+    assert list(tmp_path.iterdir()) == [], 'it was tried again'
+    assert len(server.asked) <= 4, 'it was tried again'
+
+def test_a_real_server_keeps_the_encoding(store, tmp_path):
+    body = gzip.compress(PLAIN)
+    put_packed(store, 'packed.bin', body)
+    assert store.download('packed.bin', tmp_path / 'v', 'driving_video_path', 10**6) == len(PLAIN)
+    assert (tmp_path / 'v').read_bytes() == PLAIN
+
+def test_a_compressed_download_goes_on_where_the_line_was_cut(store, bucket, tmp_path):
+    data = random.Random(0).randbytes(3_000_000)
+    body = gzip.compress(data)
+    put_packed(store, 'packed big.bin', body)
+    seen = []
+    with line_to(bucket, {0: 1_000_000, 1: 1_000_000}) as line:
+        cut = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=line.address))
+        def progress(done, total): seen.append(done)
+        cut.download('packed big.bin', tmp_path / 'v', 'driving_video_path', 10**7, progress=progress)
+    assert (tmp_path / 'v').read_bytes() == data and seen == sorted(seen) and line.connections >= 3
+
+WHOLE = gzip.compress(PLAIN)
+def head(answer, then): return lambda method, n: answer if method == 'HEAD' else then
+
+ON_THE_WAY = { # what a server, or a proxy before it, answers to (method, how many requests came), and what comes of it
+    'it knows no ranges': (
+        lambda method, n: (200, {'Content-Length': len(PLAIN)}, PLAIN if n > 2 else PLAIN[:20_000]), PLAIN),
+    'it unpacks itself': (
+        head((200, {'Content-Encoding': 'gzip'}, WHOLE), (200, {'Content-Length': None}, PLAIN)), PLAIN),
+    'a proxy packs what is not packed': (
+        head((200, {}, PLAIN), (200, {'Content-Encoding': 'gzip'}, WHOLE)), 'storage_failed: .*on the way'),
+    'a proxy packs with what nobody knows': (
+        head((200, {}, PLAIN), (200, {'Content-Encoding': 'br'}, b'x')), 'bad_input: .*only gzip'),
+    'a size of 5000 digits': (lambda method, n: (200, {'Content-Length': '9' * 5000}, b''), 'bad_input: driving_video'),
+    'a size below nothing': (lambda method, n: (200, {'Content-Length': '-5'}, b''), 'bad_input: driving_video'),
+    'a size that is no number': (lambda method, n: (200, {'Content-Length': 'many'}, b''), 'bad_input: driving_video'),
+}
+
+@pytest.mark.parametrize('name', ON_THE_WAY)
+def test_what_stands_between(bucket, tmp_path, name):
+    answer, expected = ON_THE_WAY[name]
+    counted, began = itertools.count(1), time.monotonic()
+    with strict(lambda method, begin: answer(method, next(counted))) as server:
+        def download():
+            return at(server, bucket, tmp_path).download('v.mp4', tmp_path / 'v', 'driving_video_path', 10**6)
+        if isinstance(expected, bytes):
+            download()
+            assert (tmp_path / 'v').read_bytes() == expected
+        else:
+            with pytest.raises(JobError, match=expected): download()
+    assert time.monotonic() - began < 5
+
+@pytest.mark.parametrize('name', [*UNPACKED, *REFUSED_PACKED])
+def test_pictures_that_are_sent_compressed(bucket, tmp_path, name):
+    said, body, *words = UNPACKED.get(name) or REFUSED_PACKED[name]
+    with strict(lambda method, begin: (200, {'Content-Encoding': said}, body)) as server:
+        def fetch():
+            return picture_at(server, tmp_path, max_bytes=10**6)
+        if not words: assert fetch() == len(PLAIN) and (tmp_path / 'a').read_bytes() == PLAIN
+        else:
+            with pytest.raises(JobError, match='bad_input: ') as e: fetch()
+            assert words[0] in e.value.message and list(tmp_path.iterdir()) == []
+
+LENGTHS = { # Content-Length of a picture of 7 bytes -> what comes of it
+    '7': 7,
+    '007': 7,
+    '7, 7': 7,
+    None: 7,
+    '0' * 5000 + '7': 7,
+    '9' * 5000: 'more than',
+    '99999999999999999999': 'more than',
+    '20000001': 'more than',
+    '-1': 'no number',
+    '7, 8': 'no number',
+    '7.0': 'no number',
+    '+7': 'no number',
+    '0x7': 'no number',
+    'seven': 'no number',
+    '\xb2': 'no number',
+    '1e1': 'no number',
+}
+
+@pytest.mark.parametrize('length', LENGTHS, ids=lambda v: str(v)[:12])
+def test_a_content_length_of_any_kind(bucket, tmp_path, length):
+    with strict(lambda method, begin: (200, {'Content-Length': length, 'Connection': 'close'}, b'picture')) as server:
+        def fetch():
+            return picture_at(server, tmp_path, deadline_s=5)
+        if LENGTHS[length] == 7: assert fetch() == 7
+        else:
+            with pytest.raises(JobError, match=f'bad_input: .*{LENGTHS[length]}') as e: fetch()
+            assert len(str(e.value)) < 1000
+
+TWICE = { # headers of a picture that are there twice -> what comes of it
+    'the same length': ({'Content-Length': ['7', '7']}, None),
+    'two lengths': ({'Content-Length': ['7', '8']}, 'no number'),
+    'two encodings': ({'Content-Encoding': ['gzip', 'br']}, 'only gzip'),
+}
+
+@pytest.mark.parametrize('name', TWICE)
+def test_a_header_that_is_there_twice(bucket, tmp_path, name):
+    headers, words = TWICE[name]
+    with strict(lambda method, begin: (200, headers | {'Connection': 'close'}, b'picture')) as server:
+        if words is None: assert picture_at(server, tmp_path) == 7
+        else:
+            with pytest.raises(JobError, match=f'bad_input: .*{words}'): picture_at(server, tmp_path)
+
+# settings of the bucket
+
+MINIO = {'MINIO_ENDPOINT': 'http://h:9000', 'MINIO_ACCESS_KEY': 'AK', 'MINIO_SECRET_KEY': 'SK', 'MINIO_BUCKET': 'media'}
+BAD = [ # variable, value, what its message says
+    ('MINIO_ENDPOINT', 'localhost:9000 ', 'blank'),
+    ('MINIO_ENDPOINT', ' h ', 'blank'),
+    ('MINIO_ENDPOINT', 'h:9000\n', 'line end'),
+    ('MINIO_ENDPOINT', 'h\t:9000', 'blank'),
+    ('MINIO_ENDPOINT', 'h:port', 'port'),
+    ('MINIO_ENDPOINT', 'h:', 'port'),
+    ('MINIO_ENDPOINT', 'h:0', 'port'),
+    ('MINIO_ENDPOINT', 'https://h:99999', 'port'),
+    ('MINIO_ENDPOINT', 'h:-1', 'port'),
+    ('MINIO_ENDPOINT', 'h:9000:9000', 'port'),
+    ('MINIO_ENDPOINT', 'h#x', 'nothing may stand there'),
+    ('MINIO_ENDPOINT', 'h?', 'nothing may stand there'),
+    ('MINIO_ENDPOINT', 'h?X-Amz-Signature=hidden', 'nothing may stand there'),
+    ('MINIO_ENDPOINT', 'http://h:9000/media', 'MINIO_BUCKET'),
+    ('MINIO_ENDPOINT', 'http://http://h', 'MINIO_BUCKET'),
+    ('MINIO_ENDPOINT', 's3://media', 'http://'),
+    ('MINIO_ENDPOINT', 'http://u:hidden@h', 'user name'),
+    ('MINIO_ENDPOINT', 'h\\x', 'backslash'),
+    ('MINIO_ENDPOINT', '::1', 'brackets|names no host|port'),
+    ('MINIO_ENDPOINT', 'http://[::1', 'brackets'),
+    ('MINIO_ENDPOINT', 'http://', 'names no host'),
+    ('MINIO_ENDPOINT', 'a..b', 'names no host'),
+    ('MINIO_ENDPOINT', '-h', 'names no host'),
+    ('MINIO_ENDPOINT', 'münchen.example', 'names no host'),
+    ('MINIO_ENDPOINT', 'media.s3.eu-central-1.amazonaws.com', 'in front of the server'),
+    ('MINIO_ENDPOINT', 'https://media.s3.amazonaws.com', 'in front of the server'),
+    ('MINIO_ENDPOINT', 'other.s3-eu-west-1.amazonaws.com', 'in front of the server'),
+    ('MINIO_ENDPOINT', 'media.s3.fr-par.scw.cloud', 'in front of the server'),
+    ('MINIO_PUBLIC_ENDPOINT', 'media.s3.eu-central-1.amazonaws.com', 'in front of the server'),
+    ('MINIO_PUBLIC_ENDPOINT', 'https://h/x', 'path'),
+    ('MINIO_BUCKET', 'media/sub', 'slash'),
+    ('MINIO_BUCKET', ' media', 'blank'),
+    ('MINIO_BUCKET', 's3://media', 'slash'),
+    ('MINIO_BUCKET', 'me..dia', 'no name'),
+    ('MINIO_BUCKET', 'media?', 'no name'),
+    ('MINIO_BUCKET', '-media', 'no name'),
+    ('MINIO_BUCKET', 'm' * 64, 'no name'),
+    ('MINIO_BUCKET', 'ab', '3 to 63'),
+    ('MINIO_BUCKET', '10.0.0.1', 'IP address'),
+    ('MINIO_BUCKET', 'medi\ud800', 'no name'),
+    ('MINIO_ACCESS_KEY', 'hidden key', 'blank'),
+    ('MINIO_SECRET_KEY', 'hidden\n', 'line end'),
+    ('MINIO_SECRET_KEY', 'hidd\xe9n', 'ASCII'),
+    ('MINIO_REGION', 'eu central', 'no name of a region'),
+    ('MINIO_REGION', 'EU', 'no name of a region'),
+    ('MINIO_USE_SSL', 'perhaps', 'boolean'),
+    ('URL_PORTS', '8080;8443', 'integer'),
+    ('URL_PORTS', '0', 'greater'),
+    ('URL_PORTS', '65536', 'less'),
+    ('URL_PORTS', ' , ', 'without anything'),
+    ('INPUT_PREFIXES', ',', 'without anything'),
+    ('INPUT_PREFIXES', 'people,/', '1 to 1024'),
+    ('INPUT_PREFIXES', '../x', '".."'),
+    ('LOG_LEVEL', 'loud', 'levels are'),
+    ('RUNPOD_LOG_LEVEL', 'DEBUG', 'ALLOW_SDK_DEBUG'),
+    ('RUNPOD_LOG_LEVEL', 'trace', 'ALLOW_SDK_DEBUG'),
+    ('RUNPOD_DEBUG_LEVEL', 'debug', 'ALLOW_SDK_DEBUG'),
+    ('RUNPOD_DEBUG_LEVEL', 'verbose', 'levels are'),
+]
+
+@pytest.mark.parametrize('variable, value, words', BAD)
+def test_a_bad_value_is_refused_by_its_name(variable, value, words):
+    with pytest.raises(SettingsError) as e: Store(load_settings(MINIO | {variable: value}))
+    assert str(e.value).startswith(f'{variable}: ') and re.search(words, str(e.value)), e.value
+    assert 'hidd' not in str(e.value)
+
+GOOD = [ # variable, value, what a presigned address begins with
+    ('MINIO_ENDPOINT', 'http://h:9000/', 'http://h:9000/media/k?'),
+    ('MINIO_ENDPOINT', 'HTTP://h:9000', 'http://h:9000/media/k?'),
+    ('MINIO_ENDPOINT', 'h', 'https://h/media/k?'),
+    ('MINIO_ENDPOINT', 'minio_1:9000', 'https://minio_1:9000/media/k?'),
+    ('MINIO_ENDPOINT', 'http://[::1]:9000', 'http://[::1]:9000/media/k?'),
+    ('MINIO_ENDPOINT', 'media.example.org', 'https://media.example.org/media/k?'),
+    ('MINIO_BUCKET', 'media/', 'http://h:9000/media/k?'),
+    ('MINIO_BUCKET', 'Media_2.x', 'http://h:9000/Media_2.x/k?'),
+    ('MINIO_ENDPOINT', 'lb-1.eu-west-1.elb.amazonaws.com', 'https://lb-1.eu-west-1.elb.amazonaws.com/media/k?'),
+    ('RUNPOD_LOG_LEVEL', 'INFO', 'http://h:9000/media/k?'),
+]
+
+@pytest.mark.parametrize('variable, value, begins', GOOD)
+def test_a_value_that_can_be_mended_is(variable, value, begins):
+    assert Store(load_settings(MINIO | {variable: value})).presign('k', 60).startswith(begins)
+
+def test_the_sdks_debug_level_when_it_is_wanted():
+    assert load_settings(MINIO | {'RUNPOD_LOG_LEVEL': 'DEBUG', 'ALLOW_SDK_DEBUG': 'true'}).runpod_log_level == 'DEBUG'
+
+REGIONS = [ # endpoint, the host and the region a request is signed for
+    ('s3.eu-central-1.amazonaws.com', 'media.s3.eu-central-1.amazonaws.com', 'eu-central-1'),
+    ('https://s3.ap-southeast-2.amazonaws.com/', 'media.s3.ap-southeast-2.amazonaws.com', 'ap-southeast-2'),
+    ('s3-eu-west-1.amazonaws.com', 'media.s3.eu-west-1.amazonaws.com', 'eu-west-1'),
+    ('https://s3-fips-us-gov-west-1.amazonaws.com', 'media.s3-fips.us-gov-west-1.amazonaws.com', 'us-gov-west-1'),
+    ('s3.dualstack.us-east-2.amazonaws.com', 'media.s3.dualstack.us-east-2.amazonaws.com', 'us-east-2'),
+    ('s3-fips.us-east-2.amazonaws.com', 'media.s3-fips.us-east-2.amazonaws.com', 'us-east-2'),
+    ('s3-fips.dualstack.us-west-2.amazonaws.com', 'media.s3-fips.dualstack.us-west-2.amazonaws.com', 'us-west-2'),
+    ('s3.us-gov-west-1.amazonaws.com', 'media.s3.us-gov-west-1.amazonaws.com', 'us-gov-west-1'),
+    ('s3.cn-north-1.amazonaws.com.cn', 'media.s3.cn-north-1.amazonaws.com.cn', 'cn-north-1'),
+    ('bucket.vpce-1a2b-5e6f.s3.eu-west-3.vpce.amazonaws.com', '', 'eu-west-3'),
+    ('s3.amazonaws.com', '', 'us-east-1'),
+    ('minio.eu-central-1.example.org', 'minio.eu-central-1.example.org', 'us-east-1'),
+]
+
+@pytest.mark.parametrize('endpoint, host, region', REGIONS)
+def test_an_endpoint_is_signed_for_the_region_it_names(endpoint, host, region):
+    settings = load_settings(MINIO | {'MINIO_ENDPOINT': endpoint})
+    signed = urlsplit(Store(settings).presign('k', 60))
+    assert settings.minio_region == region
+    assert f'%2F{region}%2Fs3%2F' in signed.query
+    assert signed.hostname.startswith(host)
+
+def test_a_public_endpoint_is_signed_for_its_own_region():
+    store = Store(load_settings(MINIO | {'MINIO_PUBLIC_ENDPOINT': 'https://s3.eu-north-1.amazonaws.com'}))
+    assert '%2Feu-north-1%2Fs3%2F' in store.presign('k', 60) and store.settings.minio_region == 'us-east-1'
+
+def test_two_regions_are_refused():
+    with pytest.raises(SettingsError, match='MINIO_REGION: is us-east-1, and MINIO_ENDPOINT names eu-central-1'):
+        load_settings(MINIO | {'MINIO_ENDPOINT': 's3.eu-central-1.amazonaws.com', 'MINIO_REGION': 'us-east-1'})
+    with pytest.raises(SettingsError, match='MINIO_REGION: not set'):
+        load_settings(MINIO | {'MINIO_ENDPOINT': 's3.amazonaws.com.cn'})
+
+XML = {'Content-Type': 'application/xml'}
+SAID = { # what a server answers, and what the caller of `check` and `download` reads; nothing of it is tried again
+    'moved for good': (301, {'x-amz-bucket-region': 'eu-central-1'}, b'', 'MINIO_REGION=eu-central-1'),
+    'moved for now': (307, {'x-amz-bucket-region': 'eu-west-3', 'Location': '/elsewhere'}, b'', 'MINIO_REGION=eu-west-3'),
+    'a HEAD without words': (400, {'x-amz-bucket-region': 'ap-south-1'}, b'', 'MINIO_REGION=ap-south-1'),
+    'a HEAD without anything': (400, {}, b'', 'check MINIO_REGION'),
+    'forbidden from there': (403, {'x-amz-bucket-region': 'eu-north-1'}, b'', 'MINIO_REGION=eu-north-1'),
+    'a clock an hour ahead': (403, {'Date': formatdate(time.time() - 3600, usegmt=True)}, b'', 'minutes ahead'),
+    'a clock a day behind': (403, {'Date': formatdate(time.time() + 86400, usegmt=True)}, b'', 'minutes behind'),
+    'a clock that is right': (403, {}, b'', 'MINIO_SECRET_KEY'),
+    'yes to everything': (200, {}, b'<html>hello</html>', 'no S3 server; check MINIO_ENDPOINT'),
+    'a page for a door': (302, {'Location': 'https://login.example/'}, b'', 'does not answer like S3'),
+}
+
+@pytest.mark.parametrize('name', SAID)
+def test_what_a_server_says_about_the_settings(bucket, tmp_path, name):
+    status, headers, body, words = SAID[name]
+    class Dated(Strict):
+        spared = False
+        def date_time_string(self, timestamp=None): return headers.get('Date') or super().date_time_string(timestamp)
+    began = time.monotonic()
+    with ThreadingHTTPServer(('127.0.0.1', 0), Dated) as server:
+        sent = {k: v for k, v in headers.items() if k != 'Date'}
+        server.answer, server.asked = (lambda method, begin: (status, sent, body)), []
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(JobError, match='storage_failed: ') as e: at(server, bucket, tmp_path).check()
+        server.shutdown()
+    assert words in e.value.message and time.monotonic() - began < 5 and len(server.asked) <= 2, e.value
+
+def said(code: str, **more: str) -> bytes:
+    "An error as S3 servers write it"
+    fields = ''.join(f'<{k}>{v}</{k}>' for k, v in {'Code': code, 'Message': 'no', **more}.items())
+    return f'<Error>{fields}</Error>'.encode()
+
+ERRORS = { # the text of an error, and what is said
+    'another region': (400, said('AuthorizationHeaderMalformed', Region='eu-west-3'), 'MINIO_REGION=eu-west-3'),
+    'another address': (301, said('PermanentRedirect', Endpoint='media.s3-us-west-1.amazonaws.com'), 'us-west-1'),
+    'the clock': (403, said('RequestTimeTooSkewed'), 'set the clock'),
+    'a bucket that is full': (507, said('XMinioStorageFull'), 'XMinioStorageFull'),
+    'plain HTTP to TLS': (400, b'Client sent an HTTP request to an HTTPS server.\n', 'MINIO_USE_SSL'),
+    'no XML': (400, b'<Error', 'does not answer like S3'),
+}
+
+@pytest.mark.parametrize('name', ERRORS)
+def test_what_an_error_says_about_the_settings(bucket, tmp_path, name):
+    status, body, words = ERRORS[name]
+    headers = XML if b'<' in body else {'Content-Type': 'text/plain'}
+    with strict(lambda method, begin: (status, headers, body)) as server:
+        store = at(server, bucket, tmp_path)
+        store.window_s = 0.5
+        with pytest.raises(JobError, match='storage_failed: ') as e: store.write_bytes('k', b'x', 'text/plain')
+    assert words in e.value.message and not e.value.worker_unfit, e.value
+
+def test_tls_asked_of_a_server_without_it(bucket, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(JobError, match='storage_failed: .*MINIO_USE_SSL') as e:
+        Store(make_settings(bucket, tmp_path, MINIO_USE_SSL='true')).check()
+    assert time.monotonic() - began < 5 and 'http://' in e.value.message
+
+@pytest.mark.parametrize('hours', [-1, 1])
+def test_a_clock_that_is_off_is_told_from_a_wrong_secret(bucket, store, monkeypatch, hours):
+    from minio import time as clock
+    now = clock.utcnow
+    monkeypatch.setattr('minio.time.utcnow', lambda: now() + timedelta(hours=hours))
+    with pytest.raises(JobError, match='storage_failed: ') as e: store.write_bytes('late', b'x', 'text/plain')
+    assert 'clock' in e.value.message, e.value
+
+# addresses and ports
+
+ADDRESSES = { # address -> may a worker connect to it?
+    '8.8.8.8': True,
+    '1.1.1.1': True,
+    '93.184.215.14': True,
+    '2606:4700:4700::1111': True,
+    '2a00:1450:4001:829::200e': True,
+    '192.0.1.1': True,
+    '168.63.129.17': True,
+    '172.32.0.1': True,
+    '100.128.0.1': True,
+    '::ffff:8.8.8.8': True,
+    '64:ff9b::808:808': True,
+    # ISATAP of a public address
+    '2a00:1450::5efe:808:808': True,
+    '192.0.0.0': False,
+    '192.0.0.8': False,
+    '192.0.0.9': False,
+    '192.0.0.10': False,
+    '192.0.0.170': False,
+    '192.0.0.192': False,
+    '168.63.129.16': False,
+    '169.254.169.254': False,
+    '100.100.100.200': False,
+    '10.0.0.1': False,
+    '172.31.255.255': False,
+    '192.168.0.1': False,
+    '127.8.8.8': False,
+    '0.0.0.0': False,
+    '198.18.0.1': False,
+    '198.51.100.1': False,
+    '203.0.113.1': False,
+    '192.0.2.1': False,
+    '239.0.0.1': False,
+    '240.0.0.1': False,
+    '255.255.255.255': False,
+    '::': False,
+    '::1': False,
+    'fe80::1': False,
+    'fc00::1': False,
+    'fd00:ec2::254': False,
+    'ff02::1': False,
+    'fec0::1': False,
+    '100::1': False,
+    '5f00::1': False,
+    '3fff::1': False,
+    '3fff:fff::1': False,
+    '2001:db8::1': False,
+    '2001:2::1': False,
+    '2001:20::1': False,
+    '2001:1::1': False,
+    '::ffff:10.0.0.1': False,
+    '::ffff:168.63.129.16': False,
+    '::ffff:0:10.0.0.1': False,
+    '::10.0.0.1': False,
+    '::808:808': False,
+    # NAT64, and its local form
+    '64:ff9b::a00:1': False,
+    '64:ff9b::a83f:8110': False,
+    '64:ff9b:1::808:808': False,
+    # 6to4 and Teredo
+    '2002:a00:1::1': False,
+    '2002:808:808::1': False,
+    '2001:0:808:808::1': False,
+    # ISATAP
+    '2a00:1450::5efe:a00:1': False,
+    '2a00:1450::200:5efe:a00:1': False,
+    '2a00:1450:0:1:0:5efe:7f00:1': False,
+    '2a00:1450::5efe:a83f:8110': False,
+    'fe80::5efe:808:808': False,
+    'fe80::1%eth0': False,
+    '2a00:1450::1%eth0': True,
+    'no address': False,
+    '': False,
+}
+
+@pytest.mark.parametrize('ip', ADDRESSES)
+def test_addresses_by_our_own_tables(ip, monkeypatch):
+    for name in ('is_global', 'is_private', 'is_reserved'): # whatever the interpreter thinks of them
+        for kind in ('IPv4Address', 'IPv6Address'):
+            monkeypatch.setattr(f'ipaddress.{kind}.{name}', property(lambda self: pytest.fail('Python was asked')))
+    assert is_public(ip) == ADDRESSES[ip]
+
+PORTS = [ # address, ports besides 80 and 443, may it be asked?
+    ('http://h.example/a.png', set(), True),
+    ('https://h.example/a.png', set(), True),
+    ('http://h.example:443/a.png', set(), True),
+    ('https://h.example:80/a.png', set(), True),
+    ('http://h.example:8080/a.png', {8080}, True),
+    ('http://h.example:8080/a.png', set(), False),
+    ('http://h.example:22/a.png', {8080}, False),
+    ('http://h.example:0/a.png', set(), False),
+    ('http://h.example:6379/a.png', set(), False),
+]
+
+@pytest.mark.parametrize('url, more, good', PORTS)
+def test_ports(url, more, good):
+    def look(): return check_url(url, lambda host, port: ['1.1.1.1'], ports=WEB_PORTS | more)
+    if good: assert look()[3] == '1.1.1.1'
+    else:
+        with pytest.raises(JobError, match=f'bad_input: .*port {urlsplit(url).port};.*URL_PORTS'): look()
+
+def test_ports_of_a_worker():
+    said = {'MINIO_ENDPOINT': 'h:9000', 'MINIO_PUBLIC_ENDPOINT': 'https://h.example:9443', 'URL_PORTS': '8080, 8443'}
+    assert ports_of(load_settings(MINIO | said)) == {80, 443, 9000, 9443, 8080, 8443}
+    assert ports_of(load_settings(MINIO | {'MINIO_ENDPOINT': 'h'})) == {80, 443}
+
+def test_a_redirect_to_another_port(web, tmp_path):
+    with pytest.raises(JobError, match='bad_input: .*leads to port 6379'):
+        fetch_image(f'{web}/to/http://127.0.0.1:6379/', tmp_path / 'a.png', allow_private=True, ports=ports(web))
+
+# whose key
+
+OWN, LISTED = {}, {'INPUT_PREFIXES': 'people/, templates/waves'}
+KEYS = [ # settings, key, may a caller have it read?
+    (OWN, 'anything/at/all.png', True),
+    (OWN, 'a%20b/100%.png', True),
+    (OWN, 'tracksuits/a.png', True),
+    (OWN, 'mine/tracks/a.png', True),
+    (OWN, 'tracks/mediapipe-1/a.track', False),
+    (OWN, 'embeddings/x.safetensors', False),
+    (OWN, 'tracks', False),
+    (OWN, 'tracks%2Fa.track', False),
+    (OWN, '%74racks/a.track', False),
+    (OWN, '%2574racks/a.track', False),
+    (OWN, 'Tracks/a.track', False),
+    (OWN, 'people/%2e%2e/tracks/a.track', False),
+    (OWN, 'people%5c..%5ctracks/a.track', False),
+    (OWN, '%2Ftracks/a.track', False),
+    (OWN, '.%2Ftracks/a.track', False),
+    (OWN, 'ｔｒａｃｋｓ/a.track', False),
+    ({'MODELS_MIRROR': 'weights/v1/'}, 'weights/v1/vae/x.safetensors', False),
+    ({'MODELS_MIRROR': 'weights/v1/'}, 'weights/v2/x.png', True),
+    (LISTED, 'people/ana.png', True),
+    (LISTED, 'people/Ünal Şahin/портрет 1.png', True),
+    (LISTED, 'people/100%.png', True),
+    (LISTED, 'templates/waves/1.mp4', True),
+    (LISTED, 'templates/waves', True),
+    (LISTED, 'templates/other.mp4', False),
+    (LISTED, 'templates/waves2/1.mp4', False),
+    (LISTED, 'people-of-others/a.png', False),
+    (LISTED, 'People/ana.png', False),
+    (LISTED, 'x/people/ana.png', False),
+    (LISTED, 'people/%2e%2e/secret.png', False),
+    (LISTED, 'people/%252e%252e/secret.png', False),
+    (LISTED, 'people%2F..%2Fsecret.png', False),
+    (LISTED, 'people/%2e%2e%5csecret.png', False),
+    (LISTED, 'people' + '%25' * 20 + '2e', False),
+    (LISTED, 'avatars/j1.mp4', False),
+]
+
+@pytest.mark.parametrize('said, key, good', KEYS)
+def test_whose_key_it_is(said, key, good):
+    settings = load_settings(MINIO | said)
+    if good: check_reach('driving_video_path', key, settings)
+    else:
+        with pytest.raises(JobError, match='bad_input: driving_video_path'):
+            check_reach('driving_video_path', key, settings)
+
+def test_the_workers_own_folders_are_those_it_writes_to():
+    from wan_avatar.avatar import embedding_key
+    from wan_avatar.prompt import Embedding
+    from wan_avatar.track import track_key
+    written = track_key('ab' * 32, (1280, 720), 24), embedding_key(Embedding('a', 'b'))
+    assert {key.partition('/')[0] for key in written} == set(OWN_FOLDERS)
+
+# secrets
+
+SECRET = 'X-Amz-Credential=hidden&X-Amz-Signature=hidden'
+SIGNED = [ # addresses whose query, fragment or user must not be shown
+    f'https://h.example/a.png?{SECRET}',
+    f'https://h.example:22/a.png?{SECRET}',
+    f'https://u:hidden@h.example/a.png?{SECRET}',
+    'https://hidden@h.example/a.png',
+    f'https://h.example/a b.png?{SECRET} hidden',
+    'https://h.example/a.png#hidden',
+    'https://h.example?hidden',
+    f'ftp://h.example/a.png?{SECRET}',
+    f'//h.example/a.png?{SECRET}',
+    f'h.example/a.png?{SECRET}',
+    f'HTTPS:\\\\h.example\\a.png?{SECRET}',
+    'https:h.example?hidden',
+    'u:hidden@h.example/a.png',
+    f'https://[::1/a.png?{SECRET}',
+    f'https://h.example:99999/a.png?{SECRET}',
+    f'https://{"h" * 300}.example/a.png?{SECRET}',
+]
+
+@pytest.mark.parametrize('url', SIGNED)
+def test_no_message_shows_what_an_address_was_signed_with(store, tmp_path, url):
+    def resolver(host, port): raise OSError
+    works = (
+        lambda: check_url(url, resolver),
+        lambda: check_url(url, lambda host, port: ['10.0.0.1']),
+        lambda: fetch_image(url, tmp_path / 'a', resolver=resolver),
+        lambda: parse_job({'input_image_url': url, 'seed': url}),
+        lambda: parse_job({'input_image_minio_path': url, url: 1}),
+        lambda: parse_job({'input_image_url': {'a': [url]}}),
+        lambda: parse_job(url),
+        lambda: store.download(url, tmp_path / 'a', 'input_image_minio_path', 10),
+        lambda: check_reach('driving_video_path', f'tracks/{url}', store.settings))
+    for work in works:
+        with pytest.raises(JobError) as e: work()
+        assert 'hidden' not in str(e.value), e.value
+
+@pytest.mark.parametrize('path', ['/status/403', '/short', '/hop/9', '/to/ftp://h/x', '/drip', '/zipped', '/large'])
+def test_no_answer_of_a_server_brings_it_up(web, tmp_path, path):
+    with pytest.raises(JobError) as e:
+        fetch_image(f'{web}{path}?{SECRET}', tmp_path / 'a', allow_private=True, deadline_s=0.5, ports=ports(web))
+    assert 'hidden' not in str(e.value)
+
+@pytest.mark.parametrize('url', SIGNED)
+def test_no_log_line_shows_it_either(url):
+    from wan_avatar.worker import BareFormatter
+    try: raise ValueError(f'Max retries exceeded with url: {quote(url, safe=":/?#[]@&=")}')
+    except ValueError:
+        asked = (quote(url, safe=':/?#[]@&=\\'),)
+        record = logging.LogRecord('urllib3', logging.DEBUG, '', 0, 'asked for %s', asked, sys.exc_info())
+    line = BareFormatter('%(message)s').format(record)
+    assert 'hidden' not in line and 'Max retries' in line
+
+@pytest.mark.parametrize('arguments', [['--rp_log_level', 'DEBUG'], ['--rp_log_level=debug'], ['--rp_log_l', 'TRACE']])
+def test_a_worker_that_is_told_to_print_requests_does_not_start(monkeypatch, arguments):
+    from wan_avatar.worker import main
+    sdk = {'RUNPOD_LOG_LEVEL': 'INFO', 'RUNPOD_SKIP_AUTO_SYSTEM_CHECKS': 'true', 'RUNPOD_SKIP_GPU_CHECK': 'true'}
+    for name, value in (MINIO | sdk).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('sys.argv', ['worker', *arguments])
+    with pytest.raises(SystemExit, match='--rp_log.*ALLOW_SDK_DEBUG'): main()

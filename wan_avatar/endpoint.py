@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRICED', 'POOLS', 'RATE', 'API', 'JOBS', 'FileError', 'Gpu', 'Workers', 'CachedModel', 'Scaling', 'Secrets',
            'EndpointFile', 'read_file', 'Pool', 'render_seconds', 'weight_bytes', 'immutable', 'check_file',
-           'request_body', 'model_references', 'Difference', 'compare', 'Plan', 'plan_for', 'difference_table',
-           'Unclear', 'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look', 'apply', 'delete',
-           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
+           'job_seconds', 'request_body', 'model_references', 'Difference', 'compare', 'Plan', 'plan_for',
+           'difference_table', 'Unclear', 'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'look',
+           'apply', 'delete', 'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
 # %% ../nbs/52_endpoint.ipynb #d6b45330
 import json
@@ -158,6 +158,7 @@ def check_file(
     size, unknown = weight_bytes(file.profile)
     need_gb, need_s = size * 1.2 / 1e9, size / RATE
     problems = [*_image_problems(file), *_secret_problems(file, environ), *_gpu_problems(file)]
+    problems += _deadline_problems(file, environ)
     if file.disk_gb < need_gb: problems.append(f'disk_gb is {file.disk_gb}; the weights of {file.profile} ({size / 1e9:.1f} GB) and 20 % need {need_gb:.0f}')
     if file.init_timeout_s < need_s: problems.append(f'init_timeout_s is {file.init_timeout_s}; {size / 1e9:.1f} GB at 100 MB/s take {need_s:.0f} s')
     if file.job_ttl_s < file.execution_timeout_s: problems.append(f'job_ttl_s is {file.job_ttl_s}: RunPod drops a job then even while it runs; execution_timeout_s is {file.execution_timeout_s}')
@@ -180,6 +181,19 @@ def _secret_problems(file: EndpointFile, environ: Mapping[str, str]) -> list[str
     if lacking := sorted(required - {*file.env, *file.secrets.from_environment}): problems.append(f'no worker starts without {", ".join(lacking)}; name them in secrets.from_environment')
     return problems
 
+def job_seconds(file: EndpointFile) -> int:
+    "JOB_SECONDS of the workers: they stop a job themselves and say how far it came, before RunPod ends it"
+    return file.execution_timeout_s - min(60, max(1, file.execution_timeout_s // 5))
+
+def _deadline_problems(file: EndpointFile, environ: Mapping[str, str]) -> list[str]:
+    said = environ.get('JOB_SECONDS') if 'JOB_SECONDS' in file.secrets.from_environment else file.env.get('JOB_SECONDS')
+    if said is None: return []
+    try: fits = 0 < float(said) <= job_seconds(file)
+    except ValueError: fits = False
+    if fits: return []
+    return [f'JOB_SECONDS is {shorten(said)}; with execution_timeout_s {file.execution_timeout_s} it is a number up to '
+            f'{job_seconds(file)}, so that the worker\'s answer comes before RunPod\'s TIMED_OUT; it is that when left out']
+
 def _gpu_problems(file: EndpointFile) -> list[str]:
     problems = [f'gpu.order has {shorten(p)}; pools are {", ".join(POOLS)}' for p in file.gpu.order if p not in POOLS]
     types = [t for p in file.gpu.order if p in POOLS for t in POOLS[p].types]
@@ -192,7 +206,9 @@ def _timeout_problems(file: EndpointFile) -> tuple[list[str], list[str]]:
     dark = [p for p, s in times.items() if s is None]
     notes = [f'how long a video takes on {", ".join(dark)} is unknown: execution_timeout_s could not be checked for them'] if dark else []
     return [f'execution_timeout_s is {file.execution_timeout_s}; {file.max_seconds:g} s of video (max_seconds) take {s:.0f} s on {p} for the diffusion alone '
-            f'(windows of 77 frames x {POOLS[p].window_s:.0f} s, arithmetic, not measured)' for p, s in known.items() if s > file.execution_timeout_s], notes
+            f'(windows of 77 frames x {POOLS[p].window_s:.0f} s, arithmetic, not measured), '
+            f'and a worker stops a job after {job_seconds(file)} s (JOB_SECONDS)'
+            for p, s in known.items() if s > job_seconds(file)], notes
 
 # %% ../nbs/52_endpoint.ipynb #e758f3ae
 def request_body(
@@ -200,7 +216,9 @@ def request_body(
     environ: Mapping[str, str] # of whoever applies it
 ) -> dict: # of `POST /v2/serverless`
     "The endpoint as RunPod's REST API v2 takes it"
-    env = {**file.env, 'PROFILE': file.profile, 'RUNPOD_INIT_TIMEOUT': str(file.init_timeout_s), **{n: environ.get(n, '') for n in file.secrets.from_environment}}
+    asked = {n: environ.get(n, '') for n in file.secrets.from_environment}
+    own = {'PROFILE': file.profile, 'RUNPOD_INIT_TIMEOUT': str(file.init_timeout_s)}
+    env = {'JOB_SECONDS': str(job_seconds(file)), **file.env, **own, **asked}
     gpu = {'pools': list(file.gpu.order), 'excludedTypes': list(file.gpu.excluded_types), 'count': file.gpu.count, 'allowedCudaVersions': []}
     return {'name': file.name, 'type': file.type, 'image': file.image, 'args': '', 'disk': file.disk_gb, 'env': env, 'registry': file.registry,
             'gpu': gpu | ({'minCudaVersion': file.gpu.min_cuda} if file.gpu.min_cuda else {}),

@@ -39,7 +39,7 @@ import certifi
 import urllib3
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from .config import WeightSettings
-from .files import whole_file
+from .files import disk_is_full, whole_file
 from .job import JobError
 
 # %% ../nbs/12_fetch.ipynb #b708500c
@@ -219,7 +219,7 @@ def _check_range(r: urllib3.BaseHTTPResponse, begin: int, end: int) -> None:
     if whole: return # a server need not know ranges of a small file
     if r.status != 206:
         pause = r.headers.get('Retry-After', '')
-        raise Passing(f'HTTP {r.status}' + (' instead of a range' if r.status == 200 else ''), after_s=min(float(pause), 60) if pause.isdigit() else 0)
+        raise Passing(f'HTTP {r.status}' + (' instead of a range' if r.status == 200 else ''), after_s=min(float(pause), 60) if pause.isdecimal() else 0)
     if not r.headers.get('Content-Range', '').startswith(f'bytes {begin}-{end - 1}/'): raise Passing(f'bytes {begin}-{end - 1} were asked for; {r.headers.get("Content-Range")} came')
 
 def _plainly(error: Exception) -> str: # without addresses: signed ones are secrets
@@ -313,7 +313,7 @@ def hub_trouble(error: Exception, file: LockedFile) -> Exception: # Passing, or 
 
 def _pause(error: Exception) -> float: # seconds
     pause = getattr(getattr(error, 'response', None), 'headers', {}).get('Retry-After', '')
-    return min(float(pause), 60) if pause.isdigit() else 0
+    return min(float(pause), 60) if pause.isdecimal() else 0 # not isdigit: that takes a superscript
 
 # %% ../nbs/12_fetch.ipynb #cd57998b
 class XetFailed(Exception):
@@ -719,7 +719,7 @@ class Fetcher(_Downloader):
 # %% ../nbs/12_fetch.ipynb #b3d18da8
 def disk_trouble(error: OSError, file: LockedFile, models_dir: Path) -> JobError:
     "What the disk refused, and what to do"
-    if error.errno == errno.ENOSPC: return no_room(models_dir, file.bytes, f'while {file.place} arrived')
+    if disk_is_full(error): return no_room(models_dir, file.bytes, f'while {file.place} arrived')
     if error.errno in (errno.EROFS, errno.EACCES): return JobError('models_unavailable', f'{file.place} is not in MODELS_DIR {models_dir}, and that can not be written ({error.strerror}); point MODELS_DIR at a disk of this worker', worker_unfit=True)
     return JobError('storage_failed', f'{file.place}: {error.strerror or error}', worker_unfit=True)
 

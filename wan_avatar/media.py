@@ -35,7 +35,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
-from .files import whole_file
+from .files import disk_is_full, whole_file
 from .job import JobError
 from .metadata import Bare, missing_scans, strip_metadata
 
@@ -149,7 +149,9 @@ def _opened(source: Path | str) -> Iterator[Any]:
                 file.seek(0)
                 raise JobError('input_unreadable', f'{name} {_nature(file.read(512))}; send an MP4, MOV, MKV, WebM, AVI or GIF') from None
             with container: yield container
-    except av.FFmpegError as e: raise JobError('input_unreadable', f'{name} can not be read: {e.strerror}') from e
+    except av.FFmpegError as e:
+        if disk_is_full(e): raise OSError(e.errno, e.strerror) from e # libav's own error is none of Python's
+        raise JobError('input_unreadable', f'{name} can not be read: {e.strerror}') from e
 
 # %% ../nbs/20_media.ipynb #d586219b
 READING_BYTES = 720 << 20 # of pictures that decoder and filters may hold at once
@@ -964,7 +966,9 @@ def _copy_audio(container: Any, stream: Any, target: Path | str, start: Fraction
                     sound.decode(packet)
                     packet.stream, end = track, reached
                     out.mux(packet)
-            except av.FFmpegError: end = 0.0
+            except av.FFmpegError as e:
+                if disk_is_full(e): raise
+                end = 0.0
         if end <= 0: part.unlink(missing_ok=True)
     return end if end > 0 else None
 

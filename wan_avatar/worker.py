@@ -6,7 +6,8 @@
 __all__ = ['log', 'CLOSE_UP', 'SCALES', 'Background', 'identity', 'check_disk', 'embeddings_at_hand', 'unpinned',
            'missing_trackers', 'get_weights', 'warm_up_graph', 'warm_up', 'empty_picture', 'warm_up_tracker',
            'check_fit', 'together', 'own_profile', 'absolute', 'keep_timeline', 'boot', 'sdk_environment',
-           'spare_the_core', 'serve', 'fitness_check', 'progress_sender', 'main', 'shut_down']
+           'BareFormatter', 'log_barely', 'loud_argument', 'spare_the_core', 'serve', 'fitness_check',
+           'progress_sender', 'main', 'shut_down']
 
 # %% ../nbs/42_worker.ipynb #da7c5563
 #| eval: false
@@ -41,9 +42,9 @@ from wan_avatar.avatar import (
 from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .fetch import Coming, ProgressLines, fetch_weights, places_of
-from .files import whole_file
+from .files import check_room, whole_file
 from .handler import Handler
-from .job import JobError
+from .job import JobError, without_secrets
 from .launch import Launched, absolute_folder, private_folder
 from .memory import find_memory, memory_line
 from .models import Lock, LockedFile, link, load_lock, snapshots
@@ -119,8 +120,7 @@ def check_disk(
     "There must be a folder of our own with room to work in; JobError `storage_failed` otherwise"
     try: private_folder(settings.work_dir)
     except OSError as e: raise JobError('storage_failed', str(e), worker_unfit=True) from e
-    if (free := disk_usage(settings.work_dir).free) < needed:
-        raise JobError('storage_failed', f'WORK_DIR has {free / 1e9:.1f} GB free; a job needs {needed / 1e9:.0f} GB', worker_unfit=True)
+    check_room(settings.work_dir, needed, 'a worker that takes jobs (WORK_DIR)', disk_usage=disk_usage)
 
 # %% ../nbs/42_worker.ipynb #b0010002
 def embeddings_at_hand(profile: Profile, settings: Settings, store: Store) -> bool:
@@ -282,6 +282,25 @@ def sdk_environment() -> None:
     for name, value in {'RUNPOD_LOG_LEVEL': 'INFO', 'RUNPOD_SKIP_AUTO_SYSTEM_CHECKS': 'true', 'RUNPOD_SKIP_GPU_CHECK': 'true'}.items():
         os.environ.setdefault(name, value)
 
+class BareFormatter(logging.Formatter):
+    "Log lines, tracebacks too, without the secrets of addresses"
+    def format(self, record: logging.LogRecord) -> str:
+        "The line as it is printed"
+        return without_secrets(super().format(record))
+
+def log_barely(level: str) -> None:
+    "Log to stderr from this level on"
+    handler = logging.StreamHandler()
+    handler.setFormatter(BareFormatter('%(message)s'))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+def loud_argument(argv: Sequence[str]) -> str | None: # None: there is none
+    "The argument of the command line by which the SDK would be told to print requests"
+    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+        name, _, value = argument.partition('=')
+        if name.startswith('--rp_log') and (value or following).upper() in ('DEBUG', 'TRACE'): return argument
+    return None
+
 def spare_the_core() -> None:
     "What the SDK asks about the processor is answered without measuring it"
     import cpuinfo # the SDK's
@@ -322,11 +341,15 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
     "The process of the image: `python -m wan_avatar.worker`"
     timeline = Timeline()
     sdk_environment()
-    try: settings = load_settings()
+    try:
+        settings = load_settings()
+        if not settings.allow_sdk_debug and (loud := loud_argument(sys.argv[1:])):
+            raise SettingsError(f'{loud}: prints every request and answer with its signed addresses; leave it out, '
+                                'or set ALLOW_SDK_DEBUG=true')
     except SettingsError as e:
         if launched: launched.end()
         sys.exit(f'this worker is not configured: {e}')
-    logging.basicConfig(level=settings.log_level.upper(), format='%(message)s')
+    log_barely(settings.log_level)
     logging.getLogger('httpx2').setLevel(logging.WARNING) # huggingface_hub's client: a line per request
     log.info(memory_line(find_memory()))
     background = Background()
