@@ -87,6 +87,7 @@ FAULTS = [
     (refuse, (), 'too_long', 'video lasts 61 s'),
 ]
 @pytest.mark.parametrize('function, args, code, words', FAULTS, ids=[f'{f[0].__name__}{f[1]}' for f in FAULTS])
+@pytest.mark.hostile('processes that read')
 def test_what_a_file_can_do(apart, function, args, code, words):
     with pytest.raises(JobError) as e: apart.run(function, *args, what='the video', memory=300_000_000)
     assert e.value.code == code and words in e.value.message and e.value.worker_unfit == (function is refuse)
@@ -117,6 +118,7 @@ def test_stacks_of_threads_do_not_eat_the_limit(apart):
     assert apart.run(many_threads, memory=300_000_000) == 64
 
 @pytest.mark.parametrize('function', [endless, deaf])
+@pytest.mark.hostile('processes that read')
 def test_a_cancelled_call_ends_its_process_at_once(apart, function):
     begun, asked = time.monotonic(), iter([False] * 3)
     with pytest.raises(JobError, match='cancelled while the video was read') as e: apart.run(function, what='the video', cancelled=lambda: next(asked, True))
@@ -166,6 +168,7 @@ print(*(p.pid for p in found), flush=True)
 time.sleep(600)
 '''
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.hostile('processes that read')
 def test_nothing_outlives_the_worker(number):
     with subprocess.Popen([sys.executable, '-c', WORKER], stdout=subprocess.PIPE, text=True) as worker:
         pids = [int(pid) for pid in worker.stdout.readline().split()]
@@ -218,6 +221,7 @@ def test_4k_of_ten_bits_is_read_within_the_limit(apart, tmp_path, codec, frames,
     assert (clip.frames, clip.source.width, clip.source.pixel_format) == (frames, 3840, 'yuv420p10le') and clip.path.exists()
     assert seen[-1] == (frames, frames) and peak < 10**9
 
+@pytest.mark.hostile('processes that read')
 def test_a_video_that_needs_more_is_refused(apart, tmp_path):
     source = drawn(tmp_path / 'x.mp4', 'libx264', (1920, 1080), 8, refs='16')
     with pytest.raises(JobError) as e: apart.run(normalise, source, tmp_path, memory=130_000_000, progress=print)
@@ -239,6 +243,7 @@ JOB = Job(input_image_minio_path='picture', driving_video_path='video')
 
 def shop(folder: Path, reading: Apart) -> Studio: return Studio(None, Shelf(folder), None, {}, reading=reading)
 
+@pytest.mark.hostile('processes that read')
 def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
     "Two jobs in hand share the waiting process"
     draw_test_video(tmp_path / 'video', size=(320, 240), seconds=2, container='mp4')

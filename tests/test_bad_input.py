@@ -19,6 +19,8 @@ from wan_avatar.handler import Handler
 from wan_avatar.store import Store
 from wan_avatar.worker import BareFormatter
 
+pytestmark = pytest.mark.hostile('requests and inputs of whole jobs')
+
 IMAGE, VIDEO = {'input_image_minio_path': 'in/astronaut.png'}, {'driving_video_path': 'in/single_face.mp4'}
 
 def refused(service, files: dict[str, bytes], code: str, words: str, **job) -> None:

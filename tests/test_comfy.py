@@ -221,6 +221,7 @@ def of_this_start(text: str, process: ComfyProcess) -> str:
     return text.replace(SECRET, process.secret).replace(PORT, str(process.port))
 
 @pytest.mark.parametrize('method, path, headers, more', STRANGERS.values(), ids=STRANGERS)
+@pytest.mark.hostile('requests to ComfyUI')
 def test_requests_that_are_not_ours_are_refused(running, method, path, headers, more):
     process, before = running.comfy.process, sorted(running.place.work_dir.rglob('*'))
     headers = {k: of_this_start(v, process) for k, v in headers.items()}
@@ -277,6 +278,7 @@ http.server.HTTPServer(('127.0.0.1', int(sys.argv[sys.argv.index('--port') + 1])
 
 @pytest.mark.parametrize('status, why', [(200, 'answers requests that are not ours'), (404, 'answers requests that are not ours'),
                                          (403, 'ended with 9 while starting')])
+@pytest.mark.hostile('requests to ComfyUI')
 def test_who_does_not_know_the_secret_is_not_told_it(tmp_path, status, why):
     "Somebody else on the port, or a ComfyUI that lets strangers in"
     (python := tmp_path / 'comfy/env/bin/python').parent.mkdir(parents=True)
@@ -331,6 +333,7 @@ PLANTED = {
     'a large file': lambda base: replace_with(base / 'extra_paths.json', 'x' * 2**20)}
 
 @pytest.mark.parametrize('change', PLANTED.values(), ids=PLANTED)
+@pytest.mark.hostile('folders')
 def test_code_that_was_changed_is_made_anew(tmp_path, change):
     (tmp_path / 'comfy/custom_nodes/theirs').mkdir(parents=True)
     place = ComfyPlace(tmp_path / 'comfy', tmp_path / 'work', tmp_path / 'models')
@@ -362,6 +365,7 @@ FOLDERS = {
     'a file': (lambda p: p.touch(), 'is no folder; name a folder')}
 
 @pytest.mark.parametrize('make, why', FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.hostile('folders')
 def test_the_work_folder_is_ours_alone_or_refused(tmp_path, make, why):
     make(folder := tmp_path / 'work')
     settings = SimpleNamespace(work_dir=folder)

@@ -123,6 +123,7 @@ def answers(port: int) -> list[str]:
                     heard.append(f'{port} {scheme} {method} {path}: {answer.status_code} {answer.text[:60]}')
     return heard
 
+@pytest.mark.hostile('ports of the local endpoint')
 def test_every_open_port_refuses_strangers(local, tmp_path):
     started, store, client = local
     (tmp_path / 'secret.txt').write_bytes(SECRET_TEXT)

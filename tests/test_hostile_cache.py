@@ -178,17 +178,20 @@ def all_taken(names: list[str]) -> dict[str, str]:
 def outcomes(apart): return apart.run(all_taken, list(POISONED), memory=LIMIT)
 
 @pytest.mark.parametrize('name', POISONED)
+@pytest.mark.hostile('tracks')
 def test_a_poisoned_track_counts_as_absent(outcomes, name):
     assert outcomes[name] == 'absent'
     with pytest.raises(TrackDamaged): parse_track(POISONED[name], N, SIZE, WHO)
 
 def test_poisoned_tracks_take_little_memory(outcomes): assert outcomes['memory'] < LIMIT
 
+@pytest.mark.hostile('tracks')
 def test_an_object_too_large_is_not_even_read():
     bucket = Bucket(bytes(track_bytes_at_most(N, SIZE) + 1))
     assert take_cached_track(bucket, 'key', Path('x'), CLIP, WHO) is None and not bucket.asked
     assert take_cached_track(Bucket(None), 'key', Path('x'), CLIP, WHO) is None
 
+@pytest.mark.hostile('tracks')
 def test_a_track_of_an_hour_is_none():
     with pytest.raises(TrackDamaged): parse_track(dump_track(replace(TRACK, present=np.ones(90_000, bool))))
 
@@ -229,6 +232,7 @@ def try_tracks(count: int, seed: int) -> tuple[Counter, int]:
         else: use(track); seen['valid'] += 1
     return seen, peak_memory()
 
+@pytest.mark.hostile('tracks', cases=2000)
 def test_2000_mutations_of_a_track(apart):
     seen, memory = apart.run(try_tracks, 2000, 7, memory=LIMIT)
     assert sum(seen.values()) == 2000 and seen['absent'] > 800 and seen['valid'] > 50 and memory < LIMIT, (seen, memory)
@@ -282,6 +286,7 @@ def test_a_good_embedding_is_taken(name, tmp_path):
     assert (tmp_path / 'work/e').read_bytes() == VALID[name] and find_embedding(SMALL, tmp_path / 'work/e', tmp_path, Bucket(None)) == 'here'
 
 @pytest.mark.parametrize('name', WRONG)
+@pytest.mark.hostile('embeddings')
 def test_a_poisoned_embedding_counts_as_absent(name, tmp_path):
     "In the bucket, with the weights and where jobs look first"
     for place in ('models/embeddings', 'work'):
@@ -293,11 +298,13 @@ def test_a_poisoned_embedding_counts_as_absent(name, tmp_path):
 
 PLACES = [('a folder', lambda p: p.mkdir()), ('a link to itself', lambda p: p.symlink_to(p)), ('a link to nothing', lambda p: p.symlink_to(p.with_name('none')))]
 @pytest.mark.parametrize('make', [m for _, m in PLACES], ids=[n for n, _ in PLACES])
+@pytest.mark.hostile('embeddings')
 def test_what_is_no_file_is_no_embedding(make, tmp_path):
     (tmp_path / 'embeddings').mkdir()
     make(tmp_path / 'embeddings' / SMALL.name)
     assert find_embedding(SMALL, tmp_path / 'work/e', tmp_path, Bucket(GOOD)) == 'bucket'
 
+@pytest.mark.hostile('embeddings')
 def test_an_embedding_too_large_is_not_even_read(tmp_path):
     bucket = Bucket(bytes(SMALL.bytes_at_most + 1))
     assert find_embedding(SMALL, tmp_path / 'e', tmp_path, bucket) is None and not bucket.asked
@@ -329,6 +336,7 @@ def read_back(data: bytes) -> None:
     if tensor['dtype'] == 'BF16': numbers = (numbers.astype('<u4') << 16).view('<f4')
     assert numbers.shape == SMALL.shape and np.isfinite(numbers).all()
 
+@pytest.mark.hostile('embeddings', cases=2000)
 def test_2000_mutations_of_an_embedding(apart):
     seen, memory = apart.run(try_embeddings, 2000, 7, memory=LIMIT)
     assert sum(seen.values()) == 2000 and seen['absent'] > 800 and seen['valid'] > 50 and memory < LIMIT, (seen, memory)

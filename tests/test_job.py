@@ -5,6 +5,8 @@ import pytest
 
 from wan_avatar.job import LONGEST, JobError, check_key, parse_job, printable
 
+pytestmark = pytest.mark.hostile('requests')
+
 IMAGE = {'input_image_minio_path': 'a.png'}
 
 def deep(levels: int) -> list:

@@ -218,6 +218,7 @@ JOINS = { # (seconds, clock moved by, where it clicks) of each part; frames of t
 
 @pytest.mark.parametrize('codec', ['aac', 'mp2'])
 @pytest.mark.parametrize('name', JOINS)
+@pytest.mark.hostile('videos')
 def test_joined_recordings_are_on_one_clock(tmp_path, name, codec):
     parts, frames, click = JOINS[name]
     data = b''
@@ -638,6 +639,7 @@ def remuxed(source, target, flags):
 
 
 @pytest.mark.parametrize('name', STALE)
+@pytest.mark.hostile('videos')
 def test_stale_headers_are_no_reason_to_refuse(tmp_path, name):
     ending, codec, changes = STALE[name]
     source = draw_test_video(tmp_path / f'whole.{ending}', seconds=2, size=(96, 64), codec=codec)
@@ -653,6 +655,7 @@ def test_a_gif_without_its_last_byte_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize('ending, codec', [('mp4', 'libx264'), ('mkv', 'libx264'), ('webm', 'libvpx'), ('avi', 'mpeg4'), ('flv', 'libx264'), ('wmv', 'wmv2')])
+@pytest.mark.hostile('videos')
 def test_a_cut_file_is_refused_with_the_share_that_is_there(tmp_path, ending, codec):
     source = draw_test_video(tmp_path / f'whole.{ending}', seconds=4, size=(96, 64), codec=codec, container={'wmv': 'asf'}.get(ending))
     data = source.read_bytes()
@@ -678,12 +681,14 @@ def test_a_fragmented_mp4_is_whole_or_refused(tmp_path, flags):
 
 @pytest.mark.parametrize('ending, codec, part', [(e, c, p) for e, c in (('mp4', 'libx264'), ('mkv', 'libx264'), ('webm', 'libvpx'), ('avi', 'mpeg4'),
                                                                          ('flv', 'libx264'), ('gif', 'gif')) for p in (0.3, 0.7)])
+@pytest.mark.hostile('videos')
 def test_truncated(tmp_path, ending, codec, part):
     source = draw_test_video(tmp_path / f'whole.{ending}', seconds=4, codec=codec, pix_fmt='rgb8' if codec == 'gif' else 'yuv420p')
     (tmp_path / f'in.{ending}').write_bytes(source.read_bytes()[:int(source.stat().st_size * part)])
     assert refused(tmp_path / f'in.{ending}').code == 'input_unreadable'
 
 
+@pytest.mark.hostile('videos')
 def test_truncated_behind_its_index(tmp_path):
     with Encoder(tmp_path / 'whole.mp4', size=(320, 240)) as encoder:
         for i in range(72): encoder.write(media.draw_test_picture(i))
@@ -692,6 +697,7 @@ def test_truncated_behind_its_index(tmp_path):
     with pytest.raises(JobError, match=r'cut off after \d+ bytes: its frames from \d\.\d\d s on are missing'): probe(tmp_path / 'in.mp4')
 
 
+@pytest.mark.hostile('videos')
 def test_damage_is_bridged_and_holes_are_not(tmp_path):
     data = bytearray(draw_test_video(tmp_path / 'whole.avi', seconds=4, codec='mpeg4').read_bytes())
     small, large = bytearray(data), bytearray(data)
@@ -709,12 +715,14 @@ def test_damage_is_bridged_and_holes_are_not(tmp_path):
     ('a.m3u8', b'#EXTM3U\n#EXTINF:2,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n', 'is text'), ('a.mp4', b'\0' * 999, 'not a video'),
     ('a.xml', b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"></MPD>', 'is text'),
 ])
+@pytest.mark.hostile('videos')
 def test_not_a_video(tmp_path, name, content, says):
     draw_test_video(tmp_path / 'secret.mp4', seconds=0.2)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JobError, match=says): probe(tmp_path / name)
 
 
+@pytest.mark.hostile('videos')
 def test_playlists_would_be_followed_without_the_guard(tmp_path):
     "Keeps the tests above honest: libav alone opens the other file"
     draw_test_video(tmp_path / 'secret.mp4', seconds=0.2)
@@ -722,6 +730,7 @@ def test_playlists_would_be_followed_without_the_guard(tmp_path):
     with av.open(str(tmp_path / 'a.ffconcat')) as container: assert container.format.name == 'concat' and next(container.decode(video=0))
 
 
+@pytest.mark.hostile('videos')
 def test_audio_only_and_no_frames(tmp_path):
     with av.open(str(tmp_path / 'in.mp3'), 'w') as out:
         track = out.add_stream('libmp3lame', rate=48000, layout='mono')
@@ -743,11 +752,13 @@ def test_one_frame(tmp_path):
 
 
 @pytest.mark.parametrize('ending, options', [('mp4', {'seconds': 70}), ('mkv', {'times': [0, 0.1, 3600]}), ('apng', {'seconds': 70, 'fps': 1, 'codec': 'apng', 'pix_fmt': 'rgb24'})])
+@pytest.mark.hostile('videos')
 def test_too_long(tmp_path, ending, options):
     error = refused(draw_test_video(tmp_path / f'in.{ending}', size=(64, 64), **{'fps': 4, **options}), max_seconds=60)
     assert error.code == 'too_long' and 'max_seconds' in error.message
 
 
+@pytest.mark.hostile('videos')
 def test_absurd_size_and_rate(tmp_path):
     assert '8704x64' in refused(draw_test_video(tmp_path / 'in.mkv', seconds=0.1, size=(8704, 64))).message
     source = draw_test_video(tmp_path / 'fast.mkv', times=[k / 1000 for k in range(900)], size=(64, 64))
@@ -805,6 +816,7 @@ print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if
     ('png', 'rgb24', 12000, (3,), 'larger than 9 megapixels'), ('png', 'rgb24', 12000, (0, 1, 2, 3, 4, 5), 'larger than 9 megapixels'),
     ('mjpeg', 'yuvj420p', 3200, (1, 2, 3), 'larger than 9 megapixels'), ('png', 'rgb24', 1600, (2, 4), 'accepted 6'),
 ])
+@pytest.mark.hostile('videos')
 def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pix_fmt, side, at, says):
     source = with_larger_frames(tmp_path / 'in.mov', codec, pix_fmt, side, at)
     command = [sys.executable, '-c', READ_AND_SAY_MEMORY, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
@@ -818,6 +830,7 @@ def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pi
     ((7680, 4320), 'yuv420p', 16, False), ((7680, 4320), 'yuv420p10le', 6, False), ((7680, 4320), 'yuv420p10le', 2, True), ((7680, 4320), None, 3, False),
     ((8704, 64), 'yuv420p', 1, False), ((8192, 8192), 'gray', 1, False), ((64, 64), None, 16, True),
 ])
+@pytest.mark.hostile('videos')
 def test_memory_is_counted_before_it_is_taken(size, pixel_format, kept, fits):
     if fits: assert 1 <= decoder_threads(size, pixel_format, kept, 'a.mp4') <= media.thread_count()
     else:
@@ -837,6 +850,7 @@ def test_references_are_read_from_the_header(tmp_path, codec, ending, options, k
         assert pictures_kept(context.name, context.extradata or b'') in kept
 
 
+@pytest.mark.hostile('videos')
 def test_a_header_that_makes_no_sense_counts_as_the_most():
     rng = np.random.default_rng(0)
     for codec in ('h264', 'hevc'):
@@ -862,6 +876,7 @@ def at_one_instant(path, count):
 def crowded(tmp_path_factory): return at_one_instant(tmp_path_factory.mktemp('crowded') / 'in.mkv', 120_000)
 
 
+@pytest.mark.hostile('videos')
 def test_sound_packets_at_one_instant_are_refused_at_once(crowded, tmp_path):
     with pytest.raises(JobError, match='input_unreadable: in.mkv has more sound than 60 s of video can hold'): normalised(crowded, tmp_path, max_seconds=60, size=SMALL)
     with pytest.raises(JobError, match='input_unreadable: in.mkv has more than 36000 packets'): normalised(crowded, tmp_path, max_seconds=2, size=SMALL)
@@ -988,6 +1003,7 @@ def png_header(width, height):
     (png_header(10000, 6000), '10000x6000'), (png_header(1, 1), '1x1'), (png_header(63, 500), '63x500'), (png_header(500, 500), 'damaged or cut off'),
     (b'\0\0\0\x18ftypheic' + bytes(99), 'HEIC'), (bytes(500), 'not a picture'), (b'%PDF-1.7\n' + bytes(range(9)), 'not a picture'), (b'%!PS-Adobe', 'is text'),
 ])
+@pytest.mark.hostile('pictures')
 def test_pictures_refused(tmp_path, content, says):
     (tmp_path / 'a.png').write_bytes(content)
     with pytest.raises(JobError, match=says) as e: read_image(tmp_path / 'a.png')
@@ -995,6 +1011,7 @@ def test_pictures_refused(tmp_path, content, says):
 
 
 @pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.webp', 'a.gif'])
+@pytest.mark.hostile('pictures')
 def test_picture_cut_off(tmp_path, name):
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (200, 200, 3), dtype=np.uint8))
     noise.save(tmp_path / name)

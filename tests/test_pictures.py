@@ -117,6 +117,7 @@ SHOWN = {
 }
 
 @pytest.mark.parametrize('name', SHOWN)
+@pytest.mark.hostile('pictures')
 def test_what_stands_beside_the_pixels_does_not_matter(name, tmp_path):
     odd, plain = SHOWN[name]
     for file, data in (('odd', odd), ('plain', plain)): (tmp_path / file).write_bytes(data)
@@ -179,6 +180,7 @@ def pixels(data: bytes, folder: Path) -> str | None: # None: refused
 
 @pytest.mark.filterwarnings('ignore::UserWarning') # a decoder's opinion of a TIFF
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.hostile('pictures')
 def test_a_file_cut_anywhere_shows_all_its_pixels_or_is_refused(kind, tmp_path):
     whole, size = KINDS[kind], len(KINDS[kind])
     seen = {pixels(whole[:cut], tmp_path) for cut in {*range(size - 14, size), *range(0, size, max(1, size // 24))}}
@@ -186,6 +188,7 @@ def test_a_file_cut_anywhere_shows_all_its_pixels_or_is_refused(kind, tmp_path):
 
 SCANS = [i for i in range(len(STEPS)) if STEPS[i:i + 2] == b'\xff\xda'][1:]
 @pytest.mark.parametrize('at', SCANS)
+@pytest.mark.hostile('pictures')
 def test_a_progressive_picture_that_lacks_a_scan_is_cut(at, tmp_path):
     assert pixels(STEPS[:at], tmp_path) is None
 
@@ -225,6 +228,7 @@ def apart():
     made.close()
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.hostile('pictures', cases=30)
 def test_mutations(kind, apart):
     seen = apart.run(try_mutations, kind, 30, memory=200_000_000)
     assert set(seen) <= {'read', 'input_unreadable'} and sum(seen.values()) == 30 and seen['input_unreadable'], seen
@@ -241,6 +245,7 @@ def test_the_largest_picture_stays_under_a_gigabyte(apart, tmp_path):
     size, peak = apart.run(take, tmp_path / 'x', tmp_path / 'y', what='the picture')
     assert size == (1536, 1200) and peak < 10**9
 
+@pytest.mark.hostile('pictures')
 def test_a_picture_beyond_the_limit_is_told_the_limit(apart, tmp_path):
     Image.new('RGB', (4000, 4000)).save(tmp_path / 'x', 'PNG', compress_level=1)
     with pytest.raises(JobError, match='the picture needs more than 100 MB of memory') as e:

@@ -141,6 +141,7 @@ def proxy(answers: list[int]):
 
 @pytest.mark.parametrize('code, again', [(502, True), (503, True), (429, True), (400, False), (418, False)])
 @pytest.mark.parametrize('what', ['read', 'stat', 'write', 'download', 'upload', 'remove'])
+@pytest.mark.hostile('servers')
 def test_what_a_proxy_says_in_the_buckets_place(bucket, tmp_path, what, code, again):
     (tmp_path / 'in').write_bytes(b'in')
     with proxy([code]) as (endpoint, asked):
@@ -273,6 +274,7 @@ def ports(web: str) -> set[int]: return {urlsplit(web).port} # as URL_PORTS woul
     ('/zipped', 'bad_input', 'compressed'),
     ('/hop/4', 'bad_input', 'more than 3'), ('/to/file:///etc/passwd', 'bad_input', 'http'), ('/drip', 'input_missing', 'within'),
     ('/silent', 'input_missing', 'within'), ('/headers', 'input_missing', '')])
+@pytest.mark.hostile('servers')
 def test_pictures_that_do_not_come(web, tmp_path, path, code, words):
     began = time.monotonic()
     with pytest.raises(JobError) as e:
@@ -288,6 +290,7 @@ def test_pictures_that_come(web, tmp_path, path):
 INSIDE = ['http://169.254.169.254/latest/meta-data/', 'http://127.0.0.1:9000/', 'http://10.0.0.8/', 'http://[::1]/', 'http://0x7f000001/', 'http://inside.example/']
 
 @pytest.mark.parametrize('target', INSIDE)
+@pytest.mark.hostile('addresses')
 def test_a_redirect_is_checked_like_the_address(web, target):
     "A public name may lead anywhere afterwards"
     def pretend(host, port): return ['127.0.0.1'] if host in ('0x7f000001',) or host[0].isdigit() or ':' in host else ['10.1.1.1'] if host == 'inside.example' else ['1.1.1.1']
@@ -306,13 +309,16 @@ def test_the_checked_address_is_the_one_connected_to(web, tmp_path):
     assert asked == ['rebind.example'] * 2
 
 @pytest.mark.parametrize('ip', ['fec0::1', '192.88.99.1', '100.64.0.1', '0.0.0.0', '224.0.0.1', '::ffff:10.0.0.1', '64:ff9b::a00:1', '2002:a00:1::', 'fe80::1%eth0', '255.255.255.255'])
+@pytest.mark.hostile('addresses')
 def test_addresses_that_are_not_public(ip): assert not is_public(ip)
 
 @pytest.mark.parametrize('url, words', [('http://a..b/x.png', 'names no host'), (f'http://{"a" * 64}.example/x.png', 'names no host'), ('http://[::1', 'is not an address'), ('http://h:99999/', 'is not an address'),
                                         ('http:///x.png', 'name a host'), ('ftp://h/x.png', 'must begin with'), ('http://u:p@h/x.png', 'user name')])
+@pytest.mark.hostile('addresses')
 def test_addresses_that_are_none(url, words):
     with pytest.raises(JobError, match=f'bad_input: .*{words}'): check_url(url)
 
+@pytest.mark.hostile('addresses')
 def test_one_private_answer_among_public_ones_is_enough_to_refuse():
     with pytest.raises(JobError, match='not public'): check_url('https://example.org/a.png', lambda host, port: ['1.1.1.1', '192.168.0.1'])
 
@@ -409,6 +415,7 @@ def test_what_is_stored_compressed_is_unpacked(bucket, tmp_path, name):
         assert (tmp_path / 'v').read_bytes() == PLAIN == store.read_bytes('v.mp4', 10**6)
 
 @pytest.mark.parametrize('name', REFUSED_PACKED)
+@pytest.mark.hostile('servers')
 def test_what_cannot_be_unpacked_is_said_at_once(bucket, tmp_path, name):
     said, body, words = REFUSED_PACKED[name]
     with strict(packed_object(said, body)) as server:
@@ -456,6 +463,7 @@ ON_THE_WAY = { # what a server, or a proxy before it, answers to (method, how ma
 }
 
 @pytest.mark.parametrize('name', ON_THE_WAY)
+@pytest.mark.hostile('servers')
 def test_what_stands_between(bucket, tmp_path, name):
     answer, expected = ON_THE_WAY[name]
     counted, began = itertools.count(1), time.monotonic()
@@ -470,6 +478,7 @@ def test_what_stands_between(bucket, tmp_path, name):
     assert time.monotonic() - began < 5
 
 @pytest.mark.parametrize('name', [*UNPACKED, *REFUSED_PACKED])
+@pytest.mark.hostile('servers')
 def test_pictures_that_are_sent_compressed(bucket, tmp_path, name):
     said, body, *words = UNPACKED.get(name) or REFUSED_PACKED[name]
     with strict(lambda method, begin: (200, {'Content-Encoding': said}, body)) as server:
@@ -500,6 +509,7 @@ LENGTHS = { # Content-Length of a picture of 7 bytes -> what comes of it
 }
 
 @pytest.mark.parametrize('length', LENGTHS, ids=lambda v: str(v)[:12])
+@pytest.mark.hostile('servers')
 def test_a_content_length_of_any_kind(bucket, tmp_path, length):
     with strict(lambda method, begin: (200, {'Content-Length': length, 'Connection': 'close'}, b'picture')) as server:
         def fetch():
@@ -516,6 +526,7 @@ TWICE = { # headers of a picture that are there twice -> what comes of it
 }
 
 @pytest.mark.parametrize('name', TWICE)
+@pytest.mark.hostile('servers')
 def test_a_header_that_is_there_twice(bucket, tmp_path, name):
     headers, words = TWICE[name]
     with strict(lambda method, begin: (200, headers | {'Connection': 'close'}, b'picture')) as server:
@@ -588,6 +599,7 @@ BAD = [ # variable, value, what its message says
 ]
 
 @pytest.mark.parametrize('variable, value, words', BAD)
+@pytest.mark.hostile('settings')
 def test_a_bad_value_is_refused_by_its_name(variable, value, words):
     with pytest.raises(SettingsError) as e: Store(load_settings(MINIO | {variable: value}))
     assert str(e.value).startswith(f'{variable}: ') and re.search(words, str(e.value)), e.value
@@ -661,6 +673,7 @@ SAID = { # what a server answers, and what the caller of `check` and `download` 
 }
 
 @pytest.mark.parametrize('name', SAID)
+@pytest.mark.hostile('servers')
 def test_what_a_server_says_about_the_settings(bucket, tmp_path, name):
     status, headers, body, words = SAID[name]
     class Dated(Strict):
@@ -690,6 +703,7 @@ ERRORS = { # the text of an error, and what is said
 }
 
 @pytest.mark.parametrize('name', ERRORS)
+@pytest.mark.hostile('servers')
 def test_what_an_error_says_about_the_settings(bucket, tmp_path, name):
     status, body, words = ERRORS[name]
     headers = XML if b'<' in body else {'Content-Type': 'text/plain'}
@@ -791,6 +805,7 @@ ADDRESSES = { # address -> may a worker connect to it?
 }
 
 @pytest.mark.parametrize('ip', ADDRESSES)
+@pytest.mark.hostile('addresses')
 def test_addresses_by_our_own_tables(ip, monkeypatch):
     for name in ('is_global', 'is_private', 'is_reserved'): # whatever the interpreter thinks of them
         for kind in ('IPv4Address', 'IPv6Address'):
@@ -810,6 +825,7 @@ PORTS = [ # address, ports besides 80 and 443, may it be asked?
 ]
 
 @pytest.mark.parametrize('url, more, good', PORTS)
+@pytest.mark.hostile('addresses')
 def test_ports(url, more, good):
     def look(): return check_url(url, lambda host, port: ['1.1.1.1'], ports=WEB_PORTS | more)
     if good: assert look()[3] == '1.1.1.1'
@@ -821,6 +837,7 @@ def test_ports_of_a_worker():
     assert ports_of(load_settings(MINIO | said)) == {80, 443, 9000, 9443, 8080, 8443}
     assert ports_of(load_settings(MINIO | {'MINIO_ENDPOINT': 'h'})) == {80, 443}
 
+@pytest.mark.hostile('addresses')
 def test_a_redirect_to_another_port(web, tmp_path):
     with pytest.raises(JobError, match='bad_input: .*leads to port 6379'):
         fetch_image(f'{web}/to/http://127.0.0.1:6379/', tmp_path / 'a.png', allow_private=True, ports=ports(web))
@@ -866,6 +883,7 @@ KEYS = [ # settings, key, may a caller have it read?
 ]
 
 @pytest.mark.parametrize('said, key, good', KEYS)
+@pytest.mark.hostile('keys')
 def test_whose_key_it_is(said, key, good):
     settings = load_settings(MINIO | said)
     if good: check_reach('driving_video_path', key, settings)
@@ -903,6 +921,7 @@ SIGNED = [ # addresses whose query, fragment or user must not be shown
 ]
 
 @pytest.mark.parametrize('url', SIGNED)
+@pytest.mark.hostile('secrets')
 def test_no_message_shows_what_an_address_was_signed_with(store, tmp_path, url):
     def resolver(host, port): raise OSError
     works = (
@@ -920,12 +939,14 @@ def test_no_message_shows_what_an_address_was_signed_with(store, tmp_path, url):
         assert 'hidden' not in str(e.value), e.value
 
 @pytest.mark.parametrize('path', ['/status/403', '/short', '/hop/9', '/to/ftp://h/x', '/drip', '/zipped', '/large'])
+@pytest.mark.hostile('secrets')
 def test_no_answer_of_a_server_brings_it_up(web, tmp_path, path):
     with pytest.raises(JobError) as e:
         fetch_image(f'{web}{path}?{SECRET}', tmp_path / 'a', allow_private=True, deadline_s=0.5, ports=ports(web))
     assert 'hidden' not in str(e.value)
 
 @pytest.mark.parametrize('url', SIGNED)
+@pytest.mark.hostile('secrets')
 def test_no_log_line_shows_it_either(url):
     from wan_avatar.worker import BareFormatter
     try: raise ValueError(f'Max retries exceeded with url: {quote(url, safe=":/?#[]@&=")}')
