@@ -568,7 +568,7 @@ async def removed_on_failure(store: Store, key: str, attempt: str) -> AsyncItera
         except JobError as e: log.warning('%s may be left in the bucket: %s', key, e) # the first failure is the one to tell
     try: yield
     except BaseException:
-        await asyncio.shield(asyncio.to_thread(remove))
+        await begun(remove)
         raise
 
 def take_back(
