@@ -715,7 +715,8 @@ def _to_bt709(frame: Any) -> str: # what follows in the chain of filters
     if not kept and not wide: return scaled
     numbers = f'ispace={coded if kept else "bt709"}:irange={"pc" if kept and full else "tv"}'
     light = f'iprimaries={wide or "bt709"}:itrc={curve if wide else "bt709"}'
-    return f'{scaled},format=yuv420p10le,colorspace={numbers}:{light}:all=bt709:range=tv:format=yuv420p'
+    between = 'yuv420p' if frame.format.name in ('yuv420p', 'yuvj420p', 'nv12') and not wide else 'yuv420p10le'
+    return f'{scaled},format={between},colorspace={numbers}:{light}:all=bt709:range=tv:format=yuv420p'
 
 # %% ../nbs/20_media.ipynb #69174b6a
 class _Fit:
