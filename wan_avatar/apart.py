@@ -6,7 +6,7 @@
 __all__ = ['log', 'MEMORY', 'CODE', 'STACK', 'SECONDS', 'limit_memory', 'small_stacks', 'peak_memory', 'bare_environment',
            'serve', 'Apart']
 
-# %% ../nbs/06_apart.ipynb #7dd268bc
+# %% ../nbs/06_apart.ipynb #89b335f8
 import ctypes
 import errno
 import logging
@@ -32,7 +32,7 @@ from .launch import die_with_parent
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/06_apart.ipynb #7984262c
+# %% ../nbs/06_apart.ipynb #d51c3c18
 MEMORY = 960_000_000 # bytes a child may write to; with the libraries' code it stays under 1 GB
 CODE = 512 << 20 # more addresses than that: libraries, and what is reserved and never used
 STACK = 1 << 20 # bytes, of a thread
@@ -61,19 +61,18 @@ def peak_memory() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/06_apart.ipynb #8ea443b2
+# %% ../nbs/06_apart.ipynb #1768ee31
 _KEPT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 # one heap for all threads; no threads of BLAS, since a process with threads is not to be forked
 _CALM = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
 
 def bare_environment(
-    environ: Mapping[str, str],
-    path: Sequence[str] = tuple(sys.path) # where packages are found
+    environ: Mapping[str, str]
 ) -> dict[str, str]:
-    "The environment of the process that waits"
-    return {k: v for k, v in environ.items() if k in _KEPT} | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, path))}
+    "The environment of the process that waits; it finds packages where this one does"
+    return {k: v for k, v in environ.items() if k in _KEPT} | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
-# %% ../nbs/06_apart.ipynb #f0718160
+# %% ../nbs/06_apart.ipynb #261cf6d9
 @dataclass(frozen=True)
 class _Call:
     "What a child is asked to do"
@@ -107,7 +106,7 @@ def _as_told(error: Exception, call: _Call) -> Exception:
     try: return pickle.loads(pickle.dumps(error))
     except Exception: return RuntimeError(f'{type(error).__name__}: {error}') # noqa: BLE001 - anything may go wrong in an exception of somebody else
 
-# %% ../nbs/06_apart.ipynb #6c6137ef
+# %% ../nbs/06_apart.ipynb #bdc39439
 class _Teller:
     "Passes progress on, but not more often than anybody looks"
     def __init__(self, caller: Connection): self.caller, self.last, self.held = caller, 0.0, None
@@ -135,7 +134,7 @@ def _answer(caller: Connection) -> None:
     tell.flush()
     caller.send(answer)
 
-# %% ../nbs/06_apart.ipynb #d95c8315
+# %% ../nbs/06_apart.ipynb #6112dc9c
 class _Waiting:
     "Forks a child per call"
     def __init__(self, calls: socket.socket):
@@ -194,7 +193,7 @@ def serve(
         for key, _ in waiting.ready.select():
             if waiting.ready.get_map().get(key.fd) is key: key.data() # not that of a call before, whose number is used again
 
-# %% ../nbs/06_apart.ipynb #32fb0c36
+# %% ../nbs/06_apart.ipynb #f890435d
 SECONDS = 3600 # the longest any file is read; a job has a limit of its own
 
 class Apart:
@@ -264,7 +263,7 @@ class Apart:
         if kind == 'error': raise value
         return value
 
-# %% ../nbs/06_apart.ipynb #7049efb8
+# %% ../nbs/06_apart.ipynb #5ce1c339
 def _follow(child: Connection, what: str, until: float, seconds: float, progress: Callable | None, cancelled: Callable[[], bool]) -> tuple[str, Any] | None:
     "The child's answer; None: it died without one"
     while True:
