@@ -6,7 +6,7 @@
 __all__ = ['log', 'MEMORY', 'CODE', 'STACK', 'SECONDS', 'limit_memory', 'small_stacks', 'peak_memory', 'bare_environment',
            'serve', 'Apart']
 
-# %% ../nbs/06_apart.ipynb #7dd268bc
+# %% ../nbs/06_apart.ipynb #89b335f8
 import ctypes
 import errno
 import logging
@@ -32,7 +32,7 @@ from .launch import die_with_parent
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/06_apart.ipynb #7984262c
+# %% ../nbs/06_apart.ipynb #d51c3c18
 MEMORY = 960_000_000 # bytes a child may write to; with the libraries' code it stays under 1 GB
 CODE = 512 << 20 # more addresses than that: libraries, and what is reserved and never used
 STACK = 1 << 20 # bytes, of a thread
@@ -61,19 +61,19 @@ def peak_memory() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/06_apart.ipynb #8ea443b2
+# %% ../nbs/06_apart.ipynb #1768ee31
 _KEPT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 # one heap for all threads; no threads of BLAS, since a process with threads is not to be forked
 _CALM = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
 
 def bare_environment(
-    environ: Mapping[str, str],
-    path: Sequence[str] = tuple(sys.path) # where packages are found
+    environ: Mapping[str, str]
 ) -> dict[str, str]:
-    "The environment of the process that waits"
-    return {k: v for k, v in environ.items() if k in _KEPT} | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, path))}
+    "The environment of the process that waits; it finds packages where this one does"
+    kept = {k: v for k, v in environ.items() if k in _KEPT}
+    return kept | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
-# %% ../nbs/06_apart.ipynb #f0718160
+# %% ../nbs/06_apart.ipynb #261cf6d9
 @dataclass(frozen=True)
 class _Call:
     "What a child is asked to do"
@@ -85,8 +85,8 @@ class _Call:
     told: bool # progress is wanted
 
 def _too_much(call: _Call) -> JobError:
-    return JobError('input_unreadable', f'{call.what} needs more than {call.memory // 10**6} MB of memory to be read, the limit for one file; '
-                    'send a smaller one, or one that was encoded anew')
+    return JobError('input_unreadable', f'{call.what} needs more than {call.memory // 10**6} MB of memory to be read, '
+                    'the limit for one file; send a smaller one, or one that was encoded anew')
 
 def _full_disk(error: BaseException | None) -> BaseException | None:
     "The one among an error and its causes that says so: causes are not pickled"
@@ -102,12 +102,14 @@ def _as_told(error: Exception, call: _Call) -> Exception:
     if (behind := _full_disk(error)) and behind is not error: return _as_told(behind, call)
     if isinstance(error, JobError):
         if error.code != 'input_unreadable' or (held := peak_memory()) < call.memory * 0.75: return error
-        return JobError(error.code, f'{error.message}; reading it took {held // 10**6} MB of memory, {call.memory // 10**6} MB is the limit')
+        took = f'reading it took {held // 10**6} MB of memory, {call.memory // 10**6} MB is the limit'
+        return JobError(error.code, f'{error.message}; {took}')
     if isinstance(number, int): return OSError(number, os.strerror(number), getattr(error, 'filename', None))
     try: return pickle.loads(pickle.dumps(error))
-    except Exception: return RuntimeError(f'{type(error).__name__}: {error}') # noqa: BLE001 - anything may go wrong in an exception of somebody else
+    except Exception: # noqa: BLE001 - anything may go wrong in an exception of somebody else
+        return RuntimeError(f'{type(error).__name__}: {error}')
 
-# %% ../nbs/06_apart.ipynb #6c6137ef
+# %% ../nbs/06_apart.ipynb #bdc39439
 class _Teller:
     "Passes progress on, but not more often than anybody looks"
     def __init__(self, caller: Connection): self.caller, self.last, self.held = caller, 0.0, None
@@ -135,7 +137,7 @@ def _answer(caller: Connection) -> None:
     tell.flush()
     caller.send(answer)
 
-# %% ../nbs/06_apart.ipynb #d95c8315
+# %% ../nbs/06_apart.ipynb #6112dc9c
 class _Waiting:
     "Forks a child per call"
     def __init__(self, calls: socket.socket):
@@ -192,9 +194,10 @@ def serve(
     waiting = _Waiting(socket.socket(fileno=fd))
     while True:
         for key, _ in waiting.ready.select():
-            if waiting.ready.get_map().get(key.fd) is key: key.data() # not that of a call before, whose number is used again
+            # not that of a call before, whose number is used again
+            if waiting.ready.get_map().get(key.fd) is key: key.data()
 
-# %% ../nbs/06_apart.ipynb #32fb0c36
+# %% ../nbs/06_apart.ipynb #f890435d
 SECONDS = 3600 # the longest any file is read; a job has a limit of its own
 
 class Apart:
@@ -212,8 +215,8 @@ class Apart:
         self.calls, theirs = socket.socketpair()
         code = f'from wan_avatar.apart import serve; serve({theirs.fileno()}, {self.preparations!r})'
         with theirs:
-            self.process = subprocess.Popen([sys.executable, '-P', '-c', code], pass_fds=[theirs.fileno()], start_new_session=True,
-                                            stdin=subprocess.DEVNULL, env=bare_environment(os.environ))
+            options = {'stdin': subprocess.DEVNULL, 'env': bare_environment(os.environ), 'start_new_session': True}
+            self.process = subprocess.Popen([sys.executable, '-P', '-c', code], pass_fds=[theirs.fileno()], **options)
 
     def close(self) -> None:
         "End the process that waits, and what it has forked; the next call starts another"
@@ -251,9 +254,10 @@ class Apart:
         cancelled: Callable[[], bool] = lambda: False, # asked ten times a second
         **more
     ) -> Any: # what it returns
-        "Call a function in a child; raises what it raises, and JobError `input_unreadable` when the child dies or takes too much"
+        "Call a function in a child; raises what it raises, JobError `input_unreadable` when it dies or takes too much"
         with self._lines() as (answers, line):
-            answers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 10, 0)) # an answer that stops halfway is none
+            # an answer that stops halfway is none
+            answers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 10, 0))
             with Connection(answers.detach()) as child:
                 try:
                     child.send((function, args, more, what, memory, progress is not None))
@@ -264,12 +268,16 @@ class Apart:
         if kind == 'error': raise value
         return value
 
-# %% ../nbs/06_apart.ipynb #7049efb8
-def _follow(child: Connection, what: str, until: float, seconds: float, progress: Callable | None, cancelled: Callable[[], bool]) -> tuple[str, Any] | None:
+# %% ../nbs/06_apart.ipynb #5ce1c339
+def _follow(
+    child: Connection, what: str, until: float, seconds: float, progress: Callable | None, cancelled: Callable[[], bool]
+) -> tuple[str, Any] | None:
     "The child's answer; None: it died without one"
     while True:
         if cancelled(): raise JobError('cancelled', f'the job was cancelled while {what} was read')
-        if time.monotonic() > until: raise JobError('input_unreadable', f'{what} takes longer than {seconds:g} s to read; send one that was encoded anew')
+        if time.monotonic() > until:
+            raise JobError('input_unreadable', f'{what} takes longer than {seconds:g} s to read; '
+                           'send one that was encoded anew')
         try:
             if not child.poll(0.1): continue
             answer = child.recv()

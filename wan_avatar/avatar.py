@@ -129,7 +129,8 @@ class Studio:
     in_hand: Turnstile = field(default_factory=Turnstile) # by output key
     boot: Timeline = field(default_factory=Timeline) # of this worker's start
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # which of this worker's jobs one is
-    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.media:load_decoders')) # where files of others are decoded
+    # where files of others are decoded
+    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.media:load_decoders'))
 
 @asynccontextmanager
 async def work_folder(
@@ -208,7 +209,8 @@ def take_image(job: Job, studio: Studio, folder: Path, cancelled: Callable[[], b
         fetch_image(str(job.input_image_url), raw, allow_private=settings.allow_private_urls, max_bytes=MAX_IMAGE_BYTES,
                     cancelled=cancelled, ports=ports_of(settings))
     else: studio.store.download(job.input_image_minio_path, raw, 'input_image_minio_path', MAX_IMAGE_BYTES, cancelled=cancelled)
-    studio.reading.run(normalise_image, raw, reference, what='the picture', seconds=MAX_IMAGE_SECONDS, cancelled=cancelled)
+    limits = {'seconds': MAX_IMAGE_SECONDS, 'cancelled': cancelled}
+    studio.reading.run(normalise_image, raw, reference, what='the picture', **limits)
     return reference
 
 def take_video(job: Job, studio: Studio, folder: Path, progress: Callable, timeline: Timeline, cancelled: Callable[[], bool]) -> tuple[Clip, str]:
@@ -289,7 +291,8 @@ async def track_video_cached(
     target = inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
-        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip, TRACKERS[profile.tracker])
+        who = TRACKERS[profile.tracker]
+        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip, who)
         stage.facts['cached'] = track is not None
         if track is None:
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)

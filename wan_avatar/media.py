@@ -1288,8 +1288,12 @@ def _decoded_picture(bare: Bare, name: str) -> Image.Image:
     "Size first, then pixels, then colours; the decoder's picture is gone before this returns"
     with Image.open(BytesIO(bare.data), formats=IMAGE_FORMATS) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS: raise JobError('input_unreadable', f'{name} is {width}x{height}; a picture has at most {MAX_PIXELS // 10**6} megapixels')
-        if min(width, height) < MIN_SIDE: raise JobError('input_unreadable', f'{name} is {width}x{height}; a person needs at least {MIN_SIDE} pixels a side')
+        if width * height > MAX_PIXELS:
+            raise JobError('input_unreadable', f'{name} is {width}x{height}; '
+                           f'a picture has at most {MAX_PIXELS // 10**6} megapixels')
+        if min(width, height) < MIN_SIDE:
+            raise JobError('input_unreadable', f'{name} is {width}x{height}; '
+                           f'a person needs at least {MIN_SIDE} pixels a side')
         image.load()
         vars(image).pop('_decoder', None) # WebP's and AVIF's keep copies of all pixels
         if bare.orientation != 1: image.getexif()[ExifTags.Base.Orientation] = bare.orientation
@@ -1304,7 +1308,8 @@ def _has_all_pixels(bare: Bare) -> bool:
     seen = set()
     for n in range(3): # pseudo-random bits that any pixel still to come would be made of
         bits = hashlib.sha512(bytes([n])).digest().replace(b'\xff', b'') * 4
-        with Image.open(BytesIO(bare.data[:-2] + bits + bare.data[-2:]), formats=['JPEG']) as image: seen.add(hashlib.sha256(image.tobytes()).digest())
+        longer = BytesIO(bare.data[:-2] + bits + bare.data[-2:])
+        with Image.open(longer, formats=['JPEG']) as image: seen.add(hashlib.sha256(image.tobytes()).digest())
     return len(seen) == 1
 
 def load_decoders() -> None:
@@ -1338,14 +1343,14 @@ def flatten_image(
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return flat if turn is None else flat.transpose(turn)
 
-_TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270',
-                                                                   'TRANSVERSE', 'ROTATE_90')), strict=True))
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2)) # EXIF's number -> what undoes it
 
 def _white(image: Image.Image) -> float: # 0: of 8 bits
     "The value that is white in a picture of more than 8 bits"
     if image.mode not in ('I', 'F') and not image.mode.startswith('I;16'): return 0
     if image.mode != 'F': return 65535
-    most = max(float(np.max(image.crop((0, at, image.width, min(at + STRIP, image.height))))) for at in range(0, image.height, STRIP))
+    strips = (image.crop((0, at, image.width, min(at + STRIP, image.height))) for at in range(0, image.height, STRIP))
+    most = max(float(np.max(strip)) for strip in strips)
     return 1 if most <= 1 else 255 if most <= 255 else 65535
 
 def _to_8_bits(image: Image.Image, white: float) -> Image.Image:
@@ -1357,7 +1362,8 @@ def _to_srgb(image: Image.Image) -> Any: # ImageCms.ImageCmsTransform; None: as 
     if not profile or mode not in ('RGB', 'RGBA', 'CMYK', 'L'): return None
     target = ImageCms.createProfile('sRGB'), mode, 'RGBA' if mode == 'RGBA' else 'RGB'
     try: return ImageCms.buildTransform(ImageCms.ImageCmsProfile(BytesIO(profile)), *target)
-    except (ImageCms.PyCMSError, OSError, TypeError): return None # a broken profile, or one of another mode, says nothing
+    # a broken profile, or one of another mode, says nothing
+    except (ImageCms.PyCMSError, OSError, TypeError): return None
 
 # %% ../nbs/20_media.ipynb #9afdc47f
 def normalise_image(

@@ -71,7 +71,8 @@ def _inflated(data: bytes) -> bytes: # empty: damaged, or too much of it
 # %% ../nbs/07_metadata.ipynb #ac105f61
 _EOI, _ADOBE = b'\xff\xd9', 0xee
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]: # marker, content, the whole segment; last: 0xda and all that follows
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]: # marker, content, the whole segment
+    "The last has the marker 0xda, and is all that follows"
     at = 2
     while data[at:at + 1] == b'\xff' and len(data) - at >= 4:
         marker, length = struct.unpack('>BH', data[at + 1:at + 4])
@@ -85,7 +86,8 @@ def strip_jpeg(data: bytes) -> Bare:
     "What the decoder needs; an end is put where there is none"
     kept, orientation, profile = [data[:2]], 1, {}
     for marker, content, segment in _segments(data):
-        if marker == 0xe1 and content.startswith(b'Exif\0\0') and orientation == 1: orientation = read_orientation(content)
+        if marker == 0xe1 and content.startswith(b'Exif\0\0') and orientation == 1:
+            orientation = read_orientation(content)
         if marker == 0xe2 and content.startswith(b'ICC_PROFILE\0'): profile[content[12:13]] = content[14:]
         if marker == 0xe0 and not content.startswith(b'JFIF\0'): continue
         if marker not in (*range(0xe1, 0xf0), 0xfe) or marker == _ADOBE: kept.append(segment)
@@ -101,7 +103,9 @@ def missing_scans(
     lacking: dict[int, set[int]] = {}
     for found in re.finditer(rb'\xff([\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xda])', data):
         content = data[found.end() + 2:found.end() + 300]
-        if found[1] != b'\xda': lacking |= {number: set(range(64)) for number in content[6:6 + 3 * content[5]:3]} if len(content) > 5 else {}
+        if found[1] != b'\xda':
+            numbers = content[6:6 + 3 * content[5]:3] if len(content) > 5 else b''
+            lacking |= {number: set(range(64)) for number in numbers}
         elif content: _note_scan(lacking, content)
     return any(lacking.values()) or not lacking
 
@@ -120,14 +124,17 @@ def strip_webp(data: bytes) -> Bare:
         kind, length = struct.unpack('<4sI', data[at:at + 8])
         content = data[at + 8:at + 8 + length]
         if kind in (b'EXIF', b'ICCP'): found.setdefault(kind, content)
-        elif kind == b'VP8X' and content: kept.append(data[at:at + 8] + bytes([content[0] & ~0x2c]) + content[1:] + b'\0' * (length % 2))
-        elif kind in (b'VP8 ', b'VP8L', b'ALPH', b'ANIM', b'ANMF'): kept.append(data[at:at + 8] + content + b'\0' * (length % 2))
+        elif kind == b'VP8X' and content:
+            kept.append(data[at:at + 8] + bytes([content[0] & ~0x2c]) + content[1:] + b'\0' * (length % 2))
+        elif kind in (b'VP8 ', b'VP8L', b'ALPH', b'ANIM', b'ANMF'):
+            kept.append(data[at:at + 8] + content + b'\0' * (length % 2))
         at += 8 + length + length % 2
     body = b''.join(kept)
-    return Bare(b'RIFF' + struct.pack('<I', len(body)) + body, read_orientation(found.get(b'EXIF', b'')), found.get(b'ICCP', b''))
+    whole = b'RIFF' + struct.pack('<I', len(body)) + body
+    return Bare(whole, read_orientation(found.get(b'EXIF', b'')), found.get(b'ICCP', b''))
 
-_TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339,
-              347, 529, 530, 531, 532, 34675}
+_TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
+              338, 339, 347, 529, 530, 531, 532, 34675}
 
 def strip_tiff(data: bytes) -> Bare:
     "The first directory, with what makes pixels, orientation and profile"

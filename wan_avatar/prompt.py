@@ -63,7 +63,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
 
 def _no_number(name: str) -> None: raise ValueError(f'{name} is not JSON')
 
-_KINDS = {'F16': ('<u2', 0x7c00), 'BF16': ('<u2', 0x7f80), 'F32': ('<u4', 0x7f800000)} # bits as NumPy takes them; all of these set: not finite
+# bits as NumPy takes them; all of these set: not finite
+_KINDS = {'F16': ('<u2', 0x7c00), 'BF16': ('<u2', 0x7f80), 'F32': ('<u4', 0x7f800000)}
 
 def check_embedding(
     path: Path,
@@ -78,14 +79,20 @@ def check_embedding(
 def _check(file: BinaryIO, name: str, wanted: Embedding) -> None:
     header, begin = read_header(file)
     said, tensor = header.get('__metadata__'), header.get('embedding')
-    if set(header) != {'__metadata__', 'embedding'} or not isinstance(said, dict) or not isinstance(tensor, dict): raise EmbeddingDamaged(f'{name} holds no embedding')
-    if not all(isinstance(v, str) and (k + v).isprintable() for k, v in said.items()): raise EmbeddingDamaged(f'{name} says what is not text')
-    if wrong := [k for k, v in wanted.metadata().items() if said.get(k) != v]: raise EmbeddingDamaged(f'{name} has another {", ".join(wrong)} than wanted')
+    if set(header) != {'__metadata__', 'embedding'} or not isinstance(said, dict) or not isinstance(tensor, dict):
+        raise EmbeddingDamaged(f'{name} holds no embedding')
+    if not all(isinstance(v, str) and (k + v).isprintable() for k, v in said.items()):
+        raise EmbeddingDamaged(f'{name} says what is not text')
+    if wrong := [k for k, v in wanted.metadata().items() if said.get(k) != v]:
+        raise EmbeddingDamaged(f'{name} has another {", ".join(wrong)} than wanted')
     kind, shape = str(tensor.get('dtype')), tensor.get('shape')
-    if repr(shape) != repr(list(wanted.shape)): raise EmbeddingDamaged(f'{name} has shape {repr(shape)[:99]}; wanted is {list(wanted.shape)}')
+    if repr(shape) != repr(list(wanted.shape)):
+        raise EmbeddingDamaged(f'{name} has shape {repr(shape)[:99]}; wanted is {list(wanted.shape)}')
     if kind not in _KINDS: raise EmbeddingDamaged(f'{name} holds {kind[:99]}; wanted is one of {", ".join(_KINDS)}')
     bits, infinite = _KINDS[kind]
     count, size = math.prod(wanted.shape) * np.dtype(bits).itemsize, os.fstat(file.fileno()).st_size
-    if set(tensor) != {'dtype', 'shape', 'data_offsets'} or repr(tensor['data_offsets']) != f'[0, {count}]': raise EmbeddingDamaged(f'{name} has its numbers elsewhere')
+    if set(tensor) != {'dtype', 'shape', 'data_offsets'} or repr(tensor['data_offsets']) != f'[0, {count}]':
+        raise EmbeddingDamaged(f'{name} has its numbers elsewhere')
     if size != begin + count: raise EmbeddingDamaged(f'{name} has {size} bytes, not {begin + count}')
-    if (np.frombuffer(file.read(count), bits) & infinite == infinite).any(): raise EmbeddingDamaged(f'{name} has numbers that are not finite')
+    if (np.frombuffer(file.read(count), bits) & infinite == infinite).any():
+        raise EmbeddingDamaged(f'{name} has numbers that are not finite')

@@ -78,7 +78,8 @@ def unpack_mask(
     "The mask again"
     (w, h), unpack = size, zlib.decompressobj()
     bits = unpack.decompress(data, (w * h + 7) // 8) # never more, whatever is in there
-    if len(bits) * 8 < w * h or unpack.decompress(unpack.unconsumed_tail, 1) or not unpack.eof: raise ValueError(f'a mask is not of {w}x{h}')
+    if len(bits) * 8 < w * h or unpack.decompress(unpack.unconsumed_tail, 1) or not unpack.eof:
+        raise ValueError(f'a mask is not of {w}x{h}')
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=w * h).reshape(h, w).astype(bool)
 
 # %% ../nbs/21_track.ipynb #42afc9d5
@@ -152,12 +153,14 @@ class Archive:
     def __init__(self, data: memoryview):
         self.data, self.places = data, {} # name -> method, first byte, end
         mark, count, at = struct.unpack('<4s6xH4xI2x', data[-22:])
-        if mark != b'PK\5\6' or count > 64: raise TrackDamaged(f'no list of at most 64 arrays at its end, but {mark!r} and {count}')
+        if mark != b'PK\5\6' or count > 64:
+            raise TrackDamaged(f'no list of at most 64 arrays at its end, but {mark!r} and {count}')
         for _ in range(count):
             flags, method, packed, name, extra, comment, begin = struct.unpack('<8xHH8xI4xHHH8xI', data[at:at + 46])
             own, more = struct.unpack('<26xHH', data[begin:begin + 30])
             begin += 30 + own + more
-            if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or begin + packed > len(data): raise TrackDamaged('an array is not where it should be')
+            if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or begin + packed > len(data):
+                raise TrackDamaged('an array is not where it should be')
             self.places[bytes(data[at + 46:at + 46 + name]).decode()] = method, begin, begin + packed
             at += 46 + name + extra + comment
 
@@ -172,20 +175,25 @@ class Archive:
         "An array that is of this kind and shape; raises TrackDamaged, having unpacked no more than that"
         most = math.prod(shape) * np.dtype(kind).itemsize
         method, begin, end = self.places[f'{name}.npy']
-        raw = bytes(self.data[begin:min(end, begin + _HEAD + most + 1)]) if method == zipfile.ZIP_STORED else _inflated(self.data[begin:end], _HEAD + most + 1)
-        said = re.match(rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']*)', 'fortran_order': (False|True), 'shape': \(([0-9, ]{1,40})\), *\} *\n", raw[:_HEAD], re.DOTALL)
+        raw = _unpacked(self.data[begin:end], method, _HEAD + most + 1)
+        said = _ARRAY.match(raw[:_HEAD])
         if not said or said.end() != 10 + int.from_bytes(said[1], 'little'): raise TrackDamaged(f'{name} is no array')
         found = tuple(int(n) for n in said[4].replace(b',', b' ').split())
         good = found == shape or upto and len(found) == len(shape) and found[0] <= shape[0] and found[1:] == shape[1:]
-        if said[2] != kind.encode() or not good: raise TrackDamaged(f'{name} is {said[2].decode(errors="replace")} {found}; wanted is {kind} {shape}')
-        numbers = np.frombuffer(raw, '|u1' if kind == '|b1' else kind, offset=said.end()).reshape(found, order='F' if said[3] == b'True' else 'C')
+        if said[2] != kind.encode() or not good:
+            raise TrackDamaged(f'{name} is {said[2].decode(errors="replace")} {found}; wanted is {kind} {shape}')
+        numbers = np.frombuffer(raw, '|u1' if kind == '|b1' else kind, offset=said.end())
+        numbers = numbers.reshape(found, order='F' if said[3] == b'True' else 'C')
         if kind == '|b1' and numbers.max(initial=0) > 1: raise TrackDamaged(f'{name} is neither true nor false')
         return numbers.astype(kind) # a copy: it can be written to
 
 _HEAD = 256 # bytes before an array's numbers; NumPy writes 128
 
-def _inflated(data: memoryview, most: int) -> bytes: # no more than `most`
-    return zlib.decompressobj(-15).decompress(data, most)
+_ARRAY = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']*)', 'fortran_order': (False|True), "
+                    rb"'shape': \(([0-9, ]{1,40})\), *\} *\n", re.DOTALL)
+
+def _unpacked(data: memoryview, method: int, most: int) -> bytes: # no more than `most`
+    return bytes(data[:most]) if method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(data, most)
 
 # %% ../nbs/21_track.ipynb #a47fcbbb
 MOST_FRAMES = 600 * 24 + 48 # of the longest video that a job may ask for
@@ -202,7 +210,8 @@ def parse_track(
     "The track again; raises TrackDamaged, whatever the bytes are"
     head, body = len(MAGIC) + 32, memoryview(data)[len(MAGIC) + 32:]
     if not data.startswith(MAGIC): raise TrackDamaged(f'the file starts with {data[:20]!r}, not with {MAGIC!r}')
-    if hashlib.sha256(body).digest() != data[len(MAGIC):head]: raise TrackDamaged(f'{len(data)} bytes do not match their checksum')
+    if hashlib.sha256(body).digest() != data[len(MAGIC):head]:
+        raise TrackDamaged(f'{len(data)} bytes do not match their checksum')
     try:
         archive = Archive(body)
         meta = json.loads(archive.take('meta', '|u1', 4096, upto=True).tobytes())
@@ -228,24 +237,32 @@ def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     n, size, mask_size = len(present), _pair(meta, 'size'), _pair(meta, 'mask_size')
     if not n or not isinstance(meta['tracker'], str): raise TrackDamaged('no frame, or no tracker')
     points = {group: _read_points(archive, group, n) for group in meta['groups']}
-    if set(points) not in ({'wholebody'}, set(GROUPS)): raise TrackDamaged(f'it has the groups {", ".join(points)[:99]}')
+    if set(points) not in ({'wholebody'}, set(GROUPS)):
+        raise TrackDamaged(f'it has the groups {", ".join(points)[:99]}')
     optional = {'camera': ('<f4', n, 2, 3), 'skin': ('<f4', 3), 'guessed': ('|b1', n)}
     extra = {name: archive.take(name, *kind) for name, kind in optional.items() if name in archive}
-    if 'camera' in extra and not (np.abs(extra['camera']) < 1e6).all(): raise TrackDamaged('its camera is nowhere') # nan is not either
-    if 'skin' in extra and not (np.isnan(extra['skin']).all() or ((0 <= extra['skin']) & (extra['skin'] <= 255)).all()): raise TrackDamaged('its skin has no colour')
+    # nan is not either
+    if 'camera' in extra and not (np.abs(extra['camera']) < 1e6).all(): raise TrackDamaged('its camera is nowhere')
+    if 'skin' in extra and not (np.isnan(extra['skin']).all() or ((0 <= extra['skin']) & (extra['skin'] <= 255)).all()):
+        raise TrackDamaged('its skin has no colour')
     pictures = {name: _read_picture(archive, name, size) for name in ('plate', 'matte') if name in archive}
-    return Track(size, present, points, mask_size, _read_masks(archive, n, mask_size), meta['tracker'], **extra, **pictures)
+    masks = _read_masks(archive, n, mask_size)
+    return Track(size, present, points, mask_size, masks, meta['tracker'], **extra, **pictures)
 
 def _pair(meta: dict, name: str) -> tuple[int, int]:
     w, h = meta[name]
-    if not all(type(side) is int and 1 <= side <= _SIDE for side in (w, h)): raise TrackDamaged(f'its {name} is {str(meta[name])[:99]}')
+    if not all(type(side) is int and 1 <= side <= _SIDE for side in (w, h)):
+        raise TrackDamaged(f'its {name} is {str(meta[name])[:99]}')
     return w, h
 
 def _read_points(archive: Archive, group: str, n: int) -> np.ndarray: # (n, k, 3)
     points = unpack_points(archive.take(f'{group}_at', '<i2', n, 2), archive.take(group, '<f2', n, KEYPOINTS[group], 3))
     unseen = np.isnan(points[..., :2])
-    if np.isinf(points).any() or (unseen[..., 0] != unseen[..., 1]).any(): raise TrackDamaged(f'a point of {group} is nowhere')
-    if group in GROUPS and (unseen.any((1, 2)) != unseen.all((1, 2))).any(): raise TrackDamaged(f'{group} is there in parts') # MediaPipe finds all of it or none
+    if np.isinf(points).any() or (unseen[..., 0] != unseen[..., 1]).any():
+        raise TrackDamaged(f'a point of {group} is nowhere')
+    # MediaPipe finds all of it or none
+    if group in GROUPS and (unseen.any((1, 2)) != unseen.all((1, 2))).any():
+        raise TrackDamaged(f'{group} is there in parts')
     return points
 
 def _read_masks(archive: Archive, n: int, size: tuple[int, int]) -> tuple[bytes, ...]:
@@ -265,7 +282,8 @@ def _read_picture(archive: Archive, name: str, size: tuple[int, int]) -> np.ndar
     kind, mode, width = _WRITTEN_AS[name]
     data = archive.take(name, '|u1', size[0] * size[1] * width + 65536, upto=True).tobytes()
     with Image.open(io.BytesIO(strip_metadata(data).data), formats=[kind]) as picture:
-        if (picture.size, picture.mode) != (size, mode) or 'progressive' in picture.info: # a thousand scans take minutes
+        # a thousand scans take minutes
+        if (picture.size, picture.mode) != (size, mode) or 'progressive' in picture.info:
             raise TrackDamaged(f'its {name} is {picture.mode} {picture.size}; wanted is {mode} {size}')
         return np.asarray(picture)
 

@@ -325,7 +325,8 @@ def fitness_check(booted: Future, timeline: Timeline):
     async def ready() -> None:
         studio = await asyncio.wrap_future(booted)
         log.info(log_line('boot', timeline))
-        studio.reading.start() # only now: its imports take no core from the boot, and are done before a first job's files are here
+        # only now: its imports take no core from the boot, and are done before a first job's files are here
+        studio.reading.start()
     return ready
 
 # %% ../nbs/42_worker.ipynb #c7fb4dcf
