@@ -824,6 +824,14 @@ def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pi
     assert says in said and said.startswith(('input_unreadable', 'accepted')) and int(mebibytes) < 400
 
 
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
+    source = written(tmp_path / 'in.mp4', [video_track(True, (1920, 1080), count=100)])
+    code = 'import gc\ngc.disable() # frames must not wait for the cycle collector' + READ_AND_SAY_MEMORY
+    command = [sys.executable, '-c', code, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
+    said, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert said == 'accepted 100' and int(mebibytes) < 260 # a hundred frames alone are 300
+
+
 @pytest.mark.parametrize('size, pixel_format, kept, fits', [
     ((1920, 1080), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p', 16, True), ((3840, 2160), 'yuv420p10le', 16, True), ((4096, 2160), 'yuv420p10le', 16, True),
     ((3840, 2160), 'yuv422p10le', 16, True), ((3840, 2160), 'yuv444p16le', 16, False), ((5312, 2988), 'yuv420p10le', 5, True), ((7680, 4320), 'yuv420p', 6, True),
