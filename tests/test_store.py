@@ -964,3 +964,8 @@ def test_a_worker_that_is_told_to_print_requests_does_not_start(monkeypatch, arg
         monkeypatch.setenv(name, value)
     monkeypatch.setattr('sys.argv', ['worker', *arguments])
     with pytest.raises(SystemExit, match='--rp_log.*ALLOW_SDK_DEBUG'): main()
+
+@pytest.mark.parametrize('arguments', [[], ['--rp_log_level', 'INFO'], ['--rp_serve_api'], ['--rp_log_level'], ['DEBUG']])
+def test_a_worker_that_is_not_told_so_may_start(arguments):
+    from wan_avatar.worker import loud_argument
+    assert loud_argument(arguments) is None

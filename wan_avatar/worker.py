@@ -296,7 +296,7 @@ def log_barely(level: str) -> None:
 
 def loud_argument(argv: Sequence[str]) -> str | None: # None: there is none
     "The argument of the command line by which the SDK would be told to print requests"
-    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ''], strict=False):
         name, _, value = argument.partition('=')
         if name.startswith('--rp_log') and (value or following).upper() in ('DEBUG', 'TRACE'): return argument
     return None
