@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from .files import full_disk
 from .job import JobError
 from .launch import die_with_parent
 
@@ -88,18 +89,11 @@ def _too_much(call: _Call) -> JobError:
     return JobError('input_unreadable', f'{call.what} needs more than {call.memory // 10**6} MB of memory to be read, '
                     'the limit for one file; send a smaller one, or one that was encoded anew')
 
-def _full_disk(error: BaseException | None) -> BaseException | None:
-    "The one among an error and its causes that says so: causes are not pickled"
-    for _ in range(16): # no chain is longer
-        if error is None or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return error
-        error = error.__cause__ or error.__context__
-    return None
-
 def _as_told(error: Exception, call: _Call) -> Exception:
     "An error as the caller gets it: one that can be pickled"
     number = getattr(error, 'errno', None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM: return _too_much(call)
-    if (behind := _full_disk(error)) and behind is not error: return _as_told(behind, call)
+    if (behind := full_disk(error)) and behind is not error: return _as_told(behind, call)
     if isinstance(error, JobError):
         if error.code != 'input_unreadable' or (held := peak_memory()) < call.memory * 0.75: return error
         took = f'reading it took {held // 10**6} MB of memory, {call.memory // 10**6} MB is the limit'
