@@ -128,6 +128,7 @@ def test_a_face_before_ours_is_painted_over():
 def test_a_view_of_one_person_is_left_as_it_is():
     company, view = Company((160, 90)), np.zeros((90, 160, 3), np.uint8)
     assert company.alone(view, FACES[:1]) is view and company.alone(view, FACES[:0]) is view
+    assert company.alone(view, np.concatenate([FACES[:1], FACES[:1] + 3])) is view, 'one face that was found twice'
 
 FOUND = {'our face': ([0, 1], (50, 32), True), 'the other face': ([0, 1], (130, 32), False),
          'the other face, nobody else seen': ([1], (130, 32), False), 'a nose beside our face': ([0], (60, 32), True),

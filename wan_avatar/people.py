@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANDS', 'LIGHT', 'COLOURS', 'COLOUR_SPAN', 'MIDDLE', 'MOST_GAIN', 'GAP', 'SETTLE', 'SAME_PLACE', 'SAME_LOOK',
            'SAME_SCENE', 'SIGHTINGS', 'STRANGERS', 'WIDER', 'NEARBY', 'area', 'overlap', 'prominence', 'look', 'alike',
-           'Passage', 'Follower', 'bust', 'apart', 'paint_over', 'Company']
+           'Passage', 'Follower', 'bust', 'elsewhere', 'apart', 'paint_over', 'Company']
 
 # %% ../nbs/20_people.ipynb #a2f6941a
 from collections import deque
@@ -190,6 +190,13 @@ def bust(
     w, h = right - left, bottom - top
     return np.stack([left - WIDER * w, top - WIDER * h, right + WIDER * w, bottom + 0.9 * h], axis=-1)
 
+def elsewhere(
+    faces: np.ndarray, # (m, 4)
+    ours: np.ndarray # (4,); nan: not seen
+) -> np.ndarray: # (k, 4)
+    "Faces of others: what lies over most of ours is the same face, found twice"
+    return faces if np.isnan(ours[0]) else faces[overlap(ours, faces) < 0.5]
+
 def apart(
     boxes: np.ndarray, # (m, 4) of faces; nan: none
     point: np.ndarray # (2,)
@@ -230,10 +237,10 @@ class Company:
     ) -> np.ndarray: # the view, when nobody else is in it; else a copy
         "The next frame without everybody else"
         k = self.follower.see(faces, [look(view, b) for b in bust(faces)], look(view, self.whole))
-        self.faces.append(faces.astype(np.float32)) # as the path has them
-        others = np.delete(faces, [] if k is None else k, axis=0)
-        if not len(others): return view
-        return paint_over(view, others, np.full(4, np.nan) if k is None else faces[k])
+        self.faces.append(faces)
+        ours = np.full(4, np.nan) if k is None else faces[k]
+        others = elsewhere(faces, ours)
+        return paint_over(view, others, ours) if len(others) else view
 
     def whose(
         self,
@@ -242,7 +249,7 @@ class Company:
     ) -> np.ndarray: # (n,) bool
         "In which frames the tracker found our person"
         path, ours, last = self.follower.path(), np.zeros(len(points), bool), None
-        others = [f[(f != p).any(1)] for f, p in zip(self.faces, path, strict=True)]
+        others = [elsewhere(faces, face) for faces, face in zip(self.faces, path, strict=True)]
         for i in np.flatnonzero(~np.isnan(points[:, 0])):
             around = slice(max(i - NEARBY, 0), i + NEARBY + 1)
             near, far = apart(path[around], points[i]), apart(np.concatenate(others[around]), points[i])
