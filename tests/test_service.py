@@ -28,7 +28,7 @@ from wan_avatar.job import Job, JobError, manifest_key
 from wan_avatar.media import Encoder, normalise_video
 from wan_avatar.store import Store, fetch_image
 from wan_avatar.timeline import Timeline
-from wan_avatar.track import track_key
+from wan_avatar.track import load_track, track_key
 from wan_avatar.worker import Background, shut_down
 from wan_avatar.workflow import get_profile
 
@@ -359,6 +359,8 @@ class Sends(BaseHTTPRequestHandler):
         except OSError: pass # the other side has no room
     def log_message(self, *args): pass
 
+TRACK = Path(__file__).with_name('audit') / 'driving.track'
+
 def from_the_bucket(service, disk, source):
     service.store.download('disk/large', disk / 'x', 'driving_video_path', 10**8)
 def unpacked_there(service, disk, source):
@@ -375,7 +377,8 @@ def tracked(service, disk, source):
     filler = disk / 'filler' # until the disk has no room for a track of 4 kB
     with pytest.raises(OSError), filler.open('wb', buffering=0) as out:
         while True: out.write(bytes(1 << 16))
-    take_cached_track(service.store, 'disk/track', disk / 'x.track', 8)
+    made = load_track(TRACK)
+    take_cached_track(service.store, 'disk/track', disk / 'x.track', SimpleNamespace(frames=len(made), size=made.size), made.tracker)
 def encoded(service, disk, source):
     with Encoder(disk / 'avatar.mp4', (640, 360)) as encoder:
         for n in range(48): encoder.write(np.random.default_rng(n).integers(0, 255, (360, 640, 3), dtype=np.uint8))
@@ -383,8 +386,7 @@ def encoded(service, disk, source):
 def large(service, samples):
     "What does not fit on the small disk"
     service.store.write_bytes('disk/large', bytes(2_000_000), 'application/octet-stream')
-    track = Path(__file__).with_name('audit') / 'driving.track'
-    service.store.write_bytes('disk/track', track.read_bytes(), 'application/octet-stream')
+    service.store.write_bytes('disk/track', TRACK.read_bytes(), 'application/octet-stream')
     body = gzip.compress(bytes(2_000_000))
     service.store.client.put_object(bucket_name=service.store.bucket, object_name='disk/packed', data=io.BytesIO(body),
                                     length=len(body), metadata={'Content-Encoding': 'gzip'})
