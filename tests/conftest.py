@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from wan_avatar.apart import Apart
 from wan_avatar.config import load_settings
 from wan_avatar.handler import Handler
 from wan_avatar.local import bucket_server
@@ -75,6 +76,15 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if mark := item.get_closest_marker('hostile'): item.user_properties.append(('hostile', (mark.args[0], mark.kwargs.get('cases', 1))))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+@pytest.fixture(scope='module')
+def apart(request):
+    "Runs functions of the test's module in processes of their own; its `ready` is what loads the module there, once"
+    made = Apart('wan_avatar.media:load_decoders', f'{request.module.__name__}:ready')
+    made.start()
+    yield made
+    made.close()
+    assert made.process is None
 
 @pytest.fixture(scope='session')
 def samples() -> Path:

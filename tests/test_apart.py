@@ -24,14 +24,6 @@ from wan_avatar.job import Job, JobError
 from wan_avatar.media import draw_test_video, normalise_video
 from wan_avatar.timeline import Timeline
 
-@pytest.fixture(scope='module')
-def apart():
-    made = Apart('wan_avatar.media:load_decoders', f'{__name__}:ready')
-    made.start()
-    yield made
-    made.close()
-    assert made.process is None
-
 def children(apart: Apart) -> list[psutil.Process]: return psutil.Process(apart.process.pid).children(recursive=True)
 
 def gone(pid: int, seconds: float = 10) -> bool:

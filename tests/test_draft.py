@@ -188,6 +188,12 @@ def test_a_picture_without_a_face_is_refused(cartoon):
 
 # the real thing
 
+def in_comfys_environment(script: str, *arguments) -> None:
+    "Run Python where the detectors are"
+    done = subprocess.run([ROOT / '.comfy/env/bin/python', '-c', script, *arguments], env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'},
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
 @pytest.fixture(scope='module')
 def real(samples, tmp_path_factory) -> Path:
     "Two short tracks and a portrait's, made in ComfyUI's environment"
@@ -214,9 +220,7 @@ assert not nobody.present.any() and np.isnan(nobody.face).all() and np.abs(nobod
 puppet, driver = draft.make_puppet(image, track.load_track(f'{out}/portrait.track')), draft.make_driver(driving)
 np.savez(f'{out}/drawn.npz', **{str(i): draft.draw(puppet, driver, i) for i in range(0, 40, 3)})
 '''
-    done = subprocess.run([ROOT / '.comfy/env/bin/python', '-c', script, samples, out], env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'},
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_comfys_environment(script, samples, out)
     return out
 
 def test_real_video(real):
@@ -321,9 +325,7 @@ for name in ('group.jpg', 'astronaut.png'):
     except JobError as e: said = str(e)
     open(f'{out}/{name}.txt', 'w').write(said)
 '''
-    done = subprocess.run([ROOT / '.comfy/env/bin/python', '-c', script, samples, out], env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'},
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_comfys_environment(script, samples, out)
     return {p.stem: dict(np.load(p)) for p in out.glob('*.npz')} | {p.stem: p.read_text() for p in out.glob('*.txt')}
 
 @pytest.mark.parametrize('name, least', [('he behind', .7), ('he in front', .95)])

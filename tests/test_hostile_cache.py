@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from test_track import make_track
 
-from wan_avatar.apart import Apart, peak_memory
+from wan_avatar.apart import peak_memory
 from wan_avatar.avatar import find_embedding, take_cached_track
 from wan_avatar.media import Clip
 from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
@@ -142,12 +142,6 @@ class Bucket:
         return self.data
 
 def ready() -> None: "Runs apart: this module is imported once"
-
-@pytest.fixture(scope='module')
-def apart():
-    made = Apart('wan_avatar.media:load_decoders', f'{__name__}:ready')
-    yield made
-    made.close()
 
 def use(track) -> None:
     "What jobs do with a track; raises if something in it is not as it should be"

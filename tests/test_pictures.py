@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from wan_avatar.apart import Apart, peak_memory
+from wan_avatar.apart import peak_memory
 from wan_avatar.job import JobError
 from wan_avatar.media import normalise_image, read_image
 from wan_avatar.metadata import strip_metadata
@@ -220,12 +220,6 @@ def try_mutations(kind: str, count: int) -> Counter:
     return seen
 
 def ready() -> None: "Runs apart: this module is imported once"
-
-@pytest.fixture(scope='module')
-def apart():
-    made = Apart('wan_avatar.media:load_decoders', f'{__name__}:ready')
-    yield made
-    made.close()
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.hostile('pictures', cases=30)

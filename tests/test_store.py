@@ -23,7 +23,7 @@ from conftest import make_settings
 from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError, parse_job
 from wan_avatar.store import (
-    OWN_FOLDERS, PART, WEB_PORTS, Replaced, Store, address, check_reach, check_url, fetch_image, is_public,
+    CACHES, PART, WEB_PORTS, Replaced, Store, address, check_reach, check_url, fetch_image, is_public,
     ports_of,
 )
 
@@ -896,7 +896,7 @@ def test_the_workers_own_folders_are_those_it_writes_to():
     from wan_avatar.prompt import Embedding
     from wan_avatar.track import track_key
     written = track_key('ab' * 32, (1280, 720), 24), embedding_key(Embedding('a', 'b'))
-    assert {key.partition('/')[0] for key in written} == set(OWN_FOLDERS)
+    assert {key.partition('/')[0] for key in written} == set(CACHES)
 
 # secrets
 

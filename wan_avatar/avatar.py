@@ -274,7 +274,7 @@ async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, wo
 async def _track_reference(inputs: Inputs, studio: Studio, profile: Profile, restarts: Restarts) -> Path:
     "The picture's track file; JobError when this profile can do nothing with the picture"
     path = await track_file(studio.comfy, inputs.reference, 'image', profile, studio.settings.work_dir, lambda *a: None, restarts)
-    check_person(await asyncio.to_thread(load_track, path), 'image', profile.name if profile.needs_face else '')
+    check_person(await asyncio.to_thread(load_track, path), 'image', profile.face_for)
     return path
 
 def relative(path: Path, work_dir: Path) -> str:
@@ -298,7 +298,7 @@ async def track_video_cached(
             await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
             await asyncio.to_thread(keep, studio.store, key, target)
             track = await asyncio.to_thread(load_track, target)
-    check_person(track, 'video', profile.name if profile.needs_face else '')
+    check_person(track, 'video', profile.face_for)
     return target, track_facts(track)
 
 def keep(store: Store, key: str, path: Path) -> None:
@@ -553,14 +553,14 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
 def prove(
     inputs: Inputs,
     timeline: Timeline,
-    sha256: str | None = None # of the video, where it is known already
+    sha256: str # of the video
 ) -> dict[str, Any]: # fields of the result
     "Check a finished video against what it must be; JobError `internal` names the figure that is off"
     clip = inputs.clip
     with timeline.stage('check'):
         found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s)
         figures = {k: getattr(found, k) for k in ('width', 'height', 'fps', 'frames', 'duration_s', 'bytes', 'has_audio')}
-        return figures | {'sha256': sha256 or sha256_of(inputs.result)}
+        return figures | {'sha256': sha256}
 
 # %% ../nbs/40_avatar.ipynb #e493a98b
 @asynccontextmanager
@@ -614,11 +614,11 @@ async def upload_proven(
     studio: Studio,
     timeline: Timeline,
     report: Report,
-    attempt: str | None = None # whose it is; None: of one by itself
+    attempt: str # whose it is
 ) -> dict[str, Any]: # fields of the result
     "Upload the video while it is checked; the first failure is raised at once"
     progress, digest = StageProgress(report, 'upload', timeline), await asyncio.to_thread(sha256_of, inputs.result)
-    labels = {'attempt': attempt or uuid.uuid4().hex, 'sha256': digest}
+    labels = {'attempt': attempt, 'sha256': digest}
     async def upload() -> None:
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(put_own, studio.store, key, inputs.result, labels, progress)
@@ -633,8 +633,8 @@ def write_manifest(
     store: Store,
     key: str, # of the MP4
     manifest: dict[str, Any],
-    cancelled: Callable[[], bool],
-    attempt: str = 'alone' # whose it is
+    attempt: str, # whose it is
+    cancelled: Callable[[], bool]
 ) -> None:
     "Say that the video is whole; taken back when the job was cancelled meanwhile"
     store.write_json(manifest_key(key), manifest, {'attempt': attempt})
@@ -660,7 +660,7 @@ async def deliver(
             if not there or there['labels'].get('attempt', attempt) != attempt: # another attempt wrote over it meanwhile
                 labels = {'attempt': attempt, 'sha256': result.sha256}
                 await in_thread(put_own, store, key, inputs.result, labels, lambda *far: None)
-            await in_thread(write_manifest, store, key, manifest, attempt=attempt)
+            await in_thread(write_manifest, store, key, manifest, attempt)
         return result
     except Outrun:
         if (theirs := await asyncio.to_thread(delivered, store, key, 0)) is not None: return theirs
@@ -711,8 +711,8 @@ async def make_avatar(
 @asynccontextmanager
 async def deadline(
     seconds: float,
-    timeline: Timeline | None = None, # of the job, for what it has done
-    work_dir: Path = Path('.') # on the disk that may fill up
+    timeline: Timeline, # of the job, for what it has done
+    work_dir: Path # on the disk that may fill up
 ) -> AsyncIterator[None]:
     "One limit over everything a job does; also what a full disk means to a caller"
     try:
@@ -720,8 +720,7 @@ async def deadline(
             async with asyncio.timeout(seconds) as limit: yield
     except TimeoutError:
         if not limit.expired(): raise # somebody else's
-        done = f'; {so_far(timeline)}' if timeline else ''
-        raise JobError('timed_out', f'the job took longer than {seconds:.0f} s (JOB_SECONDS){done}') from None
+        raise JobError('timed_out', f'the job took longer than {seconds:.0f} s (JOB_SECONDS); {so_far(timeline)}') from None
 
 def so_far(timeline: Timeline) -> str:
     "What a job was doing, and for how long, the last stage being the one that was stopped"

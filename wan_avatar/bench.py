@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,7 @@ from .avatar import Inputs, prove, upload_proven
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import Comfy, ComfyProcess, run, running_comfy
 from .config import Settings, load_settings
-from .files import whole_file
+from .files import sha256_of, whole_file
 from .job import manifest_key
 from .launch import ComfyPlace
 from .local import Local, bucket_server, up
@@ -248,8 +249,9 @@ def beside_check_s(
     inputs = Inputs(result.parent, result, SimpleNamespace(frames=RESULT_FRAMES, size=SIZE, fps=FPS, audio=None, audio_s=0.0), sha256='')
     shutil.copy(result, inputs.result)
     shop = SimpleNamespace(store=store)
-    check = timed_call(lambda: prove(inputs, Timeline()))
-    both = timed_call(lambda: asyncio.run(upload_proven('bench/result.mp4', inputs, shop, Timeline(), lambda update: None)))
+    attempt = uuid.uuid4().hex # a video of the same attempt would not be sent again
+    check = timed_call(lambda: prove(inputs, Timeline(), sha256_of(inputs.result)))
+    both = timed_call(lambda: asyncio.run(upload_proven('bench/result.mp4', inputs, shop, Timeline(), lambda update: None, attempt)))
     return max(both - check, 0.0)
 
 # %% ../nbs/55_bench.ipynb #d0a2a434

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'LIGHT', 'COLOURS', 'COLOUR_SPAN', 'MIDDLE', 'MOST_GAIN', 'GAP', 'SETTLE', 'SAME_PLACE', 'SAME_LOOK',
-           'SAME_SCENE', 'SIGHTINGS', 'STRANGERS', 'WIDER', 'NEARBY', 'area', 'overlap', 'prominence', 'look', 'alike',
-           'Passage', 'Follower', 'bust', 'elsewhere', 'apart', 'paint_over', 'Company']
+           'SAME_SCENE', 'SIGHTINGS', 'STRANGERS', 'WIDER', 'NEARBY', 'area', 'common', 'overlap', 'prominence', 'look',
+           'alike', 'Passage', 'Follower', 'bust', 'elsewhere', 'apart', 'paint_over', 'Company']
 
 # %% ../nbs/20_people.ipynb #a2f6941a
 from collections import deque
@@ -20,12 +20,19 @@ def area(
     "How large boxes are"
     return np.prod(np.maximum(boxes[..., 2:] - boxes[..., :2], 0), axis=-1)
 
+def common(
+    box: np.ndarray, # (4,)
+    others: np.ndarray # (m, 4)
+) -> np.ndarray: # (m,) square pixels
+    "How much of a box lies in each of the others"
+    return area(np.concatenate([np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])], axis=1))
+
 def overlap(
     box: np.ndarray, # (4,)
     others: np.ndarray # (m, 4)
 ) -> np.ndarray: # (m,) 0 to 1
     "Intersection over union"
-    both = area(np.concatenate([np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])], axis=1))
+    both = common(box, others)
     return both / np.maximum(area(box) + area(others) - both, 1e-6)
 
 def prominence(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'PEOPLE', 'HIDDEN', 'CROP', 'MEAN', 'DEVIATION', 'CONFIDENT', 'ENOUGH', 'PROMPT_JOINTS', 'KEYS', 'FIGURE_SHARE',
            'BOX_SHARE', 'STRAY', 'ROOM', 'PERSON_SCORE', 'CANDIDATES', 'CHUNK', 'SAM2_KEEPS', 'Masks', 'GPU_MEMORY',
-           'Starts', 'Read', 'MOST_LOOKED_AT', 'person_boxes', 'covered', 'find_path', 'bridge', 'crop_box',
+           'Starts', 'Read', 'MOST_LOOKED_AT', 'person_boxes', 'hidden_share', 'find_path', 'bridge', 'crop_box',
            'take_crop', 'decode', 'to_frame', 'is_seen', 'prompt_points', 'key_frames', 'inside', 'is_mask_of',
            'guess_mask', 'mend_mask', 'Detectors', 'chunks', 'track_wholebody', 'count_people', 'track_picture']
 
@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 from .job import JobError
-from .people import GAP, Follower, area, look
+from .people import GAP, Follower, area, common, look
 from .segments import THRESHOLD, body_joints, draw_body
 from .track import SMALLEST_OTHER, TRACKERS, Track, check_alone, dump_track, pack_mask, parse_track, unpack_mask
 
@@ -41,13 +41,12 @@ def person_boxes(
 # %% ../nbs/24_wholebody.ipynb #1f3de78b
 HIDDEN = 0.5 # of a box: when somebody else's lies over so much of it, only they can be seen there
 
-def covered(
+def hidden_share(
     box: np.ndarray, # (4,)
     others: np.ndarray # (m, 4)
 ) -> float: # 0 to 1
     "How much of a box lies below the one that covers most of it"
-    shared = np.concatenate([np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])], axis=1)
-    return float(area(shared).max(initial=0) / max(area(box), 1e-6))
+    return float(common(box, others).max(initial=0) / max(area(box), 1e-6))
 
 def find_path(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
@@ -64,7 +63,7 @@ def find_path(
     seen = follower.path()
     path = bridge(seen)
     for i in np.flatnonzero(np.isnan(seen[:, 0]) & ~np.isnan(path[:, 0])):
-        if covered(path[i], found[i]) >= HIDDEN: path[i] = np.nan
+        if hidden_share(path[i], found[i]) >= HIDDEN: path[i] = np.nan
     return path
 
 def bridge(

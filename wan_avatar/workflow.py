@@ -158,6 +158,11 @@ class Profile:
         return MaskShape(*(self.values[f'mask_{part}'] for part in ('shape', 'dilation', 'block')))
 
     @property
+    def face_for(self) -> str: # empty: whole bodies will do
+        "Who needs a face, as `check_person` takes it"
+        return self.name if self.needs_face else ''
+
+    @property
     def prompts(self) -> dict[str, str]: # slot -> text
         "What has to be embedded; the negative prompt is evaluated at cfg above 1 only"
         if self.prompt is None: return {}
