@@ -7,6 +7,8 @@ import av
 import folder_paths
 import numpy as np
 import torch
+from comfy import ops
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from PIL import Image
 
 class Any(str):
@@ -75,6 +77,28 @@ class SayPrompt:
 
     def run(self, text, encoder): return ([[torch.full((1, 512, 4096), len(text) / 100), {}]],)
 
+class Fp8Layer:
+    "A layer of fp8 weights inside a forward pass of the model and then outside: products in fp8, and how far off they are"
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls): return {'required': {'model': ('MODEL',), 'kernels': ('AVATAR_KERNELS',)}}
+
+    def run(self, model, kernels):
+        linear = ops.scaled_fp8_ops(fp8_matrix_mult=True, scale_input=True).Linear
+        layer = linear(32, 16, bias=False, dtype=torch.float8_e4m3fn).eval()
+        layer.reset_parameters()
+        numbers = torch.Generator().manual_seed(0)
+        layer.weight.data = torch.randn(16, 32, generator=numbers).to(torch.float8_e4m3fn)
+        given = torch.randn(1, 4, 32, generator=numbers, dtype=torch.bfloat16)
+        kernels.ran.clear()
+        wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, model.model_options, is_model_options=True)
+        out = WrapperExecutor.new_executor(lambda x: layer(x), wrappers).execute(given.clone())
+        off = out.float() - given.float() @ layer.weight.float().T
+        inside, _ = dict(kernels.ran), kernels.ran.clear()
+        layer(given.clone())
+        return {'ui': {'said': [{'inside': inside, 'outside': dict(kernels.ran), 'off': float(off.abs().max())}]}}
+
 class FullDisk:
     "Writes to a device that is always full, as somebody's code does"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
@@ -109,4 +133,5 @@ class Variables:
 
     def run(self): return {'ui': {'variables': [f'{k}={v}' for k, v in os.environ.items()]}}
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Probe, NumberedMask, FullMemory, SayPrompt, FullDisk, Variables)}
+NODES = Probe, NumberedMask, FullMemory, SayPrompt, FullDisk, Variables, Fp8Layer
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in NODES}

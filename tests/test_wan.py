@@ -97,6 +97,12 @@ def test_several_windows_with_masks_tail_and_embedding(wan, made):
     assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9)]
     assert (manifest['rendered_with']['steps'], manifest['rendered_with']['tracker'], manifest['rendered_with']['prompt']) == (2, 'mediapipe-2', 'a person') and [s['facts']['from'] for s in manifest['timeline'] if s['name'] == 'prompt'] == ['here']
 
+def test_the_manifest_says_what_computed_the_video(wan, made):
+    manifest = wan.store.read_json('avatars/tiny.mp4.json')
+    assert (manifest['rendered_with']['attention'], manifest['rendered_with']['fp8_products']) == ('default', 'default')
+    said, calls = manifest['kernels'], 3 * 2 * 5 * 3 # windows, steps, blocks, attentions of a block
+    assert (said['attention'], said['fp8_products']) == ('default', 'default') and sum(said['ran'].values()) == calls
+
 def test_one_seed_one_video_another_seed_another(wan, made):
     assert wan.run('tiny-again', **JOB, seed=7)['sha256'] == made['sha256']
     assert wan.run('tiny-other', **JOB, seed=8)['sha256'] != made['sha256']
@@ -106,7 +112,8 @@ def test_models_stay_loaded_from_job_to_job(wan, made):
     assert 'error' not in wan.run('warm', **JOB, seed=9)
     async def prompts() -> dict: return await wan.comfy._get('/history')
     said = [dict(p['status']['messages']) for p in wan.on_loop(prompts()).values() if 'sample' in p['prompt'][2]]
-    assert set(loaders(TINY)) == {'dit', 'distill', 'relight', 'shift', 'vae', 'clip_vision'} and len(said) > 5
+    assert set(loaders(TINY)) == {'dit', 'distill', 'relight', 'shift', 'kernels', 'vae', 'clip_vision'}
+    assert len(said) > 5
     assert all(set(loaders(TINY)) - {'clip_vision'} <= set(s['execution_cached']['nodes']) for s in said[1:]), 'only the first window of all loaded anything'
     described = [dict(p['status']['messages']) for p in wan.on_loop(prompts()).values() if 'described' in p['prompt'][2]]
     assert len(described) > 1 and all('clip_vision' in s['execution_cached']['nodes'] for s in described[1:]), 'nor did any job load CLIP again'
@@ -310,6 +317,45 @@ def test_face_branch(wan):
     assert 'error' not in answer and rendered(wan, 'close-up') == [(0, 5)]
     without = wan.run('no-close-up', **BRIEF, profile='wan22-animate-tiny', seed=1)
     assert answer['sha256'] != without['sha256'], 'the close-up changes the picture'
+
+# kernels
+
+def kernels_of(wan, seed: int, **values) -> dict:
+    "A window of the tiny profile through these kernels: what AvatarRan says"
+    graph = profile_graph(TINY.changed(steps=1, **values))
+    given = {k: v for k, v in (window_values() | {'seed': seed}).items() if k in slots(graph)}
+    return wan.on_loop(run(wan.comfy, bind(graph, given)))['ran']['kernels'][0]
+
+RAN = [('default', 'default', None), # what was asked for; in force; what ran, where it has a name of ours
+       ('flash', 'flash', 'flash'),
+       ('sage', 'default', None)] # not installed here
+
+@pytest.mark.parametrize('asked, used, named', RAN, ids=[a for a, *_ in RAN])
+def test_kernels_that_ran_are_said_even_of_a_result_from_the_cache(wan, window, asked, used, named):
+    before = wan.comfy.process.log.end()
+    said = kernels_of(wan, 20, attention=asked)
+    assert (said['attention'], said['fp8_products']) == (used, 'default')
+    (name, calls), = said['ran'].items() # weights are not fp8 here
+    assert (name == named if named else name.startswith('attention_')), name
+    assert calls == 3 * 5, 'of text, of the picture and of itself, in 5 blocks'
+    assert ('sageattention cannot be imported' in wan.comfy.process.log.since(before)) == (asked == 'sage')
+    assert kernels_of(wan, 20, attention=asked) == said
+    assert kernels_of(wan, 22)['attention'] == 'default', 'the next prompt of the same weights sees nothing of it'
+
+@pytest.mark.parametrize('attention', ['cudnn', 'efficient'])
+def test_a_kernel_that_cannot_run_says_so_and_no_other_steps_in(wan, window, attention):
+    why = f'^comfy_failed: attention "{attention}" cannot run on cpu with torch.float32: .*take attention "default"'
+    with pytest.raises(JobError, match=why): kernels_of(wan, 21, attention=attention)
+    assert kernels_of(wan, 21)['attention'] == 'default'
+
+@pytest.mark.parametrize('fp8_products, products', [('default', {'fp8 products': 1}), ('off', {})])
+def test_products_in_fp8_are_switched_inside_the_forward_pass_of_one_model(wan, window, fp8_products, products):
+    nodes = loaders(TINY.changed(fp8_products=fp8_products)).items()
+    graph = {k: v for k, v in nodes if k not in ('vae', 'clip_vision')}
+    graph['layer'] = {'class_type': 'Fp8Layer', 'inputs': {'model': ['kernels', 0], 'kernels': ['kernels', 1]}}
+    said, = wan.on_loop(run(wan.comfy, graph))['layer']['said']
+    assert said['inside'] == products and said['outside'] == {}, 'a layer of another model'
+    assert (said['off'] < 0.1) == (fp8_products == 'off') and said['off'] < 2
 
 # the audit: what the rules say, computed once and kept in tests/audit, against the nodes and the graph
 

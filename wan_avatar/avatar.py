@@ -7,11 +7,11 @@ __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYT
            'in_thread', 'begun', 'entered_in_thread', 'Turnstile', 'Studio', 'work_folder', 'discard', 'sweep',
            'boot_report', 'StageProgress', 'Inputs', 'take_image', 'take_video', 'driving_key', 'check_keys',
            'room_needed', 'check_start', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
-           'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render', 'shorter',
-           'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding', 'embedding_key',
-           'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered', 'Delivered', 'sign',
-           'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own', 'upload_proven', 'write_manifest',
-           'deliver', 'rendered_with', 'make_avatar', 'deadline', 'so_far', 'seed_of']
+           'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render', 'kernels_that_ran',
+           'shorter', 'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding',
+           'embedding_key', 'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered',
+           'Delivered', 'sign', 'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own', 'upload_proven',
+           'write_manifest', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'so_far', 'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -44,6 +44,7 @@ from .config import Settings
 from .fetch import fetch_weights
 from .files import check_room, room_on, sha256_of, whole_file
 from .job import Job, JobError, Result, manifest_key, output_key
+from .kernels import DEFAULT
 from .media import SIZE, Clip, Encoder, RawFrames, check_mp4, normalise_image, normalise_video
 from .models import load_lock
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
@@ -359,9 +360,11 @@ def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: P
         'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
-async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Report) -> None:
+async def render(
+    shoot: Shoot, studio: Studio, timeline: Timeline, report: Report
+) -> dict | None: # as `kernels_that_ran` has it
     "Every window through ComfyUI and into the encoder"
-    profile, clip, folder, tail = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None
+    profile, clip, folder, tail, outputs = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None, []
     length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
     encoder, kept = Encoder(shoot.inputs.result, clip.size, clip.fps, clip.audio), loaders(profile)
@@ -371,7 +374,8 @@ async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Repor
             graph = window_graph(shoot, s, studio.settings.work_dir, frames.path, tail)
             step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
             try:
-                with timeline.stage('render', segment=s.index, frames=s.length): await run(studio.comfy, graph | kept, step, shoot.restarts)
+                with timeline.stage('render', segment=s.index, frames=s.length):
+                    outputs.append(await run(studio.comfy, graph | kept, step, shoot.restarts))
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await studio.comfy.free()
@@ -381,6 +385,20 @@ async def render(shoot: Shoot, studio: Studio, timeline: Timeline, report: Repor
             if profile.carries: tail = await asyncio.to_thread(keep_tail, frames, tail, folder / 'tail.u8', profile.overlap)
             await encode(append, encoder, frames, timeline)
             todo.pop(0)
+    return kernels_that_ran(outputs, profile)
+
+# %% ../nbs/40_avatar.ipynb #0321b6a4
+def kernels_that_ran(
+    outputs: list[dict], # of each window, by node
+    profile: Profile
+) -> dict | None: # JSON: in force, and calls of each kernel in all windows; None: a graph without them
+    "What computed a video; a warning where it is not what the profile names"
+    said = [kernels for window in outputs for node in window.values() for kernels in node.get('kernels', ())]
+    if not said: return None
+    for name in ('attention', 'fp8_products'):
+        if (asked := profile.values.get(name, DEFAULT)) not in (DEFAULT, said[-1][name]):
+            log.warning('profile %s asks for %s "%s"; "%s" ran', profile.name, name, asked, said[-1][name])
+    return said[-1] | {'ran': dict(sum((Counter(kernels['ran']) for kernels in said), Counter()))}
 
 # %% ../nbs/40_avatar.ipynb #cd8b7e46
 def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: # frames of a window from now on
@@ -698,12 +716,13 @@ async def make_avatar(
             with timeline.stage('track picture'): reference_track = await _track_reference(inputs, studio, profile, restarts)
             track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
             values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
-            await render(Shoot(inputs, (reference_track, track), profile, values, restarts), studio, timeline, report)
+            shoot = Shoot(inputs, (reference_track, track), profile, values, restarts)
+            kernels = await render(shoot, studio, timeline, report)
         finally: studio.renderer.release()
         about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])},
                  'notes': list(inputs.clip.notes) or None}
-        rendered = rendered_with(profile, job.prompt or profile.prompt)
-        more = {'job_id': job_id, 'rendered_with': rendered, 'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
+        more = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels,
+                'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
         result = await deliver(key, inputs, about, more, studio, timeline, report)
         return sign(result, studio.store, job.presign_seconds)
 

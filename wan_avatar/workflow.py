@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from .job import JobError, shorten
+from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS
 from .models import Lock, LockedFile, Needs, load_lock
 from .segments import BLOCKS, LENGTH, OVERLAP, MaskShape
 
@@ -151,6 +152,9 @@ class Profile:
         if self.carries and (self.overlap % 4 != 1 or self.overlap >= self.length):
             raise ValueError(f'{self.name}: overlap {self.overlap} must be 4k + 1 and less than length {self.length}')
         if 'mask_shape' in self.values: _ = self.mask_shape # raises when there is no such shape
+        for value, there in (('attention', ATTENTIONS), ('fp8_products', FP8_PRODUCTS)):
+            if (asked := self.values.get(value, DEFAULT)) not in there:
+                raise ValueError(f'{self.name}: {value} {asked!r} does not exist; it is one of {", ".join(there)}')
 
     @property
     def mask_shape(self) -> MaskShape:
@@ -212,7 +216,8 @@ def _wan(name: str, **values: Any) -> Profile:
         encoder_sha256=LOCKED[needs.text_encoder].sha256,
         vision='clip', clip_vision=CLIP_VISION,
         values=dict(width=1280, height=720, cfg=1.0, scheduler='simple', relight_strength=1.0,
-                    mask_shape=BLOCKS.shape, mask_dilation=BLOCKS.dilation, mask_block=BLOCKS.block) | values)
+                    mask_shape=BLOCKS.shape, mask_dilation=BLOCKS.dilation, mask_block=BLOCKS.block,
+                    attention=DEFAULT, fp8_products=DEFAULT) | values)
 
 WAN = _wan('wan22-animate', steps=6, sampler='euler', shift=8.0, distill_strength=1.0)
 REFERENCE = _wan('wan22-animate-reference', steps=20, sampler='dpmpp_2m', shift=5.0, mask_shape='rectangle')
