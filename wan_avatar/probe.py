@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'CONTEXT', 'NODE_CLASS_MAPPINGS', 'PACKAGE', 'note', 'measured_block', 'kernels_of', 'install', 'capped',
-           'ProbeCap', 'hold_to', 'ProbeSink']
+           'ProbeCap', 'hold_to']
 
-# %% ../nbs/37_probe.ipynb #86993233
+# %% ../nbs/37_probe.ipynb #cfe46ebc
 import json
 import os
 import time
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/37_probe.ipynb #9637bb88
+# %% ../nbs/37_probe.ipynb #746cc682
 RECORD = 'WAN_AVATAR_PROBE' # variable that names the file of records, a line of JSON each
 _peaks: list[list[int]] = [] # of the blocks that are open: bytes allocated, bytes reserved
 
@@ -50,7 +50,7 @@ def measured_block(kind: str, **facts) -> Iterator[dict]: # to add facts to
         if _peaks: _peaks[-1] = [max(pair) for pair in zip(_peaks[-1], held, strict=True)]
         note(kind=kind, seconds=seconds, allocated=allocated, reserved=reserved, **facts)
 
-# %% ../nbs/37_probe.ipynb #c93b47d3
+# %% ../nbs/37_probe.ipynb #a204a58f
 _asked = {'profile': False} # by the next prompt
 
 def _node(inner: Callable) -> Callable:
@@ -105,7 +105,7 @@ def install() -> None:
              (comfy.sd.VAE, 'decode_tiled_3d', _tiled), (comfy.sd.VAE, 'encode_tiled_3d', _tiled)]
     for owner, name, around in wraps: setattr(owner, name, around(getattr(owner, name)))
 
-# %% ../nbs/37_probe.ipynb #250a8f96
+# %% ../nbs/37_probe.ipynb #7a378e01
 CONTEXT = 600 * 10**6 # bytes of CUDA's context and kernels on an H100, by nvidia-smi beside torch's own count
 
 def capped(
@@ -158,17 +158,8 @@ def _stand_ins(total: int) -> tuple[Callable, Callable]:
         return free if torch_free_too else free[0]
     return total_memory, free_memory
 
-# %% ../nbs/37_probe.ipynb #2d9d5180
-class ProbeSink:
-    "An end for a prompt that stops at the latents"
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = 'avatar', 'run', (), True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict: return {'required': {'samples': ('LATENT',)}}
-
-    def run(self, samples: dict) -> dict: return {'ui': {'shape': [list(samples['samples'].shape)]}}
-
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbeCap, ProbeSink)}
+# %% ../nbs/37_probe.ipynb #1cbbe9c1
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbeCap,)}
 PACKAGE = '''from wan_avatar.probe import NODE_CLASS_MAPPINGS, install
 install()
 ''' # `__init__.py` of the node package

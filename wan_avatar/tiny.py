@@ -195,7 +195,9 @@ def main() -> None:
     if 'production' not in options: return make_tiny(Path(models), 'face' in options)
     files = production_files(SMALL if 'small' in options else TRUE, 'bf16' in options)
     missing = {place: spec for place, spec in files.items() if not (Path(models) / place).exists()} # others are of a run before
-    write(Path(models), missing, {}, device)
+    described = {f'embeddings/{e.name}': e for e in embeddings(WAN)}
+    missing |= {name: {'embedding': ('F16', e.shape)} for name, e in described.items()}
+    write(Path(models), missing, {name: e.metadata() for name, e in described.items()}, device)
 
 # %% ../nbs/34_tiny.ipynb #35aaad16
 #| eval: false
