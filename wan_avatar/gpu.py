@@ -8,12 +8,13 @@ __all__ = ['FIRST', 'RECTANGLES', 'CAPS', 'FRAMES', 'FOLDER', 'LOADS', 'PHASES',
            'run_cases', 'comfy_with_probe', 'NoGpu', 'Options', 'models_folder', 'make_files', 'small_case',
            'fresh_run', 'folder_of', 'bench_gpu', 'main']
 
-# %% ../nbs/55_gpu.ipynb #d1f01350
+# %% ../nbs/55_gpu.ipynb #acf56eaf
 import argparse
 import asyncio
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from .tiny import BF16_DIT
 from .track import TRACKERS, Track, pack_mask, save_track
 from .workflow import TINY, WAN, Graph, Profile, bind, profile_graph, slots, vision_graph
 
-# %% ../nbs/55_gpu.ipynb #c1caf4d4
+# %% ../nbs/55_gpu.ipynb #9bce172d
 @dataclass(frozen=True)
 class Case:
     "One prompt"
@@ -81,7 +82,7 @@ def expected_s(case: Case, step_s: float) -> float: # `step_s`: of a window of 7
     share = operations(*case.side, case.length).total / operations(*SIZE, WAN.length).total
     return case.seconds + case.steps * step_s * share * (1.5 if case.cap_gb else 1)
 
-# %% ../nbs/55_gpu.ipynb #ca97fb2d
+# %% ../nbs/55_gpu.ipynb #16e36a2b
 FRAMES = 160 # of the driving video
 FOLDER = 'jobs/gpu' # in the work tree, where nodes may read and write
 
@@ -117,7 +118,7 @@ def stage(
     files = {'video': 'driving.mp4', 'track': 'driving.track', 'reference': 'reference.png', 'reference_track': 'reference.track'}
     return {slot: f'{FOLDER}/{name}' for slot, name in (files | {'vision': 'vision.safetensors', 'frames': 'frames.u8'}).items()}
 
-# %% ../nbs/55_gpu.ipynb #9b369826
+# %% ../nbs/55_gpu.ipynb #0b1220ab
 def bench_profile(
     small: bool # with the files of a dry run
 ) -> Profile:
@@ -146,7 +147,7 @@ def case_graph(
         graph['sample']['inputs']['model'] = ['compile', 0]
     return graph if case.decode else {i: n for i, n in graph.items() if i not in ('trim', 'decode', 'frames')}
 
-# %% ../nbs/55_gpu.ipynb #79ff25a1
+# %% ../nbs/55_gpu.ipynb #0d5d9a91
 class Watch:
     "nvidia-smi, twice a second"
     def __init__(self):
@@ -189,7 +190,7 @@ def ram_peak_gb(pid: int) -> float | None: # None: the process has ended
     except OSError: return None
     return int(said['VmHWM'].split()[0]) * 1024 / 1e9
 
-# %% ../nbs/55_gpu.ipynb #ddd6c555
+# %% ../nbs/55_gpu.ipynb #b0bad70b
 LOADS = ('dit', 'distill', 'relight', 'vae', 'clip_vision') # nodes that read files
 PHASES = ('encode', 'forward', 'decode')
 
@@ -217,7 +218,7 @@ def figures(
         peaks={phase: Peak(allocated_gb=max(r['allocated'] for r in found) / 1e9, reserved_gb=max(r['reserved'] for r in found) / 1e9)
                for phase, found in peaks.items() if found}, **more)
 
-# %% ../nbs/55_gpu.ipynb #04e0e3c7
+# %% ../nbs/55_gpu.ipynb #ab3af52a
 class Bench:
     "A ComfyUI with the probe in it, and what it said so far"
     def __init__(self, comfy: Comfy, card: str, profile: Profile, inputs: Mapping[str, Any], records: Path):
@@ -258,7 +259,7 @@ class Bench:
         bound = bind(graph, {slot: self.inputs[slot] for slot in slots(graph)})
         return await self.measure(Case('CLIP, once a job', 1, 0), bound, 120)
 
-# %% ../nbs/55_gpu.ipynb #6554a917
+# %% ../nbs/55_gpu.ipynb #abf38737
 @dataclass
 class Budget:
     "Seconds that may be spent in all"
@@ -287,7 +288,7 @@ class Kept:
         self.run = self.run.model_copy(update={'cases': kept, 'left_out': left_out} | more)
         write_run(self.run, self.folder / 'gpu.json')
 
-# %% ../nbs/55_gpu.ipynb #bae93a25
+# %% ../nbs/55_gpu.ipynb #c37316f7
 async def run_cases(bench: Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]) -> None:
     "Each that fits the time that is left"
     kept.add(await bench.picture())
@@ -317,7 +318,7 @@ def comfy_with_probe(comfy_dir: Path) -> Iterator[Path]: # a COMFY_DIR
         (package / '__init__.py').write_text(PACKAGE)
         yield Path(folder)
 
-# %% ../nbs/55_gpu.ipynb #687cd89f
+# %% ../nbs/55_gpu.ipynb #6b59bc80
 class NoGpu(RuntimeError):
     "There is nothing to measure here"
 
@@ -351,7 +352,7 @@ def small_case(case: Case) -> Case:
     "The same, small enough for a CPU"
     side = (64, 48) if case.side == SIZE else (48, 32)
     return replace(case, length=13 if case.length > WAN.length else 9, start=min(case.start, 4), steps=1, side=side,
-                   face=case.name == FIRST) # the close-up's encoders have one size, 15 s a step here
+                   face=False) # the close-up's encoders have one size, 15 s a step here
 
 def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more) -> GpuRun:
     "What is known before the first case"
@@ -370,7 +371,7 @@ def folder_of(card: str) -> str:
     "A card's folder: as the table names it, else its own name in a form for folders"
     return CARDS[card].folder if card in CARDS else re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')
 
-# %% ../nbs/55_gpu.ipynb #cda7ed6b
+# %% ../nbs/55_gpu.ipynb #be8489bd
 async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Path: # the card's folder
     "Measure; raises NoGpu where there is nothing to measure"
     facts, budget = card_facts(), Budget(options.seconds)
@@ -392,7 +393,9 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
             kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), boot_s=boot_s, weights_s=weights_s))
             bench = Bench(comfy, kept.run.card, profile, inputs, records)
             try: await run_cases(bench, kept, todo, Budget(options.seconds - options.tracker_s, budget.began), say)
-            finally: bench.watch.close()
+            finally:
+                bench.watch.close()
+                shutil.copyfile(place.log_path, folder / 'comfy.log')
     if options.tracker_s: kept.add(tracker=_networks(options, min(options.tracker_s, budget.left), kept.run.tracker))
     return folder
 
@@ -409,7 +412,7 @@ def _networks(options: Options, seconds: float, before: dict) -> dict:
         subprocess.run(command, check=False, timeout=max(seconds, 10) + 30)
         return json.loads(result.read_text()) if result.exists() else before
 
-# %% ../nbs/55_gpu.ipynb #d297e475
+# %% ../nbs/55_gpu.ipynb #f7c77938
 def main() -> None:
     "`python -m wan_avatar.gpu`: where `wan-avatar` is not installed; the same options"
     parser = argparse.ArgumentParser(description=bench_gpu.__doc__)
@@ -422,6 +425,6 @@ def main() -> None:
     try: print(asyncio.run(bench_gpu(Options(**vars(parser.parse_args())), lambda text: print(text, flush=True))))
     except NoGpu as e: sys.exit(str(e))
 
-# %% ../nbs/55_gpu.ipynb #4e41ed55
+# %% ../nbs/55_gpu.ipynb #8a66ce92
 #| eval: false
 if __name__ == '__main__': main()
