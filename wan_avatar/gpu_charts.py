@@ -7,7 +7,7 @@ __all__ = ['Columns', 'NAMES', 'KERNELS', 'TIMES', 'MEMORY', 'POWER', 'VERDICTS'
            'KEPT', 'UNMEASURED', 'HEAD', 'fits', 'table_of', 'whole_windows', 'draw_window', 'pool_sizes', 'shown_case',
            'draw_memory', 'write_report', 'what_gpus_say']
 
-# %% ../nbs/58_gpu_charts.ipynb #a026e171
+# %% ../nbs/58_gpu_charts.ipynb #6ade8d47
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from typing import Any
 from .cards import (CARDS, PRODUCTION, RUNS, Card, GpuRun, Measured, least_seconds, operations, read_run)
 from .files import whole_file
 
-# %% ../nbs/58_gpu_charts.ipynb #39fa40cb
+# %% ../nbs/58_gpu_charts.ipynb #05c1afde
 def _shown(value: Any, digits: int = 1, unit: str = '') -> str:
     "A cell; a dash for what was not measured"
     if value in (None, '', 0): return '–'
@@ -54,7 +54,7 @@ POWER: Columns = {'W': lambda c: _shown(c.watts, 0)}
 def _cases(columns: Columns, cases: Iterable[Measured]) -> str:
     return _table([*columns], [[cell(c) for cell in columns.values()] for c in cases])
 
-# %% ../nbs/58_gpu_charts.ipynb #739914c8
+# %% ../nbs/58_gpu_charts.ipynb #3f1f9604
 def fits(
     case: Measured # held to `cap_gb`
 ) -> bool | None: # None: it ended for another reason
@@ -102,7 +102,7 @@ def table_of(run: GpuRun) -> str: # Markdown
         parts += ['## Networks of the tracker', _table(['network', 'how', 'ms', 'calls', 'on', 'peak GB'], rows)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/58_gpu_charts.ipynb #45d03889
+# %% ../nbs/58_gpu_charts.ipynb #ca021344
 PARTS = {'load': '#bbbbbb', 'pictures': '#56b4e9', 'encode': '#cc79a7', 'steps': '#009e73', 'decode': '#e69f00',
          'frames': '#d55e00', 'limit by the datasheet': '#000000'}
 
@@ -144,7 +144,7 @@ def whole_windows(run: GpuRun) -> list[Measured]:
     most = max((len(c.steps_s) for c in found), default=0)
     return [c for c in found if len(c.steps_s) == most]
 
-# %% ../nbs/58_gpu_charts.ipynb #d90d7315
+# %% ../nbs/58_gpu_charts.ipynb #daccece9
 def _window_bar(axes: Any, row: int, case: Measured) -> None:
     "Parts after each other, the limit of the steps below them"
     steps = [('steps', s) for s in case.steps_s]
@@ -199,7 +199,7 @@ def _nothing(axes: Any, why: str) -> None:
     axes.text(0.5, 0.5, why, ha='center', va='center', transform=axes.transAxes, fontsize=13, color='#555555')
     axes.axis('off')
 
-# %% ../nbs/58_gpu_charts.ipynb #9093c787
+# %% ../nbs/58_gpu_charts.ipynb #a546ccea
 PHASES = {'encode': 'VAE encodes', 'forward': 'steps', 'decode': 'VAE decodes'}
 OUTCOMES = {True: ('#009e73', '✓'), False: ('#d55e00', '✗'), None: ('#555555', '?')}
 KEPT = {'allocated': '#0072b2', 'reserved': '#56b4e9', 'nvidia-smi': '#d55e00'}
@@ -248,7 +248,7 @@ def _memory_key() -> list[Any]:
             Line2D([], [], color='black', lw=3, label='what the card was held to'),
             Line2D([], [], color='#777777', lw=1.2, ls='--', label='smallest card of a pool')]
 
-# %% ../nbs/58_gpu_charts.ipynb #db1c65a1
+# %% ../nbs/58_gpu_charts.ipynb #720e4134
 def draw_memory(run: GpuRun, path: Path | str) -> Path: # `path`
     "GPU memory of every phase, and of emulated smaller cards, against what the pools have"
     rows, sizes = _memory_rows(run), pool_sizes()
@@ -269,7 +269,7 @@ def draw_memory(run: GpuRun, path: Path | str) -> Path: # `path`
     _key(figure, _memory_key())
     return _saved(figure, path)
 
-# %% ../nbs/58_gpu_charts.ipynb #099d494b
+# %% ../nbs/58_gpu_charts.ipynb #eaf0a64a
 def write_report(
     run: GpuRun,
     folder: Path # runs/gpu/<card>
@@ -284,7 +284,7 @@ def write_report(
             made.append(draw(run, Path(d) / name).replace(folder / name))
     return made
 
-# %% ../nbs/58_gpu_charts.ipynb #fbdf1ea5
+# %% ../nbs/58_gpu_charts.ipynb #10e363e7
 UNMEASURED = 'not measured'
 HEAD = ('card', 'pool', 'a step', 'at least, by its datasheet', 'share of its rate', 'a window', 'GPU memory at most',
         'measured')
