@@ -77,6 +77,11 @@ def test_every_reason_is_told_and_breaks_no_table():
         '* tracker, person: left out: no time']
     assert len({len(row) for row in rows(text)}) == 1
 
+@pytest.mark.parametrize('cap, told', [(48, '| 48 | fits, the VAE in tiles |'),
+                                       (None, '* a window: the VAE went on in tiles, for want of memory')])
+def test_a_decode_in_tiles_is_told(cap, told):
+    assert told in table_of(run(whole(cap_gb=cap, tiled=True))) and told not in table_of(run(whole(cap_gb=cap)))
+
 def test_an_emulated_card_has_no_seconds():
     text = table_of(run(whole(), CAPPED))
     line, = [r for r in rows(text) if r[0] == '24']
@@ -86,8 +91,10 @@ def test_an_emulated_card_has_no_seconds():
 
 FAILURES = {'OutOfMemoryError: Allocation on device 0 would exceed allowed memory': False,
             'CUDA out of memory. Tried to allocate 2 GiB': False,
-            'JobError: gpu_out_of_memory: no room': False,
-            'TimeoutError: 41 s were not enough': None,
+            'out_of_memory: node sample: Allocation on device': False,
+            'comfy_failed: CUDNN_STATUS_ALLOC_FAILED': False,
+            'comfy_failed: CUDA error: an illegal memory access was encountered': None,
+            'was interrupted after 41 s': None,
             'ImportError: no sageattention': None,
             None: True}
 @pytest.mark.parametrize('failed, verdict', FAILURES.items())

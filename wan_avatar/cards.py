@@ -7,7 +7,6 @@ __all__ = ['CARDS', 'TEXT', 'FACE', 'RUNS', 'PRODUCTION', 'Card', 'Operations', 
            'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'measured']
 
 # %% ../nbs/35_cards.ipynb #e8237069
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -114,6 +113,7 @@ class Measured(Strict):
     watts: float | None = None # median
     mhz: float | None = None # median, of the multiprocessors
     finite: bool = True # no NaN, no infinity
+    tiled: bool = False # the VAE went on in tiles, for want of memory
 
     @property
     def step_s(self) -> float | None: # None: no step was finished

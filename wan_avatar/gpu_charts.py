@@ -7,7 +7,7 @@ __all__ = ['Columns', 'NAMES', 'KERNELS', 'TIMES', 'MEMORY', 'POWER', 'VERDICTS'
            'KEPT', 'UNMEASURED', 'HEAD', 'fits', 'table_of', 'whole_windows', 'draw_window', 'pool_sizes', 'shown_case',
            'draw_memory', 'write_report', 'what_gpus_say']
 
-# %% ../nbs/58_gpu_charts.ipynb #6ade8d47
+# %% ../nbs/58_gpu_charts.ipynb #2a8318cc
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from typing import Any
 from .cards import (CARDS, PRODUCTION, RUNS, Card, GpuRun, Measured, least_seconds, operations, read_run)
 from .files import whole_file
 
-# %% ../nbs/58_gpu_charts.ipynb #05c1afde
+# %% ../nbs/58_gpu_charts.ipynb #a34f9d63
 def _shown(value: Any, digits: int = 1, unit: str = '') -> str:
     "A cell; a dash for what was not measured"
     if value in (None, '', 0): return '–'
@@ -54,15 +54,20 @@ POWER: Columns = {'W': lambda c: _shown(c.watts, 0)}
 def _cases(columns: Columns, cases: Iterable[Measured]) -> str:
     return _table([*columns], [[cell(c) for cell in columns.values()] for c in cases])
 
-# %% ../nbs/58_gpu_charts.ipynb #3f1f9604
+# %% ../nbs/58_gpu_charts.ipynb #bb3c04c8
 def fits(
     case: Measured # held to `cap_gb`
 ) -> bool | None: # None: it ended for another reason
     "Does it run in the memory it was held to?"
     if not case.failed: return True
-    return False if re.search(r'memory|allocat', case.failed, re.I) else None
+    short = r'out.?of.?memory|exceed allowed memory|failed to allocate|alloc_failed' # torch, CUDA, cuDNN, and our code
+    return False if re.search(short, case.failed, re.I) else None
 
 VERDICTS = {True: 'fits', False: 'does not fit', None: 'not known'}
+
+def _verdict(case: Measured) -> str:
+    return VERDICTS[fits(case)] + (', the VAE in tiles' if case.tiled and not case.failed else '')
+
 EMULATED = ('These cases ran on this card with its memory held to that of a smaller one. They show whether memory '
             'suffices, and never how fast a smaller card is.')
 
@@ -78,6 +83,8 @@ def _tracker_rows(run: GpuRun) -> Iterable[list[str]]:
 def _reasons(run: GpuRun) -> list[str]:
     told = [(c.name, f'failed: {c.failed}') for c in run.cases if c.failed and c.cap_gb is None]
     told += [(c.name, 'its answers are not finite numbers') for c in run.cases if not c.finite]
+    tiled = [c for c in run.cases if c.tiled and c.cap_gb is None]
+    told += [(c.name, 'the VAE went on in tiles, for want of memory') for c in tiled]
     told += [(name, f'left out: {why}') for name, why in run.left_out.items()]
     for name, found in run.tracker.items():
         told += [(f'tracker, {name}', f'{kind}: {found[kind.replace(" ", "_")]}') for kind in ('failed', 'left out')
@@ -93,16 +100,16 @@ def table_of(run: GpuRun) -> str: # Markdown
     made = f'ComfyUI started in {boot}; making the files of random weights took {weights}.'
     whole = [c for c in run.cases if c.cap_gb is None and not c.failed]
     parts = [f'# {run.card}', head, made, _cases(NAMES | KERNELS | TIMES | MEMORY | POWER, whole)]
-    if reasons := _reasons(run): parts += ['## What there is no figure for', '\n'.join(reasons)]
+    if reasons := _reasons(run): parts += ['## What went otherwise', '\n'.join(reasons)]
     if capped := _emulated(run):
-        verdict: Columns = {'held to GB': lambda c: f'{c.cap_gb:g}', 'memory': lambda c: VERDICTS[fits(c)]}
+        verdict: Columns = {'held to GB': lambda c: f'{c.cap_gb:g}', 'memory': _verdict}
         why: Columns = {'why': lambda c: _shown(c.failed)}
         parts += ['## Emulated cards', EMULATED, _cases(verdict | NAMES | KERNELS | MEMORY | why, capped)]
     if rows := list(_tracker_rows(run)):
         parts += ['## Networks of the tracker', _table(['network', 'how', 'ms', 'calls', 'on', 'peak GB'], rows)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/58_gpu_charts.ipynb #ca021344
+# %% ../nbs/58_gpu_charts.ipynb #8337d7e2
 PARTS = {'load': '#bbbbbb', 'pictures': '#56b4e9', 'encode': '#cc79a7', 'steps': '#009e73', 'decode': '#e69f00',
          'frames': '#d55e00', 'limit by the datasheet': '#000000'}
 
@@ -144,7 +151,7 @@ def whole_windows(run: GpuRun) -> list[Measured]:
     most = max((len(c.steps_s) for c in found), default=0)
     return [c for c in found if len(c.steps_s) == most]
 
-# %% ../nbs/58_gpu_charts.ipynb #daccece9
+# %% ../nbs/58_gpu_charts.ipynb #1a7a0687
 def _window_bar(axes: Any, row: int, case: Measured) -> None:
     "Parts after each other, the limit of the steps below them"
     steps = [('steps', s) for s in case.steps_s]
@@ -199,7 +206,7 @@ def _nothing(axes: Any, why: str) -> None:
     axes.text(0.5, 0.5, why, ha='center', va='center', transform=axes.transAxes, fontsize=13, color='#555555')
     axes.axis('off')
 
-# %% ../nbs/58_gpu_charts.ipynb #a546ccea
+# %% ../nbs/58_gpu_charts.ipynb #03b2961e
 PHASES = {'encode': 'VAE encodes', 'forward': 'steps', 'decode': 'VAE decodes'}
 OUTCOMES = {True: ('#009e73', '✓'), False: ('#d55e00', '✗'), None: ('#555555', '?')}
 KEPT = {'allocated': '#0072b2', 'reserved': '#56b4e9', 'nvidia-smi': '#d55e00'}
@@ -237,7 +244,7 @@ def _memory_bar(axes: Any, row: int, allocated: float, reserved: float, smi: flo
     else:
         axes.plot([case.cap_gb] * 2, [row - 0.4, row + 0.4], color='black', lw=3)
         (colour, sign), end = OUTCOMES[fits(case)], max(reserved, case.cap_gb)
-        text, look = f'{sign} {VERDICTS[fits(case)]}', {'color': colour, 'fontweight': 'bold'}
+        text, look = f'{sign} {_verdict(case)}', {'color': colour, 'fontweight': 'bold'}
     axes.annotate(text, (end, row), (9, 0), textcoords='offset points', va='center', fontsize=10.5,
                   bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5}, **look)
 
@@ -248,7 +255,7 @@ def _memory_key() -> list[Any]:
             Line2D([], [], color='black', lw=3, label='what the card was held to'),
             Line2D([], [], color='#777777', lw=1.2, ls='--', label='smallest card of a pool')]
 
-# %% ../nbs/58_gpu_charts.ipynb #720e4134
+# %% ../nbs/58_gpu_charts.ipynb #46fc5709
 def draw_memory(run: GpuRun, path: Path | str) -> Path: # `path`
     "GPU memory of every phase, and of emulated smaller cards, against what the pools have"
     rows, sizes = _memory_rows(run), pool_sizes()
@@ -269,7 +276,7 @@ def draw_memory(run: GpuRun, path: Path | str) -> Path: # `path`
     _key(figure, _memory_key())
     return _saved(figure, path)
 
-# %% ../nbs/58_gpu_charts.ipynb #eaf0a64a
+# %% ../nbs/58_gpu_charts.ipynb #bcfb3ea5
 def write_report(
     run: GpuRun,
     folder: Path # runs/gpu/<card>
@@ -284,7 +291,7 @@ def write_report(
             made.append(draw(run, Path(d) / name).replace(folder / name))
     return made
 
-# %% ../nbs/58_gpu_charts.ipynb #10e363e7
+# %% ../nbs/58_gpu_charts.ipynb #6f0ffdc0
 UNMEASURED = 'not measured'
 HEAD = ('card', 'pool', 'a step', 'at least, by its datasheet', 'share of its rate', 'a window', 'GPU memory at most',
         'measured')
@@ -300,7 +307,7 @@ def _card_row(name: str, card: Card | None, run: GpuRun | None) -> list[str]:
             _shown(case.window_s, 0, ' s'), _shown(memory, 0, ' GB'), run.at[:10]]
 
 def _emulated_line(run: GpuRun) -> str:
-    said = ', '.join(f'{c.cap_gb:g} GB: {VERDICTS[fits(c)]}' for c in _emulated(run))
+    said = '; '.join(f'{c.cap_gb:g} GB: {_verdict(c)}' for c in _emulated(run))
     return f'{run.card} with its memory held to that of a smaller card (memory alone, nothing about speed): {said}.'
 
 def what_gpus_say(
