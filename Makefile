@@ -20,7 +20,7 @@ lab: setup ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir nbs
 
 sync: setup ## notebooks -> package and README.md, outputs cleaned
-	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
+	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/python nbs/tools/refresh.py --only 'what_gpus_say(measured())' nbs/guide_deploy.ipynb nbs/guide_research.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
 
 clean: ## remove what these made
 	rm -rf .venv .comfy *.egg-info build .pytest_cache .ruff_cache runs/samples runs/demo runs/local

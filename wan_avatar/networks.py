@@ -315,8 +315,8 @@ class Trial:
 TRIALS = {'keypoints': Trial('ViTPose-L, a twin in torch', _twin('vitpose', (3, 256, 192), (1, 16)), 0.3, 6),
          'masks': Trial('SAM 2.1 base-plus, the product\'s own code', _masks, 0.7, 12),
          'person': Trial('YOLOX-l, a twin in torch', _twin('yolox', (3, 640, 640), (1,)), 0.4, 4),
-         'person, onnxruntime': Trial('YOLOX-l, the product\'s step', _person_step, 0.5, 6),
-         'keypoints, onnxruntime': Trial('ViTPose-L, the product\'s step', _keypoint_step, 1, 12)}
+         'person, onnxruntime': Trial('YOLOX-l, the product\'s step', _person_step, 0.5, 10),
+         'keypoints, onnxruntime': Trial('ViTPose-L, the product\'s step', _keypoint_step, 1, 20)}
 
 def measure_networks(
     seconds: float = 60, # budget
