@@ -217,9 +217,13 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
 # %% what can't work is refused before RunPod is asked
 @pytest.mark.parametrize('edits, image, words', [
     ([], None, 'image is not set'), ([], 'dexsynccom/twin-avatar:latest', 'can mean other content'), ([], IMAGE + '-dirty', 'can mean other content'), ([], 'dexsynccom/twin-avatar', 'can mean other content'),
-    ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE, 'the weights of wan22-animate with the text encoder (29.5 GB) and 20 % need 35'), ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
-    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, 'fetches 29.5 GB, which take 295 s at 100 MB/s'), ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 840')], IMAGE, 'take at least 789 s on AMPERE_48'),
-    ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take at least 2540 s on AMPERE_80'), ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
+    ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE,
+     'the weights of wan22-animate with the text encoder (29.5 GB) and 20 % need 35'),
+    ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
+    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, 'fetches 29.5 GB, which take 295 s at 100 MB/s'),
+    ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 840')], IMAGE, 'take at least 789 s on AMPERE_48'),
+    ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take at least 2540 s on AMPERE_80'),
+    ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
     ([(r'^max = .*', 'max = 2')], IMAGE, 'workers.max is 2; say why'), ([(r'^min = .*', 'min = 2')], IMAGE, 'workers.min is 2'), ([(r'^order = .*', 'order = ["H100"]')], IMAGE, "'H100'; pools are ADA_80_PRO"),
     ([(r'^excluded_types = .*', 'excluded_types = ["NVIDIA H200"]')], IMAGE, 'in none of these pools'), ([(r'^profile = .*', 'profile = "wan"')], IMAGE, "profile 'wan' does not exist"),
     ([(r'^OUTPUT_PREFIX', 'MINIO_SECRET_KEY')], IMAGE, 'env.MINIO_SECRET_KEY looks like a secret'), ([(r'^OUTPUT_PREFIX', 'PROFILE')], IMAGE, 'env.PROFILE is set by profile'),
@@ -263,7 +267,7 @@ TIMES = [ # seconds of video, types, profile, runs, seconds, the card that says 
     (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', run_of(H100), 68.5, H100, True), # one whole window
     (77 / 24, [H100], 'wan22-animate-reference', run_of(H100), 208.5, H100, True), # its step, twenty times
     (149 / 24, [H100], 'wan22-animate', run_of(H100), 137.0, H100, True), # two windows
-    (10, [H100], 'wan22-animate', run_of(H100, steps_s=(10.0,) * 3), 213.6, H100, True), # windows of 65: 77 % of the work
+    (10, [H100], 'wan22-animate', run_of(H100, steps_s=(10.0,) * 3), 213.6, H100, True), # four windows of 65
     (77 / 24, [H100, H100_PCIE], 'wan22-animate', run_of(H100) | run_of(H100_PCIE, decode_s=9), 73.5, H100_PCIE, True),
     (77 / 24, POOLS['HOPPER_141'].types, 'wan22-animate', run_of(H100), 34.4, H200, False), # another pool's run
     (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', {}, 34.4, H100, False), # the fastest of three
@@ -295,13 +299,13 @@ def test_no_card_of_a_pool_is_faster_than_its_at_least():
         assert all(least.seconds <= render_time(10, [t], runs={}).seconds for t in known)
 
 DEADLINES_OF_POOLS = [ # order, excluded types, runs, JOB_SECONDS + 60, what is refused, what is noted
-    (['AMPERE_48'], [], {}, 840, '10 s of video (max_seconds) take at least 789 s on AMPERE_48 for rendering alone (limit by '
-     'the datasheet of NVIDIA RTX A6000), and a worker stops a job after 780 s', None),
+    (['AMPERE_48'], [], {}, 840, '10 s of video (max_seconds) take at least 789 s on AMPERE_48 for rendering alone '
+     '(limit by the datasheet of NVIDIA RTX A6000), and a worker stops a job after 780 s', None),
     (['AMPERE_48'], [], {}, 1200, None, 'AMPERE_48 (at least 789 s, 69 %); a worker stops a job after 1140 s'),
     (['AMPERE_48'], ['NVIDIA RTX A6000'], {}, 840, 'take at least 816 s on AMPERE_48', None),
     (['AMPERE_48'], ['NVIDIA RTX A6000', 'NVIDIA A40'], {}, 840, None, None), # nothing is left to be too slow
-    (['ADA_80_PRO'], [], run_of(H100), 265, 'take 214 s on ADA_80_PRO for rendering alone (measured on NVIDIA H100 80GB '
-     'HBM3, 2026-01-02)', None),
+    (['ADA_80_PRO'], [], run_of(H100), 265, 'take 214 s on ADA_80_PRO for rendering alone (measured on NVIDIA H100 '
+     '80GB HBM3, 2026-01-02)', None),
     (['ADA_80_PRO'], [], run_of(H100), 300, None, None), # measured: nothing is left to say
     (['ADA_80_PRO'], [H100], run_of(H100), 300, None, 'ADA_80_PRO (at least 123 s, 51 %)'), # that card is excluded
     (['ADA_80_PRO', 'HOPPER_141'], [], run_of(H200), 300, None, 'ADA_80_PRO (at least 104 s, 43 %); a worker')]

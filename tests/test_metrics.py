@@ -142,7 +142,8 @@ def test_what_a_job_does_not_say_costs_nothing(lacks, n):
     assert len(found) == n and all(c.per_video_s is None for c in found)
 
 def test_nothing_completed_is_nothing_measured():
-    assert without_price([]) == without_price([record(state='FAILED', gpu='cpu')]) == 'not measured: no job was completed'
+    said = 'not measured: no job was completed'
+    assert without_price([]) == without_price([record(state='FAILED', gpu='cpu')]) == said
 
 WINDOW_OF = {'steps_s': (10.0,) * 6, 'pictures_s': 1, 'encode_s': 3, 'decode_s': 4, 'frames_s': 0.5}
 
@@ -217,11 +218,13 @@ def test_one_function_counts_and_one_link_is_assumed(tmp_path):
     assert sum(size for _, size in full_weights(text_encoder=True)) == start_bytes(text_encoder=True)
     for with_encoder in (False, True):
         own = own_lock(lock, WAN, with_encoder)
-        assert sum(f.bytes for f in own.files.values()) == start_bytes(text_encoder=with_encoder), 'a bundle is what a start fetches'
+        size = sum(f.bytes for f in own.files.values())
+        assert size == start_bytes(text_encoder=with_encoder), 'a bundle is what a start fetches'
     by_link = full_size_bars((LINK_MB_S,), FullSize())
     assert sum(p.bytes or 0 for p in by_link[f'B, link {LINK_MB_S} MB/s']) == start_bytes()
     defaults = [inspect.signature(f).parameters[p].default for f, p in ((plan_table, 'speed'), (models_plan, 'speed'))]
-    assert [*defaults, FullSize().link] == [LINK_MB_S] * 3 and LINK_MB_S in inspect.signature(draw_full_size).parameters['links'].default
+    assert [*defaults, FullSize().link] == [LINK_MB_S] * 3
+    assert LINK_MB_S in inspect.signature(draw_full_size).parameters['links'].default
     assert report_parameters(report_path('cold-start'))['link_mb_s'] == 0, 'the report assumes what all others do'
 
 FIGURE = re.compile(r'(\d+(?:\.\d+)?) ?(GB|MB)(/s)?\b')
@@ -240,7 +243,8 @@ def stated_wrong(text: str) -> list[str]:
     wrong = []
     for clause in re.split(r'[.;:|,()\n](?:\s|$)', text):
         figures = {f'{number} {unit}{rate or ""}' for number, unit, rate in FIGURE.findall(clause)}
-        if SUBJECT.search(clause) and figures - right and not any(o in clause for o in OTHERS): wrong.append(clause.strip())
+        about = SUBJECT.search(clause) and not any(o in clause for o in OTHERS)
+        if about and figures - right: wrong.append(clause.strip())
     pairs = {(f'{n / LINK_MB_S / 1e6:.0f}', str(LINK_MB_S)) for n in sizes}
     return wrong + [f'{s} s at {link} MB/s' for s, link in TIMES.findall(text) if (s, link) not in pairs]
 
@@ -260,10 +264,12 @@ def document(path: Path) -> str:
     cells = json.loads(path.read_text())['cells']
     prose = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
     notes = [n for c in cells if c['cell_type'] == 'code' for n in re.findall(r'#\s(.*)', ''.join(c['source']))]
-    shown = [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {})]
+    made = [o.get('data', {}) for c in cells for o in c.get('outputs', ())]
+    shown = [''.join(d['text/markdown']) for d in made if 'text/markdown' in d]
     return '\n'.join([*prose, *notes, *shown])
 
-DOCUMENTS = ['README.md', 'endpoint.toml', 'Dockerfile', 'Makefile', *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / 'nbs').rglob('*.ipynb'))]
+NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / 'nbs').rglob('*.ipynb'))
+DOCUMENTS = ['README.md', 'endpoint.toml', 'Dockerfile', 'Makefile', *NOTEBOOKS]
 
 @pytest.mark.parametrize('name', DOCUMENTS)
 def test_documents_state_the_bytes_of_the_lock(name):

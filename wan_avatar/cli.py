@@ -62,7 +62,10 @@ from .smoke import Row, keep_summary, rows, run_smoke
 
 # %% ../nbs/60_cli.ipynb #de91000f
 from .cards import RunDamaged
-from .endpoint import JOBS, Control, FileError, Plan, apply, control_from, delete, difference_table, find, look, pool_table, read_file, read_state, state_tables
+from wan_avatar.endpoint import (
+    JOBS, Control, FileError, Plan, apply, control_from, delete, difference_table, find, look, pool_table, read_file,
+    read_state, state_tables,
+)
 from .image import ImageError, build_image, compile_requirements, image_tag, push_image, read_commit, read_metadata, requirement_inputs
 
 # %% ../nbs/60_cli.ipynb #9130db9f

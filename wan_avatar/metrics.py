@@ -293,7 +293,7 @@ def without_price(
     if set(strange) == {'cpu'}: return f'not measured on a GPU: these jobs ran on {where}'
     return f'not measured: these jobs ran on {where}, which is in none of the pools'
 
-# %% ../nbs/54_metrics.ipynb #c1c1aec4
+# %% ../nbs/54_metrics.ipynb #ac3412ac
 @dataclass(frozen=True)
 class Estimate:
     "What rendering a video costs in a pool where no job was measured; starts, finding the person, delivery come on top"
@@ -313,7 +313,8 @@ def estimates(
 ) -> list[Estimate]: # one for every other pool
     "A measured window's seconds or the limit's, at the price of the very pool"
     told, runs = {c.pool for c in found}, measured() if runs is None else runs
-    return [Estimate(p.pool, p.usd_per_s, render_time(video_s, p.gpus, runs=runs)) for p in prices if p.pool not in told]
+    others = [p for p in prices if p.pool not in told]
+    return [Estimate(p.pool, p.usd_per_s, render_time(video_s, p.gpus, runs=runs)) for p in others]
 
 # %% ../nbs/54_metrics.ipynb #130bb30a
 def cold_share_at(
@@ -336,8 +337,8 @@ def months(
     found: Iterable[Cost], # of jobs
     jobs_per_day: float,
     idle_s: float = 5
-) -> dict[str, tuple[float, float]]: # card -> US dollars in 30 days, share of cold starts; cards with both kinds of jobs
-    "Model: a month on each card that cold and warm jobs were measured on"
+) -> dict[str, tuple[float, float]]: # card -> US dollars in 30 days, share of cold starts
+    "Model: a month on each card that both cold and warm jobs were measured on"
     cards: dict[str, dict[str, Cost]] = {}
     for c in found: cards.setdefault(c.card, {})[c.start] = c
     shares = {n: cold_share_at(jobs_per_day, by['warm'].execution_s, idle_s) for n, by in cards.items() if len(by) == 2}
