@@ -108,7 +108,7 @@ def _finding(finding: dict) -> str:
     if finding['type'] == 'extra_forbidden': return f'{where} is not a key of this file'
     return f'{where} is {shorten(finding["input"])}: {finding["msg"]}'
 
-# %% ../nbs/52_endpoint.ipynb #9252ac71
+# %% ../nbs/52_endpoint.ipynb #0991cd05
 def start_files(
     profile: str = 'wan22-animate',
     text_encoder: bool = False, # True: nobody has made the default prompt's embedding yet, or prompts are one's own
@@ -125,7 +125,7 @@ def start_bytes(
     "How many bytes that are"
     return sum(f.bytes or 0 for f in start_files(profile, text_encoder, lock))
 
-# %% ../nbs/52_endpoint.ipynb #1c961dca
+# %% ../nbs/52_endpoint.ipynb #eb6ca0b1
 @dataclass(frozen=True)
 class Pool:
     "GPUs that RunPod hands out under one name"
@@ -161,7 +161,7 @@ class RenderTime:
         "Where the figure is from"
         return f'measured on {self.card}, {self.at[:10]}' if self.at else f'limit by the datasheet of {self.card}'
 
-# %% ../nbs/52_endpoint.ipynb #9cba56bf
+# %% ../nbs/52_endpoint.ipynb #af384134
 def render_time(
     video_s: float, # length of the driving video
     gpus: Iterable[str], # types it may meet
@@ -198,7 +198,7 @@ def _window(case: Measured, profile: Profile, length: int) -> float: # seconds
 def _least(card: Card, profile: Profile, length: int) -> float: # seconds
     return profile.values['steps'] * least_seconds(_forward(profile, length), card, fp8=True)
 
-# %% ../nbs/52_endpoint.ipynb #2929f0a9
+# %% ../nbs/52_endpoint.ipynb #08673dc8
 def immutable(
     image: str # reference
 ) -> bool:
@@ -277,7 +277,7 @@ def _timeout_problems(file: EndpointFile, runs: Runs | None) -> tuple[list[str],
     return problems, [f'not measured: rendering {video} on {", ".join(dark)}; a worker stops a job after {until} s '
                       '(JOB_SECONDS), too early for a card that keeps less than that share of the limit']
 
-# %% ../nbs/52_endpoint.ipynb #36e4d756
+# %% ../nbs/52_endpoint.ipynb #6f29411a
 def pool_times(file: EndpointFile, runs: Runs | None = None) -> dict[str, RenderTime | None]: # in the file's order
     "How long the longest video renders in each pool of the file, on the types that it does not exclude"
     runs = measured() if runs is None else runs
