@@ -276,6 +276,7 @@ TIMES = [ # seconds of video, types, profile, runs, seconds, the card that says 
     (77 / 24, [H100], 'wan22-animate', run_of(H100, failed='out of memory'), 34.4, H100, False),
     (77 / 24, [H100], 'wan22-animate', run_of(H100, name='as production runs it'), 34.4, H100, False), # no whole window
     (77 / 24, [H100], 'wan22-animate', run_of(H100, decode_s=0), 34.4, H100, False), # nor this
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, cap_gb=48.0), 34.4, H100, False), # an emulated card's speed
     (77 / 24, [H100], 'wan22-animate', run_of(H100, width=64, height=48), 34.4, H100, False), # a dry run
     (77 / 24, ['NVIDIA B200'], 'wan22-animate', {}, None, '', False), # no datasheet here
     (77 / 24, [], 'wan22-animate', run_of(H100), None, '', False), # all its types are excluded

@@ -248,6 +248,7 @@ def _estimated(axes: Any, y: float, e: Estimate, times: float, shown: str) -> No
     text = e.render.least + shown.format(value := e.usd * times)
     _bar(axes, y, value, WINDOW if e.render.at else LIMIT, text)
 
+# %% ../nbs/58_charts.ipynb #7a59a423
 def _money_legend(figure: Any, used: Iterable[str]) -> None:
     from matplotlib.patches import Patch
     looks = {kind: BARS[kind] for kind in BARS if kind in set(used)}

@@ -179,11 +179,12 @@ def render_time(
     limits = [RenderTime(sum(_least(CARDS[g], chosen, n) for n in lengths), g) for g in gpus if g in CARDS]
     return min(limits, key=lambda r: r.seconds, default=None)
 
+# %% ../nbs/52_endpoint.ipynb #c4a7a7d8
 def _whole(run: GpuRun, profile: Profile) -> Measured | None:
-    "A whole window of this profile's size, if the run has one"
-    case = run.case(PRODUCTION)
-    fits = case and case.window_s and (case.width, case.height) == (profile.values['width'], profile.values['height'])
-    return case if fits else None
+    "A whole window of this profile's size on all of the card's memory, if the run has one"
+    case, size = run.case(PRODUCTION), (profile.values['width'], profile.values['height'])
+    if case is None or case.window_s is None or case.cap_gb is not None: return None
+    return case if (case.width, case.height) == size else None
 
 def _forward(profile: Profile, length: int) -> Operations:
     return operations(profile.values['width'], profile.values['height'], length,

@@ -251,6 +251,7 @@ def billed_s(
     start = record.boot['process_s'] + record.boot['taken_s'] + idle_s if start_of(record) == 'cold' else 0.0
     return start + (record.execution_s or 0.0)
 
+# %% ../nbs/54_metrics.ipynb #0bb02641
 @dataclass(frozen=True)
 class Cost:
     "What jobs cost on the card they ran on, in its pool"
@@ -279,6 +280,7 @@ def _cost(card: str, start: str, jobs: list[JobRecord], price: Price, idle_s: fl
     ran = sum(r.execution_s for r in jobs) / len(jobs)
     return Cost(card, price.pool, start, len(jobs), usd / len(jobs), usd / video if video else None, ran)
 
+# %% ../nbs/54_metrics.ipynb #9cd796a8
 def without_price(
     records: Iterable[JobRecord],
     prices: tuple[Price, ...] = PRICES
@@ -333,6 +335,7 @@ def monthly(
     "What a month costs"
     return 30 * jobs_per_day * (cold_share * cold_usd + (1 - cold_share) * warm_usd)
 
+# %% ../nbs/54_metrics.ipynb #21ad5272
 def months(
     found: Iterable[Cost], # of jobs
     jobs_per_day: float,
@@ -372,6 +375,7 @@ def full_weights(
     wanted = start_files(profile, text_encoder)
     return tuple(sorted(((f.file, f.bytes) for f in wanted if f.bytes), key=lambda f: -f[1]))
 
+# %% ../nbs/54_metrics.ipynb #7b0de432
 def full_size_start(
     full: FullSize,
     cached: bool, # Phase A: RunPod put the weights on the host
