@@ -13,12 +13,13 @@ from conftest import ROOT
 from control_plane import KEY, control_plane
 from typer.testing import CliRunner
 
+from wan_avatar.cards import CARDS, PRODUCTION, GpuRun, Measured, measured
 from wan_avatar.cli import app
 from wan_avatar.client import EndpointError
 from wan_avatar.config import load_settings
 from wan_avatar.endpoint import (
-    Control, FileError, Unclear, apply, check_file, create, delete, find, look, model_references, read_file,
-    request_body,
+    POOLS, Control, FileError, Unclear, apply, check_file, create, delete, find, look, model_references, read_file,
+    render_time, request_body,
 )
 
 IMAGE = 'dexsynccom/twin-avatar:wan-worker-20261124-8f3a1c2b4d5e'
@@ -216,20 +217,24 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
 # %% what can't work is refused before RunPod is asked
 @pytest.mark.parametrize('edits, image, words', [
     ([], None, 'image is not set'), ([], 'dexsynccom/twin-avatar:latest', 'can mean other content'), ([], IMAGE + '-dirty', 'can mean other content'), ([], 'dexsynccom/twin-avatar', 'can mean other content'),
-    ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE, 'the weights of wan22-animate (29.5 GB) and 20 % need 35'), ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
-    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, '29.5 GB at 100 MB/s take 295 s'), ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 691')], IMAGE, 'take 692 s on AMPERE_80'),
-    ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take 4100 s on AMPERE_80'), ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
+    ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE,
+     'the weights of wan22-animate with the text encoder (29.5 GB) and 20 % need 35'),
+    ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
+    ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, 'fetches 29.5 GB, which take 295 s at 100 MB/s'),
+    ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 840')], IMAGE, 'take at least 789 s on AMPERE_48'),
+    ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take at least 2540 s on AMPERE_80'),
+    ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
     ([(r'^max = .*', 'max = 2')], IMAGE, 'workers.max is 2; say why'), ([(r'^min = .*', 'min = 2')], IMAGE, 'workers.min is 2'), ([(r'^order = .*', 'order = ["H100"]')], IMAGE, "'H100'; pools are ADA_80_PRO"),
     ([(r'^excluded_types = .*', 'excluded_types = ["NVIDIA H200"]')], IMAGE, 'in none of these pools'), ([(r'^profile = .*', 'profile = "wan"')], IMAGE, "profile 'wan' does not exist"),
     ([(r'^OUTPUT_PREFIX', 'MINIO_SECRET_KEY')], IMAGE, 'env.MINIO_SECRET_KEY looks like a secret'), ([(r'^OUTPUT_PREFIX', 'PROFILE')], IMAGE, 'env.PROFILE is set by profile'),
     ([(r'"MINIO_BUCKET"', '"MINIO_BUCKED"')], IMAGE, 'no worker starts without MINIO_BUCKET'), ([(r'"MINIO_BUCKET"', '"MINIO_BUCKET", "HF_TOKEN"')], IMAGE, 'HF_TOKEN of secrets.from_environment not set')])
 def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
     file = edited(tmp_path, *edits, image=image)
-    problems = check_file(file, OPERATOR)[0]
+    problems = check_file(file, OPERATOR, runs={})[0]
     if words is None: assert problems == [] and file.init_timeout_s == 420 # RunPod's own
     else:
         assert any(words in p for p in problems), problems
-        with pytest.raises(ValueError, match='can not be applied'): look(control, file, OPERATOR)
+        with pytest.raises(ValueError, match='can not be applied'): look(control, file, OPERATOR, runs={})
         assert plane.asked == []
 
 @pytest.mark.parametrize('edit, words', [
@@ -240,12 +245,81 @@ def test_a_file_with_a_mistake_names_it(tmp_path, edit, words):
 
 def test_the_file_of_this_repository(tmp_path):
     file = edited(tmp_path)
-    assert check_file(file, OPERATOR)[0] == []
+    assert check_file(file, OPERATOR, runs={})[0] == []
     base = re.search(r'cu(\d\d)(\d)', (ROOT / 'Dockerfile').read_text())
     assert file.gpu.min_cuda == f'{base[1]}.{base[2]}', 'the image was built for another CUDA'
     body = request_body(file, OPERATOR)
     assert (body['timeout'], body['workers'], body['flashboot'], body['disk'], body['type']) == (1_200_000, {'min': 0, 'max': 1, 'idleTimeout': 5}, 'FLASHBOOT', 120, 'QUEUE')
     assert body['gpu']['pools'] == ['ADA_80_PRO', 'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48'] and body['env']['RUNPOD_INIT_TIMEOUT'] == '1800' and file.job_ttl_s == 3600
+
+# %% how long a card renders: measured, or at least; never both
+H100, H100_PCIE, H200, A6000 = 'NVIDIA H100 80GB HBM3', 'NVIDIA H100 PCIe', 'NVIDIA H200', 'NVIDIA RTX A6000'
+WHOLE = dict(name=PRODUCTION, frames=77, steps=6, width=1280, height=720, attention='default', fp8_products='default',
+             steps_s=(10.0,) * 6, pictures_s=1, encode_s=3, decode_s=4, frames_s=0.5)
+
+def run_of(card: str, **changed) -> dict[str, GpuRun]:
+    "Made up: a card on which a whole window took 68.5 s"
+    case = Measured(**WHOLE | changed)
+    return {card: GpuRun(card=card, capability=(9, 0), memory_gb=80, at='2026-01-02T03:04:05Z', commit='made up',
+                         versions={}, cases=(case,))}
+
+TIMES = [ # seconds of video, types, profile, runs, seconds, the card that says so, measured
+    (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', run_of(H100), 68.5, H100, True), # one whole window
+    (77 / 24, [H100], 'wan22-animate-reference', run_of(H100), 208.5, H100, True), # its step, twenty times
+    (149 / 24, [H100], 'wan22-animate', run_of(H100), 137.0, H100, True), # two windows
+    (10, [H100], 'wan22-animate', run_of(H100, steps_s=(10.0,) * 3), 213.6, H100, True), # four windows of 65
+    (77 / 24, [H100, H100_PCIE], 'wan22-animate', run_of(H100) | run_of(H100_PCIE, decode_s=9), 73.5, H100_PCIE, True),
+    (77 / 24, POOLS['HOPPER_141'].types, 'wan22-animate', run_of(H100), 34.4, H200, False), # another pool's run
+    (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', {}, 34.4, H100, False), # the fastest of three
+    (77 / 24, [H100_PCIE], 'wan22-animate', {}, 45.0, H100_PCIE, False),
+    (77 / 24, POOLS['AMPERE_48'].types, 'wan22-animate', {}, 256.0, A6000, False), # no products in fp8
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, failed='out of memory'), 34.4, H100, False),
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, name='as production runs it'), 34.4, H100, False), # no whole window
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, decode_s=0), 34.4, H100, False), # nor this
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, cap_gb=48.0), 34.4, H100, False), # an emulated card's speed
+    (77 / 24, [H100], 'wan22-animate', run_of(H100, width=64, height=48), 34.4, H100, False), # a dry run
+    (77 / 24, ['NVIDIA B200'], 'wan22-animate', {}, None, '', False), # no datasheet here
+    (77 / 24, [], 'wan22-animate', run_of(H100), None, '', False), # all its types are excluded
+    (77 / 24, [H100], 'draft', run_of(H100), None, '', False),
+    (77 / 24, [H100], 'wan22-animate-tiny', run_of(H100), None, '', False)]
+
+@pytest.mark.parametrize('video_s, gpus, profile, runs, seconds, card, is_measured', TIMES)
+def test_a_time_is_measured_or_at_least(video_s, gpus, profile, runs, seconds, card, is_measured):
+    found = render_time(video_s, gpus, profile, runs)
+    if seconds is None: assert found is None
+    else:
+        assert (found.seconds, found.card, bool(found.at)) == (pytest.approx(seconds, abs=0.06), card, is_measured)
+        assert str(found).startswith('at least ') != is_measured and card in found.source
+        assert ('measured on' in found.source and '2026-01-02' in found.source) == is_measured
+
+def test_no_card_of_a_pool_is_faster_than_its_at_least():
+    for name, pool in POOLS.items():
+        known = [t for t in pool.types if t in CARDS]
+        least = render_time(10, pool.types, runs={})
+        assert known and all(CARDS[t].pool == name for t in known), 'datasheets and pools name the same cards'
+        assert all(least.seconds <= render_time(10, [t], runs={}).seconds for t in known)
+
+DEADLINES_OF_POOLS = [ # order, excluded types, runs, JOB_SECONDS + 60, what is refused, what is noted
+    (['AMPERE_48'], [], {}, 840, '10 s of video (max_seconds) take at least 789 s on AMPERE_48 for rendering alone '
+     '(limit by the datasheet of NVIDIA RTX A6000), and a worker stops a job after 780 s', None),
+    (['AMPERE_48'], [], {}, 1200, None, 'AMPERE_48 (at least 789 s, 69 %); a worker stops a job after 1140 s'),
+    (['AMPERE_48'], ['NVIDIA RTX A6000'], {}, 840, 'take at least 816 s on AMPERE_48', None),
+    (['AMPERE_48'], ['NVIDIA RTX A6000', 'NVIDIA A40'], {}, 840, None, None), # nothing is left to be too slow
+    (['ADA_80_PRO'], [], run_of(H100), 265, 'take 214 s on ADA_80_PRO for rendering alone (measured on NVIDIA H100 '
+     '80GB HBM3, 2026-01-02)', None),
+    (['ADA_80_PRO'], [], run_of(H100), 300, None, None), # measured: nothing is left to say
+    (['ADA_80_PRO'], [H100], run_of(H100), 300, None, 'ADA_80_PRO (at least 123 s, 51 %)'), # that card is excluded
+    (['ADA_80_PRO', 'HOPPER_141'], [], run_of(H200), 300, None, 'ADA_80_PRO (at least 104 s, 43 %); a worker')]
+
+@pytest.mark.parametrize('order, excluded, runs, timeout, problem, note', DEADLINES_OF_POOLS)
+def test_a_timeout_is_held_against_what_is_known(tmp_path, order, excluded, runs, timeout, problem, note):
+    file = edited(tmp_path, (r'^order = .*', f'order = {json.dumps(order)}'),
+                  (r'^excluded_types = .*', f'excluded_types = {json.dumps(excluded)}'),
+                  (r'^execution_timeout_s = .*', f'execution_timeout_s = {timeout}'))
+    problems, notes = check_file(file, OPERATOR, runs)
+    assert [problem is not None, note is not None] == [bool(problems), bool(notes)], (problems, notes)
+    if problem: assert problem in problems[0]
+    if note: assert note in notes[0] and notes[0].startswith('not measured: rendering 10 s of video')
 
 # %% the commands
 @pytest.fixture
@@ -278,6 +352,26 @@ def test_from_plan_to_destroy(operator, plane):
     assert kept.exit_code == 3 and 'nothing was deleted' in kept.stderr and plane.endpoints
     assert operator('destroy', answer='y\n').stdout.endswith(f'{id} deleted\n') and not plane.endpoints
     assert operator('destroy', '--yes').exit_code == 3 and 'RunPod has no endpoint called wan-avatar' in operator('status').stderr
+
+ROWS = [ # profile, what `plan` says of the pool ADA_80_PRO with an H100 measured, and of AMPERE_48 with none
+    ('wan22-animate', r'ADA_80_PRO +214 s +0\.25 USD +measured on NVIDIA H100 80GB HBM3, 2026-01-02',
+     r'AMPERE_48 +at least 789 s +at least 0\.27 USD +limit by the datasheet of NVIDIA RTX A6000'),
+    ('draft', 'ADA_80_PRO +not measured', 'AMPERE_48 +not measured')]
+
+@pytest.mark.parametrize('profile, measured_row, limit_row', ROWS)
+def test_plan_says_what_a_video_takes_and_costs(operator, monkeypatch, tmp_path, profile, measured_row, limit_row):
+    monkeypatch.setattr('wan_avatar.endpoint.measured', lambda: run_of(H100))
+    path = tmp_path / 'endpoint.toml'
+    path.write_text(path.read_text().replace('profile = "wan22-animate"', f'profile = "{profile}"'))
+    said = operator('plan', '--image', IMAGE).stdout
+    assert re.search(measured_row, said) and re.search(limit_row, said) and 'rendering 10 s of video' in said, said
+
+def test_a_damaged_run_is_a_line_with_a_remedy(operator, monkeypatch, tmp_path):
+    (tmp_path / 'gpu/h100').mkdir(parents=True)
+    (tmp_path / 'gpu/h100/gpu.json').write_text('{"card": 5}')
+    monkeypatch.setattr('wan_avatar.endpoint.measured', lambda: measured(tmp_path / 'gpu'))
+    said = operator('plan', '--image', IMAGE)
+    assert said.exit_code == 2 and 'run `wan-avatar bench gpu` again' in said.stderr
 
 def test_replacing_asks_first(operator, plane):
     id = operator('apply', '--image', IMAGE).stdout.strip()

@@ -1,15 +1,32 @@
 "Figures people decide by: what is cold, what a start waited for, percentiles that admit how little they know, money"
+import inspect
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from wan_avatar.charts import draw_costs, draw_distribution, draw_download, draw_gantt, draw_jobs, draw_percentiles, draw_cold_starts
-from wan_avatar.metrics import (PRICES, FullSize, JobRecord, PricesError, RecordsError, billed_s, billing_figures, by_kind, cold_parts, cold_share, compare_runs, costs, difference,
-                                download_speed, full_size_start, full_weights, load_prices, percentiles, price_of, read_records, start_of, summarise, waited_for, what_is_saved,
-                                write_records)
+from wan_avatar.bundle import own_lock
+from wan_avatar.cards import PRODUCTION, GpuRun, Measured
+from wan_avatar.charts import (
+    draw_cold_starts, draw_costs, draw_distribution, draw_download, draw_full_size, draw_gantt, draw_jobs,
+    draw_months, draw_percentiles, full_size_bars,
+)
+from wan_avatar.cli import models_plan
+from wan_avatar.endpoint import start_bytes
+from wan_avatar.metrics import (
+    PRICES, FullSize, JobRecord, Price, PricesError, RecordsError, billed_s, billing_figures, by_kind, cold_parts,
+    cold_share, cold_share_at, compare_runs, costs, difference, download_speed, estimates, full_size_start,
+    full_weights, load_prices, months, percentiles, price_of, read_records, start_of, summarise, waited_for,
+    what_is_saved, without_price, write_records,
+)
+from wan_avatar.models import LINK_MB_S, load_lock, plan_table
+from wan_avatar.reports import report_parameters, report_path
+from wan_avatar.workflow import WAN
 
 def stage(name, begin_s, end_s, **facts) -> dict: return {'name': name, 'begin_s': begin_s, 'end_s': end_s, 'facts': facts}
 
@@ -87,18 +104,185 @@ def test_what_is_billed(tmp_path):
     (tmp_path / 'p.json').write_text(json.dumps([{'pool': 'X', 'gpus': ['NVIDIA X'], 'usd_per_s': 0.01}]))
     prices = load_prices(str(tmp_path / 'p.json'))
     assert billed_s(record()) == 0.5 + 5.0 + 5 + 3.0 and billed_s(record(number=3, taken_s=50.0, delay_s=0.0)) == 3.0
-    cold, warm = costs([record(), record(number=2, taken_s=50.0, delay_s=0.0), record(state='FAILED')], prices)
+    jobs = [record(), record(number=2, taken_s=50.0, delay_s=0.0), record(state='FAILED')]
+    assert costs(jobs, prices) == [], 'jobs that do not say where they ran'
+    cold, warm = costs([r.model_copy(update={'gpu': 'NVIDIA X'}) for r in jobs], prices)
     assert (cold.start, cold.n, cold.per_job) == ('cold', 1, pytest.approx(0.135)) and (warm.start, warm.per_job, warm.per_video_s) == ('warm', pytest.approx(0.03), pytest.approx(0.015))
     assert price_of('NVIDIA X', prices).pool == 'X' and price_of('NVIDIA X') is None and len({g for p in PRICES for g in p.gpus}) == sum(len(p.gpus) for p in PRICES)
 
+# %% a job is priced on its own card, every other pool by a run of its own or at least
+H100, PCIE, H200, A40 = 'NVIDIA H100 80GB HBM3', 'NVIDIA H100 PCIe', 'NVIDIA H200', 'NVIDIA A40'
+WARM = dict(number=2, taken_s=50.0, delay_s=0.0)
+PRICED_JOBS = [ # devices of a cold and a warm job, costs as (card, pool, start, US dollars), what is said of the rest
+    (('cpu', 'cpu'), [], 'not measured on a GPU: these jobs ran on a cpu'),
+    ((None, None), [], 'not measured: these jobs ran on an unknown device, which is in none of the pools'),
+    (('NVIDIA GeForce RTX 4090', 'cpu'), [],
+     'not measured: these jobs ran on NVIDIA GeForce RTX 4090 and a cpu, which is in none of the pools'),
+    ((H100, H100), [(H100, 'ADA_80_PRO', 'cold', 13.5 * 0.00116), (H100, 'ADA_80_PRO', 'warm', 3 * 0.00116)], ''),
+    ((H100, 'cpu'), [(H100, 'ADA_80_PRO', 'cold', 13.5 * 0.00116)], '1 of 2 jobs ran on a cpu and have no price'),
+    ((A40, H100), [(A40, 'AMPERE_48', 'cold', 13.5 * 0.00034), (H100, 'ADA_80_PRO', 'warm', 3 * 0.00116)], ''),
+    ((H100, PCIE), [(H100, 'ADA_80_PRO', 'cold', 13.5 * 0.00116), (PCIE, 'ADA_80_PRO', 'warm', 3 * 0.00116)], '')]
+
+@pytest.mark.parametrize('gpus, wanted, said', PRICED_JOBS)
+def test_seconds_of_one_device_never_meet_the_price_of_another(gpus, wanted, said):
+    jobs = [record(gpu=gpus[0]), record(gpu=gpus[1], **WARM)]
+    found = costs(jobs)
+    assert [(c.card, c.pool, c.start) for c in found] == [w[:3] for w in wanted]
+    assert [c.per_job for c in found] == pytest.approx([w[3] for w in wanted]) and without_price(jobs) == said
+
+SILENT = [ # what a job does not say, costs
+    (dict(state='FAILED'), 0),
+    (dict(boot=None), 0), # cold or warm is unknown
+    (dict(execution_s=None), 0),
+    (dict(duration_s=None), 1)]
+
+@pytest.mark.parametrize('lacks, n', SILENT)
+def test_what_a_job_does_not_say_costs_nothing(lacks, n):
+    found = costs([record(gpu=H100, **lacks)])
+    assert len(found) == n and all(c.per_video_s is None for c in found)
+
+def test_nothing_completed_is_nothing_measured():
+    said = 'not measured: no job was completed'
+    assert without_price([]) == without_price([record(state='FAILED', gpu='cpu')]) == said
+
+WINDOW_OF = {'steps_s': (10.0,) * 6, 'pictures_s': 1, 'encode_s': 3, 'decode_s': 4, 'frames_s': 0.5}
+
+def run_of(card: str) -> dict[str, GpuRun]:
+    "Made up: a card on which a whole window took 68.5 s"
+    case = Measured(name=PRODUCTION, frames=77, steps=6, width=1280, height=720, attention='default',
+                    fp8_products='default', **WINDOW_OF)
+    return {card: GpuRun(card=card, capability=(9, 0), memory_gb=80, at='2026-01-02T03:04:05Z', commit='made up',
+                         versions={}, cases=(case,))}
+
+@pytest.mark.parametrize('jobs_on, runs, shown', [ # each pool: jobs, measured, at least
+    ('cpu', {}, {'at least': {'ADA_80_PRO', 'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48', 'HOPPER_141'}}),
+    ('cpu', run_of(H200), {'measured': {'HOPPER_141'},
+                           'at least': {'ADA_80_PRO', 'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48'}}),
+    (H100, run_of(H200), {'jobs': {'ADA_80_PRO'}, 'measured': {'HOPPER_141'},
+                          'at least': {'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48'}}),
+    (H100, run_of(H100), {'jobs': {'ADA_80_PRO'}, # jobs say more than a window does
+                          'at least': {'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48', 'HOPPER_141'}})])
+def test_every_pool_has_one_kind_of_figure(jobs_on, runs, shown):
+    found = costs([record(gpu=jobs_on)])
+    guessed = estimates(77 / 24, found, runs=runs)
+    kinds: dict[str, set] = {}
+    for c in found: kinds.setdefault('jobs', set()).add(c.pool)
+    for e in guessed: kinds.setdefault('measured' if e.render.at else 'at least', set()).add(e.pool)
+    assert kinds == shown and len(guessed) + len({c.pool for c in found}) == len(PRICES)
+    own = {e.pool: e for e in guessed}
+    if 'measured' in shown: assert own['HOPPER_141'].usd == pytest.approx(68.5 * 0.00155)
+    assert own['AMPERE_48'].usd == pytest.approx(256.0 * 0.00034, rel=0.001)
+
+def test_a_pool_of_unknown_cards_is_not_measured():
+    (e,) = estimates(10, prices=(Price('MINE', ('NVIDIA B200',), 0.003),), runs={})
+    assert e.render is None and e.usd is None
+
+def test_a_month_needs_cold_and_warm_jobs_of_one_card():
+    both = costs([record(gpu=H100), record(gpu=H100, **WARM), record(gpu=A40)])
+    found = months(both, 10)
+    assert set(found) == {H100} and months(both[:1], 10) == {}
+    usd, share = found[H100]
+    assert share == cold_share_at(10, 3.0) and usd == pytest.approx(300 * 0.00116 * (share * 13.5 + (1 - share) * 3))
+
+@pytest.mark.parametrize('jobs_on', [None, 'cpu', H100])
+def test_pictures_of_money_say_what_their_bars_are(tmp_path, monkeypatch, jobs_on):
+    drawn = []
+    monkeypatch.setattr('wan_avatar.charts.save', lambda figure, path: drawn.append(figure) or path)
+    jobs = [record(gpu=jobs_on), record(gpu=jobs_on, **WARM)] if jobs_on else []
+    found, said = costs(jobs), without_price(jobs)
+    guessed = estimates(10, found, runs=run_of(H200))
+    draw_costs(found, guessed, 10, said, tmp_path / 'c.png')
+    draw_months(found, guessed, 10, said, tmp_path / 'm.png')
+    for figure in drawn:
+        bars = [(p.get_hatch(), p.get_width()) for a in figure.axes for p in a.patches]
+        words = [t.get_text() for a in figure.axes for t in a.texts]
+        least = [w for w in words if w.startswith('at least')]
+        assert len(least) == sum(bool(hatch) for hatch, _ in bars) == (3 if jobs_on == H100 else 4) * len(figure.axes)
+        assert figure.axes[0].get_title(loc='left') == said and len(bars) == len(words)
+        assert all(width > 0 for _, width in bars)
+
+# %% how many bytes a start fetches, and how fast, is said once
 def test_the_model_of_a_full_size_start():
     def total(cached=False, **speeds): return sum(p.seconds for p in full_size_start(FullSize(**speeds), cached))
     size = sum(size for _, size in full_weights()) / 1e6
-    assert 25_000 < size < 35_000
+    assert size == start_bytes() / 1e6 and 20_000 < size < 25_000
     assert total(link=100) - total(link=200) == pytest.approx(size / 200, rel=0.01), 'the link decides'
     assert total(link=5000, disk_write=300) == pytest.approx(total(link=300), rel=0.001), 'unless the disk is slower'
     assert total(cached=True) == total(cached=True, link=1), 'what RunPod cached does not use the link'
     assert sum(p.seconds for p in full_size_start(FullSize(), False, ())) == 1.0 + 10.0, 'without weights ComfyUI is what is left'
+
+def test_one_function_counts_and_one_link_is_assumed(tmp_path):
+    lock = load_lock()
+    encoder = lock.files['text_encoder'].bytes
+    assert start_bytes(text_encoder=True) == start_bytes() + encoder and start_bytes('draft', True) == 0
+    assert sum(size for _, size in full_weights(text_encoder=True)) == start_bytes(text_encoder=True)
+    for with_encoder in (False, True):
+        own = own_lock(lock, WAN, with_encoder)
+        size = sum(f.bytes for f in own.files.values())
+        assert size == start_bytes(text_encoder=with_encoder), 'a bundle is what a start fetches'
+    by_link = full_size_bars((LINK_MB_S,), FullSize())
+    assert sum(p.bytes or 0 for p in by_link[f'B, link {LINK_MB_S} MB/s']) == start_bytes()
+    defaults = [inspect.signature(f).parameters[p].default for f, p in ((plan_table, 'speed'), (models_plan, 'speed'))]
+    assert [*defaults, FullSize().link] == [LINK_MB_S] * 3
+    assert LINK_MB_S in inspect.signature(draw_full_size).parameters['links'].default
+    assert report_parameters(report_path('cold-start'))['link_mb_s'] == 0, 'the report assumes what all others do'
+
+FIGURE = re.compile(r'(\d+(?:\.\d+)?) ?(GB|MB)(/s)?\b')
+TIMES = re.compile(r'(\d+) s at (?:an assumed )?(\d+) MB/s')
+SUBJECT = re.compile(r'weights|checkpoints|bundle|download|fetches|text encoder|assumed|\blink\b')
+OTHERS = { # clauses that name other bytes than those of a start -> where
+    'after 21 GB of weights were read': 'nbs/04_memory.ipynb', # a made-up machine
+    '1.4 GB of weights and what they work on': 'nbs/24_wholebody.ipynb', # the tracker's networks in memory
+}
+
+def stated_wrong(text: str) -> list[str]:
+    "Clauses about weights with a figure that the lock or the assumed link does not give"
+    lock, sizes = load_lock(), [start_bytes(text_encoder=e) for e in (False, True)]
+    files = [lock.files[n].bytes for n in ('text_encoder', 'clip_vision', 'dit')]
+    right = {f'{n / 1e9:.1f} GB' for n in (*sizes, *files)} | {f'{LINK_MB_S} MB/s'}
+    wrong = []
+    for clause in re.split(r'[.;:|,()\n](?:\s|$)', text):
+        figures = {f'{number} {unit}{rate or ""}' for number, unit, rate in FIGURE.findall(clause)}
+        about = SUBJECT.search(clause) and not any(o in clause for o in OTHERS)
+        if about and figures - right: wrong.append(clause.strip())
+    pairs = {(f'{n / LINK_MB_S / 1e6:.0f}', str(LINK_MB_S)) for n in sizes}
+    return wrong + [f'{s} s at {link} MB/s' for s, link in TIMES.findall(text) if (s, link) not in pairs]
+
+SAID = [ # text, is it wrong
+    ('A start fetches 22.8 GB of weights', False), ('29.5 GB with the text encoder', False),
+    ('A start fetches 21 GB of weights', True), ('the worker downloads 27.8 GB', True), ('a bundle of 23 GB', True),
+    ('a text encoder of 6.7 GB', False), ('a text encoder of 7 GB', True), ('Docker with 60 GB free', False),
+    ('(228 s at an assumed 100 MB/s)', False), ('295 s at 100 MB/s', False), ('91 s at 250 MB/s', True),
+    ('a link of 250 MB/s', True), ('at 40 MB/s a connection', False)]
+
+@pytest.mark.parametrize('text, wrong', SAID)
+def test_a_wrong_figure_is_found(text, wrong): assert bool(stated_wrong(text)) == wrong
+
+def document(path: Path) -> str:
+    "What a file tells people: of a notebook its prose, its comments and the tables it shows; else all of it"
+    if path.suffix != '.ipynb': return path.read_text()
+    cells = json.loads(path.read_text())['cells']
+    prose = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+    notes = [n for c in cells if c['cell_type'] == 'code' for n in re.findall(r'#\s(.*)', ''.join(c['source']))]
+    made = [o.get('data', {}) for c in cells for o in c.get('outputs', ())]
+    shown = [''.join(d['text/markdown']) for d in made if 'text/markdown' in d]
+    return '\n'.join([*prose, *notes, *shown])
+
+NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / 'nbs').rglob('*.ipynb'))
+DOCUMENTS = ['README.md', 'endpoint.toml', 'Dockerfile', 'Makefile', *NOTEBOOKS]
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_documents_state_the_bytes_of_the_lock(name):
+    text = document(ROOT / name)
+    assert stated_wrong(text) == []
+    assert all(clause in text for clause, where in OTHERS.items() if where == name), 'an exception nobody needs'
+
+@pytest.mark.parametrize('name', ['README.md', 'nbs/guide_deploy.ipynb'])
+def test_readme_and_guide_say_what_a_start_fetches(name):
+    text = document(ROOT / name)
+    normal, first = (f'{start_bytes(text_encoder=e) / 1e9:.1f} GB' for e in (False, True))
+    assert f'fetches {normal} (' in text and first in text and 'text encoder' in text
+    assert 'at least' in text and 'arithmetic from public timings' not in text
 
 @pytest.mark.parametrize('a, b, verdict', [
     ([2.0, 2.1, 2.2, 2.1, 2.0], [3.0, 3.1, 3.0, 3.2, 3.1], 'slower'), ([3.0, 3.1, 3.0, 3.2, 3.1], [2.0, 2.1, 2.2, 2.1, 2.0], 'faster'),
@@ -139,5 +323,6 @@ def test_runpods_bill():
                                      [record(boot_stages=[]), record('j2', number=2, stages=[])]])
 def test_charts_take_whatever_there_is(tmp_path, records):
     for draw in (draw_jobs, draw_cold_starts, draw_percentiles, draw_distribution, draw_download): assert draw(records, tmp_path / 'c.png').stat().st_size > 3000
-    draw_costs(costs(records), [], tmp_path / 'c.png')
+    found = costs(records)
+    draw_costs(found, estimates(10, found, runs={}), 10, without_price(records), tmp_path / 'c.png')
     for r in records: draw_gantt(r, tmp_path / 'c.png')

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import asdict
 
 import nbformat
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from wan_avatar.cli import app
-from wan_avatar.metrics import JobRecord, read_records, start_of, write_records
+from wan_avatar.endpoint import POOLS, render_time
+from wan_avatar.metrics import JobRecord, costs, estimates, read_records, start_of, without_price, write_records
 from wan_avatar.reports import Phase, ReportError, read_phases, report_parameters, report_path
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
@@ -58,6 +60,7 @@ def test_cold_start(cold_start):
     assert all({'cached': True} == s['facts'] for r in records for s in r.stages if s['name'] == 'track'), 'tracking is no part of a start'
     assert pictures(cold_start) == {'jobs', 'cold_starts', 'gantt', 'percentiles', 'distribution', 'costs', 'months', 'full_size_model'} | ({'download'} & pictures(cold_start))
     assert summary['cold_starts'] == 2 and summary['cold_start_parts_s']['B']['ComfyUI'] > 0.5 and 'Model, not measured' in summary['sentences'][2]
+    assert summary['costs'] == [] and summary['without_price'] == 'not measured on a GPU: these jobs ran on a cpu'
     cold = records[0]
     assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(cold.delay_s + next(s['end_s'] for s in cold.stages if s['name'] == 'render'), abs=0.05)
     assert {f['name'] for f in summary['endpoint_figures']} >= {'jobs: completed', 'workers: idle'} and all(f['source'].startswith('/health') for f in summary['endpoint_figures'])
@@ -117,3 +120,24 @@ def test_the_recorded_example_is_whole(name):
     assert json.loads((folder / 'summary.json').read_text())['report'] == name and all(r.state == 'COMPLETED' for r in read_records(folder / 'records.jsonl')) and pictures(folder)
     tracked = subprocess.run(['git', 'ls-files', '--', f'runs/{name}'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert tracked and all(p.endswith(('.png', '.json', '.jsonl')) for p in tracked)
+
+def test_recorded_money_is_what_is_known_today():
+    "A card that was measured since shows in `runs/gpu`, and then no picture may still say at least"
+    folder = ROOT / 'runs/cold_start'
+    summary, records = json.loads((folder / 'summary.json').read_text()), read_records(folder / 'records.jsonl')
+    found = costs(records)
+    assert (summary['costs'], summary['without_price']) == ([asdict(c) for c in found], without_price(records))
+    now = [asdict(e) | {'usd': e.usd} for e in estimates(summary['estimates']['video_s'], found)]
+    again = 'draw it again: wan-avatar report cold-start -p records=runs/cold_start/records.jsonl'
+    assert summary['estimates']['pools'] == json.loads(json.dumps(now)), again
+
+def test_the_guides_table_is_what_is_known_today():
+    cells = nbformat.read(ROOT / 'nbs/guide_deploy.ipynb', 4).cells
+    (table,) = [o['data']['text/markdown'] for c in cells for o in c.get('outputs', ())]
+    rows = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
+    again = 'make it again: .venv/bin/python nbs/tools/refresh.py nbs/guide_deploy.ipynb'
+    for name, pool in POOLS.items():
+        for seconds in (3, 10):
+            render = render_time(seconds, pool.types)
+            cost = f'{render.least}{render.seconds * pool.dollars_per_s:.2f} USD'
+            assert f'{render}, {cost} |' in rows[name] and render.source in rows[name], again

@@ -52,7 +52,7 @@ from .bundle import build, bundle_revision, check, push, relocated
 from .config import WeightSettings
 from .fetch import Checked, Coming, Http, Hub, HubUnreachable, Mirror, ProgressLines
 from .fetch import arrived, changes, checked, fetch_weights, pinned, places_of, sources_of
-from .models import Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan, plan_table, verified
+from .models import LINK_MB_S, Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan, plan_table, verified
 from .workflow import get_profile, locked_files, with_tracker
 
 # %% ../nbs/60_cli.ipynb #5a0c0000
@@ -61,7 +61,11 @@ from .reports import ReportError, ReportFailed, compare_folders, run_report
 from .smoke import Row, keep_summary, rows, run_smoke
 
 # %% ../nbs/60_cli.ipynb #de91000f
-from .endpoint import JOBS, Control, FileError, Plan, apply, control_from, delete, difference_table, find, look, read_file, read_state, state_tables
+from .cards import RunDamaged
+from wan_avatar.endpoint import (
+    JOBS, Control, FileError, Plan, apply, control_from, delete, difference_table, find, look, pool_table, read_file,
+    read_state, state_tables,
+)
 from .image import ImageError, build_image, compile_requirements, image_tag, push_image, read_commit, read_metadata, requirement_inputs
 
 # %% ../nbs/60_cli.ipynb #9130db9f
@@ -188,7 +192,7 @@ def told() -> Iterator[None]:
     "Known failures become one line and an exit code"
     try: yield
     except (EndpointError, SettingsError, HubUnreachable) as e: _leave(str(e), Code.UNREACHABLE)
-    except (FileError, ImageError) as e: _leave(str(e), Code.USAGE)
+    except (FileError, ImageError, RunDamaged) as e: _leave(str(e), Code.USAGE)
     except JobError as e: _leave(str(e), Code.UNREACHABLE if e.code == 'storage_failed' else Code.JOB_FAILED)
     except KeyboardInterrupt: _leave('interrupted', Code.INTERRUPTED)
 
@@ -580,7 +584,7 @@ def print_rows(rows: Iterable[tuple[str, ...]], *head: str) -> None:
 @models.command(name='plan')
 def models_plan(
     profile: OfProfile = None, text_encoder: WithEncoder = False, as_json: AsJson = False,
-    speed: Annotated[float, typer.Option(help='MB/s of the link, for the time it would take')] = 250
+    speed: Annotated[float, typer.Option(help='MB/s of the link, for the time it would take')] = LINK_MB_S
 ) -> None:
     "Say where each file is, and what a fetch would cost."
     with weights_of(profile, text_encoder) as w:
@@ -742,7 +746,7 @@ def planned(file: Path, image: str | None, console: Console) -> tuple[Control, P
     "What `apply` would do, shown"
     wanted = read_file(file, image)
     plan = look(control := control_from(os.environ, wanted), wanted, os.environ)
-    console.print(difference_table(plan))
+    console.print(difference_table(plan), '', pool_table(wanted), sep='\n')
     for note in plan.notes: console.print(f'note: {note}', markup=False, highlight=False)
     return control, plan
 

@@ -6,10 +6,10 @@
 __all__ = ['KINDS', 'PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'LEAST', 'JobRecord', 'ready_s', 'start_of', 'RecordsError',
            'write_records', 'read_records', 'make_record', 'measured_job', 'Percentile', 'percentiles', 'waited_for',
            'Part', 'kind_of', 'named', 'cold_parts', 'by_kind', 'download_speed', 'Price', 'PricesError', 'load_prices',
-           'price_of', 'billed_s', 'Cost', 'costs', 'cold_share_at', 'monthly', 'cold_share', 'FullSize',
-           'full_weights', 'full_size_start', 'Difference', 'difference', 'figures_of', 'compare_runs', 'Sourced',
-           'health_figures', 'billing_figures', 'mean_parts', 'what_dominates', 'fetched_bytes', 'what_is_saved',
-           'what_full_size_saves', 'summarise']
+           'price_of', 'billed_s', 'Cost', 'costs', 'without_price', 'Estimate', 'estimates', 'cold_share_at',
+           'monthly', 'months', 'cold_share', 'FullSize', 'full_weights', 'full_size_start', 'Difference', 'difference',
+           'figures_of', 'compare_runs', 'Sourced', 'health_figures', 'billing_figures', 'mean_parts', 'what_dominates',
+           'fetched_bytes', 'what_is_saved', 'what_full_size_saves', 'summarise']
 
 # %% ../nbs/54_metrics.ipynb #3ffc0930
 import json
@@ -23,13 +23,13 @@ from typing import Any
 import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from .cards import measured
 from .client import Client, Status
-from .endpoint import API, POOLS, PRICED
+from .endpoint import API, POOLS, PRICED, RenderTime, Runs, render_time, start_files
 from .files import whole_file
 from .job import manifest_key
-from .models import load_lock
+from .models import LINK_MB_S
 from .store import Store
-from .workflow import get_profile, locked_files
 
 # %% ../nbs/54_metrics.ipynb #a104557d
 class JobRecord(BaseModel):
@@ -251,24 +251,72 @@ def billed_s(
     start = record.boot['process_s'] + record.boot['taken_s'] + idle_s if start_of(record) == 'cold' else 0.0
     return start + (record.execution_s or 0.0)
 
+# %% ../nbs/54_metrics.ipynb #0bb02641
 @dataclass(frozen=True)
 class Cost:
-    "What a job costs in one pool"
+    "What jobs cost on the card they ran on, in its pool"
+    card: str # its own name
     pool: str
     start: str # cold, warm
-    per_job: float # US dollars, mean over the sample
-    per_video_s: float # US dollars a second of video
     n: int
+    per_job: float # US dollars, mean over the sample
+    per_video_s: float | None # US dollars a second of video; None: the jobs do not say how long their videos are
+    execution_s: float # mean
 
-def costs(records: Iterable[JobRecord], prices: tuple[Price, ...] = PRICES, idle_s: float = 5) -> list[Cost]:
-    "Cold and warm, in every pool: the same seconds at each price"
-    found = []
-    for start in ('cold', 'warm'):
-        jobs = [r for r in records if r.state == 'COMPLETED' and start_of(r) == start]
-        if not jobs: continue
-        seconds, video = (sum(f(r) for r in jobs) for f in (lambda r: billed_s(r, idle_s), lambda r: r.duration_s))
-        found += [Cost(p.pool, start, p.usd_per_s * seconds / len(jobs), p.usd_per_s * seconds / video, len(jobs)) for p in prices]
-    return found
+def costs(
+    records: Iterable[JobRecord],
+    prices: tuple[Price, ...] = PRICES,
+    idle_s: float = 5 # the endpoint's idle timeout
+) -> list[Cost]: # empty: no job ran on a GPU that has a price
+    "Cold and warm jobs on each card, at the price of that card's pool and of no other"
+    found: dict[tuple[str, str], list[JobRecord]] = {}
+    for r in records:
+        counts = r.state == 'COMPLETED' and start_of(r) in ('cold', 'warm') and r.execution_s is not None
+        if counts and price_of(r.gpu, prices): found.setdefault((r.gpu, start_of(r)), []).append(r)
+    return [_cost(card, start, jobs, price_of(card, prices), idle_s) for (card, start), jobs in sorted(found.items())]
+
+def _cost(card: str, start: str, jobs: list[JobRecord], price: Price, idle_s: float) -> Cost:
+    usd, video = price.usd_per_s * sum(billed_s(r, idle_s) for r in jobs), sum(r.duration_s or 0 for r in jobs)
+    ran = sum(r.execution_s for r in jobs) / len(jobs)
+    return Cost(card, price.pool, start, len(jobs), usd / len(jobs), usd / video if video else None, ran)
+
+# %% ../nbs/54_metrics.ipynb #9cd796a8
+def without_price(
+    records: Iterable[JobRecord],
+    prices: tuple[Price, ...] = PRICES
+) -> str: # empty: every job has a price
+    "Which jobs have no price, and why, in words"
+    made = [r for r in records if r.state == 'COMPLETED']
+    if not made: return 'not measured: no job was completed'
+    strange = [r.gpu or 'an unknown device' for r in made if not price_of(r.gpu, prices)]
+    if not strange: return ''
+    where = ' and '.join('a cpu' if g == 'cpu' else g for g in sorted(set(strange)))
+    if len(strange) < len(made): return f'{len(strange)} of {len(made)} jobs ran on {where} and have no price'
+    if set(strange) == {'cpu'}: return f'not measured on a GPU: these jobs ran on {where}'
+    return f'not measured: these jobs ran on {where}, which is in none of the pools'
+
+# %% ../nbs/54_metrics.ipynb #ac3412ac
+@dataclass(frozen=True)
+class Estimate:
+    "What rendering a video costs in a pool where no job was measured; starts, finding the person, delivery come on top"
+    pool: str
+    usd_per_s: float
+    render: RenderTime | None # None: not measured
+
+    @property
+    def usd(self) -> float | None: # a video; None: not measured
+        return self.render.seconds * self.usd_per_s if self.render else None
+
+def estimates(
+    video_s: float, # length of the video
+    found: Iterable[Cost] = (), # of jobs: their pools need no estimate
+    prices: tuple[Price, ...] = PRICES,
+    runs: Runs | None = None # of GPUs; default: those of this checkout
+) -> list[Estimate]: # one for every other pool
+    "A measured window's seconds or the limit's, at the price of the very pool"
+    told, runs = {c.pool for c in found}, measured() if runs is None else runs
+    others = [p for p in prices if p.pool not in told]
+    return [Estimate(p.pool, p.usd_per_s, render_time(video_s, p.gpus, runs=runs)) for p in others]
 
 # %% ../nbs/54_metrics.ipynb #130bb30a
 def cold_share_at(
@@ -287,6 +335,20 @@ def monthly(
     "What a month costs"
     return 30 * jobs_per_day * (cold_share * cold_usd + (1 - cold_share) * warm_usd)
 
+# %% ../nbs/54_metrics.ipynb #21ad5272
+def months(
+    found: Iterable[Cost], # of jobs
+    jobs_per_day: float,
+    idle_s: float = 5
+) -> dict[str, tuple[float, float]]: # card -> US dollars in 30 days, share of cold starts
+    "Model: a month on each card that both cold and warm jobs were measured on"
+    cards: dict[str, dict[str, Cost]] = {}
+    for c in found: cards.setdefault(c.card, {})[c.start] = c
+    shares = {n: cold_share_at(jobs_per_day, by['warm'].execution_s, idle_s) for n, by in cards.items() if len(by) == 2}
+    def usd(by: dict[str, Cost], share: float) -> float:
+        return monthly(by['cold'].per_job, by['warm'].per_job, jobs_per_day, share)
+    return {card: (usd(cards[card], share), share) for card, share in shares.items()}
+
 def cold_share(records: Iterable[JobRecord]) -> tuple[int, int, float]: # cold starts, jobs with a known start, share
     "Cold starts counted"
     starts = [start_of(r) for r in records]
@@ -297,7 +359,7 @@ def cold_share(records: Iterable[JobRecord]) -> tuple[int, int, float]: # cold s
 @dataclass(frozen=True)
 class FullSize:
     "What a full-size start depends on; speeds in MB a second"
-    link: float = 100 # assumption: what init timeouts are sized for
+    link: float = LINK_MB_S # assumption
     disk_write: float = 1000
     disk_read: float = 1500
     hashing: float = 1500 # SHA-256 on one core
@@ -305,15 +367,19 @@ class FullSize:
     comfy_s: float = 10.0 # boots while weights arrive
 
 @cache
-def full_weights(profile: str = 'wan22-animate') -> tuple[tuple[str, int], ...]: # (file, bytes), largest first
-    "What the lock says production needs; a file whose size it does not know yet is left out"
-    wanted = locked_files(get_profile(profile), load_lock(), text_encoder=True)
+def full_weights(
+    profile: str = 'wan22-animate',
+    text_encoder: bool = False # the first start of all, see `start_files`
+) -> tuple[tuple[str, int], ...]: # (file, bytes), largest first
+    "What a start fetches; a file whose size the lock does not know yet is left out"
+    wanted = start_files(profile, text_encoder)
     return tuple(sorted(((f.file, f.bytes) for f in wanted if f.bytes), key=lambda f: -f[1]))
 
+# %% ../nbs/54_metrics.ipynb #7b0de432
 def full_size_start(
     full: FullSize,
     cached: bool, # Phase A: RunPod put the weights on the host
-    weights: tuple[tuple[str, int], ...] | None = None # default: the lock's
+    weights: tuple[tuple[str, int], ...] | None = None # default: those of a normal start
 ) -> list[Part]:
     "Model: the parts of a full-size cold start"
     weights = full_weights() if weights is None else weights
@@ -427,7 +493,8 @@ def what_full_size_saves(full: FullSize, price: Price, weights: tuple[tuple[str,
     "The model's answer, in words"
     b, a = (sum(p.seconds for p in full_size_start(full, cached, weights)) for cached in (False, True))
     size = sum(size for _, size in (full_weights() if weights is None else weights)) / 1e9
-    return (f'Model, not measured: with {size:.0f} GB of weights and a link of {full.link:.0f} MB/s a start takes {b:.0f} s without and {a:.0f} s with the cached model; '
+    return (f'Model, not measured: with {size:.1f} GB of weights and a link of {full.link:.0f} MB/s a start takes '
+            f'{b:.0f} s without and {a:.0f} s with the cached model; '
             f'that is ${(b - a) * price.usd_per_s:.2f} less a start in {price.pool} at prices of {PRICES_DATE}.')
 
 # %% ../nbs/54_metrics.ipynb #0346cc53

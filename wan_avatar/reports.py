@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ReportError', 'project_root', 'report_path', 'report_parameters', 'read_parameters', 'ReportFailed', 'run_report',
-           'write_summary', 'markdown_table', 'Phase', 'read_phases', 'tiny_phases', 'local_phases', 'until_no_worker',
-           'empty', 'measure_phase', 'wrong_starts', 'compare_folders']
+           'write_summary', 'endpoint_figures_of', 'markdown_table', 'Phase', 'read_phases', 'tiny_phases',
+           'local_phases', 'until_no_worker', 'empty', 'measure_phase', 'wrong_starts', 'compare_folders']
 
 # %% ../nbs/59_reports.ipynb #4522e3d4
 import ast
@@ -102,6 +102,13 @@ def write_summary(out: Path, summary: dict) -> Path: # its path
     "summary.json of a report"
     with whole_file(out / 'summary.json') as part: part.write_text(json.dumps(summary, indent=1) + '\n')
     return out / 'summary.json'
+
+def endpoint_figures_of(
+    records: Path # records.jsonl of an earlier run
+) -> list[dict]: # empty: no summary lies beside it
+    "What the endpoint said of itself then, so that drawing a run again does not lose it"
+    summary = records.parent / 'summary.json'
+    return json.loads(summary.read_text()).get('endpoint_figures', []) if summary.exists() else []
 
 def markdown_table(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
     "Rows as Markdown; a `|` in a value does not break it"
