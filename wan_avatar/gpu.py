@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
 from .comfy import Comfy, run, running_comfy
+from .gpu_charts import write_report
 from .job import JobError
 from .launch import ComfyPlace, has_gpu
 from .media import SIZE, Encoder
@@ -374,7 +375,8 @@ def folder_of(card: str) -> str:
 # %% ../nbs/55_gpu.ipynb #be8489bd
 async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Path: # the card's folder
     "Measure; raises NoGpu where there is nothing to measure"
-    facts, budget = card_facts(), Budget(options.seconds)
+    budget = Budget(options.seconds)
+    facts = {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
         raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; --small is a dry run of all but the GPU')
     models = options.models or models_folder(60 if options.unquantised else 25)
@@ -397,6 +399,7 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
                 bench.watch.close()
                 shutil.copyfile(place.log_path, folder / 'comfy.log')
     if options.tracker_s: kept.add(tracker=_networks(options, min(options.tracker_s, budget.left), kept.run.tracker))
+    write_report(kept.run, folder)
     return folder
 
 def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
@@ -405,11 +408,13 @@ def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
     (work_dir / name).write_bytes((models / name).read_bytes())
     return name
 
-def _networks(options: Options, seconds: float, before: dict) -> dict:
+def _networks(options: Options, seconds: float, before: dict) -> dict: # as `GpuRun.tracker`
+    "The tracker's networks, in ComfyUI's environment; what was measured until its time was over counts"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'networks.json'
-        command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.networks', result, '--seconds', str(seconds), *(['--small'] if options.small else [])]
-        subprocess.run(command, check=False, timeout=max(seconds, 10) + 30)
+        command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.networks', result, '--seconds', f'{seconds:.0f}']
+        try: subprocess.run([*command, *(['--small'] if options.small else [])], check=False, timeout=max(seconds, 10) + 30)
+        except subprocess.TimeoutExpired: pass
         return json.loads(result.read_text()) if result.exists() else before
 
 # %% ../nbs/55_gpu.ipynb #f7c77938
