@@ -562,14 +562,11 @@ def _products(kernels: Kernels) -> Callable:
 
 class AvatarRan:
     "Pass latents on, and say which kernels made them"
-    CATEGORY, FUNCTION = 'avatar', 'run'
+    CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True # of a cached node ComfyUI repeats the words only at an end
     RETURN_TYPES = ('LATENT',)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict: return {'required': {'samples': ('LATENT',), 'kernels': ('AVATAR_KERNELS',)}}
-
-    @classmethod
-    def IS_CHANGED(cls, **inputs) -> float: return float('nan') # of a cached result ComfyUI repeats no words
 
     def run(self, samples: dict, kernels: Kernels) -> dict:
         return {'ui': {'kernels': [asdict(kernels)]}, 'result': (samples,)}
