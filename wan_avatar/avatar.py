@@ -731,8 +731,8 @@ async def make_avatar(
         finally: studio.renderer.release()
         about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])},
                  'notes': list(inputs.clip.notes) or None}
-        more = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels,
-                'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
+        more = {'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels, 'boot': started}
+        more |= {'job_id': job_id, 'content': asdict(inputs.clip.content), 'track': seen}
         result = await deliver(key, inputs, about, more, studio, timeline, report)
         return sign(result, studio.store, job.presign_seconds)
 

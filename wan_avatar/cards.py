@@ -7,7 +7,6 @@ __all__ = ['CARDS', 'TEXT', 'FACE', 'RUNS', 'PRODUCTION', 'Card', 'Operations', 
            'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'measured', 'unfounded', 'runs_by_folder']
 
 # %% ../nbs/35_cards.ipynb #e8237069
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -178,16 +177,16 @@ def measured(
 
 # %% ../nbs/35_cards.ipynb #ae48d5e8
 def unfounded(
-    runs: Mapping[str, GpuRun], # by folder
-    kernels: Mapping[tuple[int, int], Choice] = KERNELS,
-    needs: Mapping[str, Need] = NEEDED_GB
+    runs: dict[str, GpuRun], # by folder
+    kernels: dict[tuple[int, int], Choice] = KERNELS,
+    needs: dict[str, Need] = NEEDED_GB
 ) -> list[str]: # one finding a row; empty: every row rests on a run
     "Rows of production's tables that no run bears out"
     rows = [(f'kernels of {c[0]}.{c[1]}', choice.run, c, 0.0) for c, choice in kernels.items()]
     rows += [(f'memory of {profile}', need.run, None, need.gb) for profile, need in needs.items()]
     return [f'{row}: {why}' for row, *said in rows if (why := _unfounded(runs, *said))]
 
-def _unfounded(runs: Mapping[str, GpuRun], name: str, capability: tuple[int, int] | None, gb: float) -> str:
+def _unfounded(runs: dict[str, GpuRun], name: str, capability: tuple[int, int] | None, gb: float) -> str:
     if (run := runs.get(name)) is None: return f'there is no runs/gpu/{name}'
     if capability not in (None, run.capability): return f'{run.card} has {run.capability[0]}.{run.capability[1]}'
     if run.case(PRODUCTION) is None: return f'{run.card} did not finish "{PRODUCTION}"'
