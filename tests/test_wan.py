@@ -11,8 +11,9 @@ from audit import rules
 from conftest import ROOT, Service, comfy_with_probe, cut
 
 from wan_avatar import avatar
+from wan_avatar.avatar import make_avatar
 from wan_avatar.comfy import run
-from wan_avatar.job import JobError
+from wan_avatar.job import Job, JobError
 from wan_avatar.media import read_frames
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.track import load_track, parse_track
@@ -323,6 +324,7 @@ def test_face_branch(wan):
 def kernels_of(wan, seed: int, **values) -> dict:
     "A window of the tiny profile through these kernels: what AvatarRan says"
     graph = profile_graph(TINY.changed(steps=1, **values))
+    graph = {node: given for node, given in graph.items() if node not in ('trim', 'decode', 'frames')}
     given = {k: v for k, v in (window_values() | {'seed': seed}).items() if k in slots(graph)}
     return wan.on_loop(run(wan.comfy, bind(graph, given)))['ran']['kernels'][0]
 
@@ -341,6 +343,16 @@ def test_kernels_that_ran_are_said_even_of_a_result_from_the_cache(wan, window, 
     assert ('sageattention cannot be imported' in wan.comfy.process.log.since(before)) == (asked == 'sage')
     assert kernels_of(wan, 20, attention=asked) == said
     assert kernels_of(wan, 22)['attention'] == 'default', 'the next prompt of the same weights sees nothing of it'
+
+def test_the_setting_asks_for_sage_and_the_manifest_says_what_ran(wan, window, caplog):
+    settings = wan.settings.model_copy(update={'use_sage_attention': True})
+    job = Job(**BRIEF, seed=1)
+    wan.background.submit(make_avatar('sage', job, replace(wan.studio, settings=settings))).result(timeout=180)
+    manifest = wan.store.read_json('avatars/sage.mp4.json')
+    asked, used = manifest['rendered_with']['attention'], manifest['kernels']['attention']
+    assert (asked, used) == ('sage', 'default'), 'it is not installed'
+    assert all(name.startswith('attention_') for name in manifest['kernels']['ran'])
+    assert 'asks for attention "sage"; "default" ran' in caplog.text
 
 @pytest.mark.parametrize('attention', ['cudnn', 'efficient'])
 def test_a_kernel_that_cannot_run_says_so_and_no_other_steps_in(wan, window, attention):

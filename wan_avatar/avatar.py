@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'MAX_IMAGE_SECONDS', 'VIDEO_RATE',
            'in_thread', 'begun', 'entered_in_thread', 'Turnstile', 'Studio', 'work_folder', 'discard', 'sweep',
-           'boot_report', 'StageProgress', 'Inputs', 'take_image', 'take_video', 'driving_key', 'check_keys',
-           'room_needed', 'check_start', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached', 'keep',
-           'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render', 'kernels_that_ran',
-           'shorter', 'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture', 'find_embedding',
-           'embedding_key', 'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots', 'delivered',
-           'Delivered', 'sign', 'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own', 'upload_proven',
-           'write_manifest', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'so_far', 'seed_of']
+           'boot_report', 'StageProgress', 'profile_here', 'Inputs', 'take_image', 'take_video', 'driving_key',
+           'check_keys', 'room_needed', 'check_start', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
+           'keep', 'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render',
+           'kernels_that_ran', 'shorter', 'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture',
+           'find_embedding', 'embedding_key', 'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots',
+           'delivered', 'Delivered', 'sign', 'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own',
+           'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'so_far',
+           'seed_of']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import itertools
@@ -56,7 +57,7 @@ from wan_avatar.track import (
 )
 from wan_avatar.workflow import (
     Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
-    track_graph, vision_graph, with_tracker,
+    track_graph, vision_graph, with_sage, with_tracker,
 )
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,15 @@ class StageProgress:
         spent, share = self.timeline.elapsed() - self.began, done / total if total else 0
         eta = {'eta_s': round(spent * (1 - share) / share, 1)} if share else {}
         self.report({'stage': self.stage, **self.facts, **facts, 'done': done, 'total': total, 'percent': round(100 * share), **eta})
+
+# %% ../nbs/40_avatar.ipynb #073861f1
+def profile_here(
+    settings: Settings,
+    name: str | None = None # of a job; None: the worker's own
+) -> Profile:
+    "A profile as this worker runs it; JobError `bad_input` when there is none of that name"
+    profile = with_tracker(get_profile(name or settings.profile), settings.tracker)
+    return with_sage(profile, settings.use_sage_attention)
 
 # %% ../nbs/40_avatar.ipynb #6caa26bb
 @dataclass(frozen=True)
@@ -387,7 +397,7 @@ async def render(
             todo.pop(0)
     return kernels_that_ran(outputs, profile)
 
-# %% ../nbs/40_avatar.ipynb #0321b6a4
+# %% ../nbs/40_avatar.ipynb #875b2365
 def kernels_that_ran(
     outputs: list[dict], # of each window, by node
     profile: Profile
@@ -704,8 +714,8 @@ async def make_avatar(
 ) -> Result:
     "Person of the picture into the video; JobError says why not"
     settings, timeline, restarts, started = studio.settings, timeline or Timeline(), Restarts(), boot_report(studio)
-    profile, key, seed = get_profile(job.profile or settings.profile), output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
-    profile = with_tracker(profile, settings.tracker)
+    key, seed = output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
+    profile = profile_here(settings, job.profile)
     whole = deadline(settings.job_seconds, timeline, settings.work_dir)
     async with whole, studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
         if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)) is not None: return before
@@ -721,8 +731,8 @@ async def make_avatar(
         finally: studio.renderer.release()
         about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])},
                  'notes': list(inputs.clip.notes) or None}
-        more = {'job_id': job_id, 'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels,
-                'content': asdict(inputs.clip.content), 'track': seen, 'boot': started}
+        more = {'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels, 'boot': started}
+        more |= {'job_id': job_id, 'content': asdict(inputs.clip.content), 'track': seen}
         result = await deliver(key, inputs, about, more, studio, timeline, report)
         return sign(result, studio.store, job.presign_seconds)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'TEXT', 'FACE', 'RUNS', 'PRODUCTION', 'Card', 'Operations', 'operations', 'least_seconds', 'Strict', 'Peak',
-           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'measured']
+           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'measured', 'unfounded', 'runs_by_folder']
 
 # %% ../nbs/35_cards.ipynb #e8237069
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from .files import whole_file
+from .kernels import KERNELS, NEEDED_GB, Choice, Need
 from .tiny import TRUE, Size
 
 # %% ../nbs/35_cards.ipynb #c88457bf
@@ -174,3 +175,24 @@ def measured(
 ) -> dict[str, GpuRun]: # by the card's name; a card that is not there is unmeasured
     "Every card that was measured"
     return {run.card: run for run in map(read_run, sorted(root.glob('*/gpu.json')))}
+
+# %% ../nbs/35_cards.ipynb #ae48d5e8
+def unfounded(
+    runs: dict[str, GpuRun], # by folder
+    kernels: dict[tuple[int, int], Choice] = KERNELS,
+    needs: dict[str, Need] = NEEDED_GB
+) -> list[str]: # one finding a row; empty: every row rests on a run
+    "Rows of production's tables that no run bears out"
+    rows = [(f'kernels of {c[0]}.{c[1]}', choice.run, c, 0.0) for c, choice in kernels.items()]
+    rows += [(f'memory of {profile}', need.run, None, need.gb) for profile, need in needs.items()]
+    return [f'{row}: {why}' for row, *said in rows if (why := _unfounded(runs, *said))]
+
+def _unfounded(runs: dict[str, GpuRun], name: str, capability: tuple[int, int] | None, gb: float) -> str:
+    if (run := runs.get(name)) is None: return f'there is no runs/gpu/{name}'
+    if capability not in (None, run.capability): return f'{run.card} has {run.capability[0]}.{run.capability[1]}'
+    if run.case(PRODUCTION) is None: return f'{run.card} did not finish "{PRODUCTION}"'
+    return f'{run.card} has {run.memory_gb:g} GB alone' if gb > run.memory_gb else ''
+
+def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
+    "Every run, by its folder's name"
+    return {path.parent.name: read_run(path) for path in sorted(root.glob('*/gpu.json'))}

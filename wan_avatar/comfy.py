@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'tail', 'ComfyDied', 'Child', 'ComfyProcess', 'Progress', 'node_error', 'refused', 'unloaded_keys',
-           'device_name', 'Restarts', 'Comfy', 'run', 'running_comfy']
+           'device_name', 'device_memory', 'Restarts', 'Comfy', 'run', 'running_comfy']
 
 # %% ../nbs/31_comfy.ipynb #34fa157a
 import asyncio
@@ -67,8 +67,8 @@ class Child:
 # %% ../nbs/31_comfy.ipynb #b8d86264
 class ComfyProcess:
     "One ComfyUI process"
-    def __init__(self, place: ComfyPlace, start_seconds: float = 600, use_sage: bool = False, launched: Launched | None = None):
-        self.place, self.start_seconds, self.use_sage = place, start_seconds, use_sage
+    def __init__(self, place: ComfyPlace, start_seconds: float = 600, launched: Launched | None = None):
+        self.place, self.start_seconds = place, start_seconds
         self.launched = launched # one that was started before us, until `start` takes it over
         self.child, self.port, self.secret = None, 0, ''
         self.log: Log | None = launched.log if launched else None # of the newest child
@@ -86,7 +86,7 @@ class ComfyProcess:
 
     async def start(self, http: aiohttp.ClientSession) -> None:
         "Start, or take over, and wait until it answers; JobError `comfy_failed` with the end of its log"
-        launched, self.launched = self.launched or launch(self.place, self.use_sage), None
+        launched, self.launched = self.launched or launch(self.place), None
         self.child, self.port = Child(launched.process), launched.port
         self.secret, self.log = launched.secret, launched.log
         await _until_it_answers(self, http)
@@ -194,6 +194,13 @@ def device_name(
     devices = stats.get('devices') or [{}]
     return re.sub(r'^cuda:\d+ | : \w+$', '', str(devices[0].get('name', 'unknown')))
 
+def device_memory(
+    stats: dict # likewise
+) -> int | None: # bytes; None: a CPU, or ComfyUI does not say
+    "All memory of the GPU, as ComfyUI sees it"
+    device = (stats.get('devices') or [{}])[0]
+    return None if device.get('type', 'cpu') == 'cpu' else device.get('vram_total')
+
 # %% ../nbs/31_comfy.ipynb #e997164a
 @dataclass
 class Restarts:
@@ -210,7 +217,7 @@ class _Requests:
         self.heard: dict[str, asyncio.Queue] = {} # prompt id -> its messages
         self.object_info: dict[str, dict] = {}
         self.learning: asyncio.Task | None = None # fills it
-        self.device, self.closed = 'unknown', False # what ComfyUI computes on
+        self.device, self.device_bytes, self.closed = 'unknown', None, False # what ComfyUI computes on, and its memory
 
     @asynccontextmanager
     async def _asked(self, method: str, path: str, **more) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -257,7 +264,8 @@ class Comfy(_Api):
         self.closed = False
         if self.http is None: self.http = aiohttp.ClientSession()
         await self.process.start(self.http)
-        self.device = device_name(await self._get('/system_stats'))
+        stats = await self._get('/system_stats')
+        self.device, self.device_bytes = device_name(stats), device_memory(stats)
         await self._connect()
         self.learning = asyncio.create_task(self._learn())
 

@@ -146,7 +146,10 @@ class Settings(WeightSettings):
     output_prefix: str = 'avatars/'
     comfy_dir: Path = Path(DEFAULTS['comfy_dir'])
     work_dir: Path = Path(DEFAULTS['work_dir'])
-    use_sage_attention: bool = DEFAULTS['use_sage_attention'] == 'true'
+    use_sage_attention: Annotated[bool, Field(description='SageAttention instead of the profile\'s `attention`; '
+        'where it is not installed, as in the image, a warning and the default')] = False
+    allow_small_gpu: Annotated[bool, Field(description='start on a card with less memory than the profile was '
+        'measured to need')] = False
     warmup: Annotated[bool, Field(description='load the models once before the first job')] = True
     url_ports: Annotated[Ports, Field(description='ports besides 80, 443 and the bucket\'s that input_image_url may lead to'
         ', with commas between')] = ()

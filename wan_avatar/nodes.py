@@ -442,7 +442,7 @@ class AvatarTextOnly:
             patched.add_object_patch(f'diffusion_model.blocks.{i}.cross_attn.forward', text_only)
         return (patched,)
 
-# %% ../nbs/32_nodes.ipynb #042de38b
+# %% ../nbs/32_nodes.ipynb #b2e0eda7
 @dataclass
 class Kernels:
     "What one model computes with, and what its latest sampling ran; AVATAR_KERNELS links carry it"
@@ -478,7 +478,7 @@ def _capability() -> tuple[int, int] | None:
     device = get_torch_device()
     return torch.cuda.get_device_capability(device) if device.type == 'cuda' else None
 
-# %% ../nbs/32_nodes.ipynb #d2e63bea
+# %% ../nbs/32_nodes.ipynb #7e769d57
 _NO_KERNEL = re.compile('No (available kernel|viable backend)')
 
 def _through_torch(name: str) -> Callable:
@@ -515,7 +515,7 @@ def _attention(kernels: Kernels) -> Callable:
         return out
     return attention
 
-# %% ../nbs/32_nodes.ipynb #30c6ac61
+# %% ../nbs/32_nodes.ipynb #dc7dfbfb
 class AvatarKernels:
     "The same model, through these kernels"
     CATEGORY, FUNCTION = 'avatar', 'run'
@@ -562,7 +562,7 @@ def _products(kernels: Kernels) -> Callable:
 
 class AvatarRan:
     "Pass latents on, and say which kernels made them"
-    CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True # what an end of the graph said is repeated from the cache
+    CATEGORY, FUNCTION, OUTPUT_NODE = 'avatar', 'run', True # of a cached node ComfyUI repeats the words only at an end
     RETURN_TYPES = ('LATENT',)
 
     @classmethod

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'CLOSE_UP', 'SCALES', 'Background', 'identity', 'check_disk', 'embeddings_at_hand', 'unpinned',
            'missing_trackers', 'get_weights', 'warm_up_graph', 'warm_up', 'empty_picture', 'warm_up_tracker',
-           'check_fit', 'together', 'own_profile', 'absolute', 'keep_timeline', 'boot', 'sdk_environment',
+           'check_fit', 'check_card', 'together', 'absolute', 'keep_timeline', 'boot', 'sdk_environment',
            'BareFormatter', 'log_barely', 'loud_argument', 'spare_the_core', 'serve', 'fitness_check',
            'progress_sender', 'main', 'shut_down']
 
@@ -28,7 +28,7 @@ import shutil
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.resources import files
@@ -37,7 +37,8 @@ from pathlib import Path
 # %% ../nbs/42_worker.ipynb #441ad688
 from PIL import Image
 from wan_avatar.avatar import (
-    Studio, describe_picture, find_embedding, in_thread, prompt_embeddings, relative, sweep, track_file, work_folder,
+    Studio, describe_picture, find_embedding, in_thread, profile_here, prompt_embeddings, relative, sweep, track_file,
+    work_folder,
 )
 from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
@@ -45,13 +46,16 @@ from .fetch import Coming, ProgressLines, fetch_weights, places_of
 from .files import check_room, whole_file
 from .handler import Handler
 from .job import JobError, without_secrets
+from .kernels import NEEDED_GB, Need, lacking
 from .launch import Launched, absolute_folder, private_folder
 from .memory import find_memory, memory_line
 from .models import Lock, LockedFile, link, load_lock, snapshots
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .store import Store
 from .timeline import Timeline, log_line
-from .workflow import Graph, Profile, bind, get_profile, loaders, locked_files, needed_files, profile_graph, slots, tracker_places, with_tracker
+from wan_avatar.workflow import (
+    Graph, Profile, bind, loaders, locked_files, needed_files, profile_graph, slots, tracker_places,
+)
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +222,22 @@ def check_fit(
     kinds = '; '.join(f'{kind}: {len(keys)} ({", ".join(keys[:3])}{", …" if len(keys) > 3 else ""})' for kind, keys in found.items())
     raise JobError('models_unavailable', f'weights of profile {profile.name} do not fit, keys without a place: {kinds}; replace the files', worker_unfit=True)
 
+# %% ../nbs/42_worker.ipynb #08661664
+def check_card(
+    profile: Profile,
+    card: str, # its name
+    memory: int | None, # bytes; None: no GPU
+    allowed: bool, # ALLOW_SMALL_GPU
+    needs: Mapping[str, Need] = NEEDED_GB
+) -> None:
+    "JobError `out_of_memory` with both numbers for a card that is smaller than the profile was measured to need"
+    if memory is None or (need := lacking(profile.name, memory / 1e9, needs)) is None: return
+    needed = f'profile {profile.name} was measured to need {need.gb:.1f} GB (runs/gpu/{need.run})'
+    found = f'{card} has {memory / 1e9:.1f} GB of memory, and {needed}'
+    if allowed: return log.warning('%s; going on, as ALLOW_SMALL_GPU says', found)
+    remedy = 'take a larger card (`[gpu] order` of endpoint.toml), or set ALLOW_SMALL_GPU=true'
+    raise JobError('out_of_memory', f'{found}: {remedy}', worker_unfit=True)
+
 # %% ../nbs/42_worker.ipynb #b0010007
 async def together(*works: Awaitable) -> None:
     "All at once; the first failure ends the rest before it is raised"
@@ -226,10 +246,6 @@ async def together(*works: Awaitable) -> None:
     finally:
         for t in tasks: t.cancel()
         await asyncio.wait(tasks)
-
-def own_profile(settings: Settings) -> Profile:
-    "What this worker is made ready for"
-    return with_tracker(get_profile(settings.profile), settings.tracker)
 
 async def _step(timeline: Timeline, name: str, what: str, work: Awaitable) -> None:
     with timeline.stage(name): await work
@@ -252,14 +268,15 @@ async def boot(
     launched: Launched | None = None # a ComfyUI of the same settings that was started already
 ) -> Studio:
     "A studio that is ready: ComfyUI answers, the bucket is there, the disk has room, the weights are there and loaded"
-    settings, profile = absolute(settings), own_profile(settings)
+    settings, profile = absolute(settings), profile_here(settings)
     place = ComfyPlace(settings.comfy_dir, settings.work_dir, settings.models_dir)
-    process = ComfyProcess(place, settings.comfy_start_seconds, settings.use_sage_attention, launched)
+    process = ComfyProcess(place, settings.comfy_start_seconds, launched)
     comfy, store = Comfy(process), Store(settings)
     bare = Studio(settings, store, comfy, {})
     warm, answers, trackers = settings.warmup and bool(profile.weights), asyncio.Event(), asyncio.Event()
     async def start() -> None:
         await _step(timeline, 'comfy', 'ComfyUI answers', comfy.start())
+        check_card(profile, comfy.device, comfy.device_bytes, settings.allow_small_gpu)
         answers.set()
     async def tracker() -> None:
         for event in (answers, trackers): await event.wait()

@@ -6,7 +6,7 @@
 __all__ = ['Graph', 'VISIONS', 'LOCK', 'LOCKED', 'CLIP_VISION', 'SLOTS', 'NEGATIVE', 'WAN', 'REFERENCE', 'TINY', 'PROFILES',
            'load_graph', 'slots', 'bind', 'validate', 'Weight', 'Profile', 'weight', 'listed', 'get_profile',
            'disconnected', 'relinked', 'without_loras', 'with_vision', 'profile_graph', 'vision_graph', 'track_graph',
-           'needed_files', 'locked_files', 'tracker_places', 'loaders', 'detectors_digest', 'with_tracker',
+           'needed_files', 'locked_files', 'tracker_places', 'loaders', 'detectors_digest', 'with_tracker', 'with_sage',
            'check_weights', 'ranks', 'draw_graph']
 
 # %% ../nbs/30_workflow.ipynb #52d5f354
@@ -362,6 +362,14 @@ def with_tracker(
     if tracker not in profile.other_trackers:
         raise JobError('bad_input', f'profile {profile.name} can not be run with TRACKER={shorten(tracker)}; it takes {", ".join([profile.tracker, *profile.other_trackers])}')
     return replace(profile, tracker=tracker)
+
+# %% ../nbs/30_workflow.ipynb #435709a3
+def with_sage(
+    profile: Profile,
+    wanted: bool # USE_SAGE_ATTENTION
+) -> Profile:
+    "The profile with SageAttention in place of the attention it names, where it names one"
+    return profile.changed(attention='sage') if wanted and 'attention' in profile.values else profile
 
 # %% ../nbs/30_workflow.ipynb #7023277b
 def check_weights(
