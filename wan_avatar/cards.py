@@ -191,7 +191,8 @@ def _unfounded(runs: dict[str, GpuRun], name: str, capability: tuple[int, int] |
     if (run := runs.get(name)) is None: return f'there is no runs/gpu/{name}'
     if capability not in (None, run.capability): return f'{run.card} has {run.capability[0]}.{run.capability[1]}'
     if run.case(PRODUCTION) is None: return f'{run.card} did not finish "{PRODUCTION}"'
-    return f'{run.card} has {run.memory_gb:g} GB alone' if gb > run.memory_gb else ''
+    finished = {c.cap_gb for c in run.cases if c.cap_gb and not c.failed}
+    return f'{run.card} was not held to {gb:g} GB, or did not finish so' if gb and gb not in finished else ''
 
 def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
     "Every run, by its folder's name"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIRST', 'RECTANGLES', 'CAPS', 'FRAMES', 'FOLDER', 'LOADS', 'PHASES', 'Case', 'cases', 'expected_s', 'stage',
            'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Bench', 'Budget', 'Kept',
-           'run_cases', 'comfy_with_probe', 'NoGpu', 'Options', 'models_folder', 'make_files', 'small_case',
-           'fresh_run', 'folder_of', 'bench_gpu', 'main']
+           'run_cases', 'comfy_with_probe', 'NoGpu', 'Options', 'room_for', 'models_of', 'make_files', 'small_case',
+           'fresh_run', 'folder_of', 'bench_gpu', 'cases_of', 'main']
 
 # %% ../nbs/55_gpu.ipynb #acf56eaf
 import argparse
@@ -38,7 +38,7 @@ from .media import SIZE, Encoder
 from .probe import PACKAGE, RECORD
 from .prompt import Embedding
 from .segments import LEFT_HAND, RIGHT_HAND
-from .tiny import BF16_DIT
+from .tiny import BF16_DIT, SMALL, TRUE, Size
 from .track import TRACKERS, Track, pack_mask, save_track
 from .workflow import TINY, WAN, Graph, Profile, bind, profile_graph, slots, vision_graph
 
@@ -199,14 +199,15 @@ def figures(
     case: Case,
     records: Sequence[Mapping[str, Any]], # of the probe
     card: str, # its name
+    size: Size = TRUE, # of the transformer
     **more # of `Measured`
 ) -> Measured:
     "A case as numbers"
     def total(kind: str, *nodes: str) -> float:
         return sum(r['seconds'] for r in records if r['kind'] == kind and (not nodes or r['node'] in nodes))
-    forwards = [r for r in records if r['kind'] == 'forward']
+    forwards = [r for r in records if r['kind'] == 'forward' and 'finite' in r] # one that failed has no such fact
     around = total('node', 'sample') - total('forward') - total('profiled') # models come to the GPU in there
-    ops = operations(*case.side, case.length, image=257 if case.vision == 'clip' else 0)
+    ops = operations(*case.side, case.length, size, image=257 if case.vision == 'clip' else 0)
     known, fp8 = CARDS.get(card), 'fp8 products' in more.get('ran', '')
     peaks = {phase: [r for r in records if r['kind'] == phase] for phase in PHASES}
     return Measured(
@@ -222,8 +223,9 @@ def figures(
 # %% ../nbs/55_gpu.ipynb #ab3af52a
 class Bench:
     "A ComfyUI with the probe in it, and what it said so far"
-    def __init__(self, comfy: Comfy, card: str, profile: Profile, inputs: Mapping[str, Any], records: Path):
-        self.comfy, self.card, self.profile, self.inputs, self.records = comfy, card, profile, inputs, records
+    def __init__(self, comfy: Comfy, card: str, small: bool, inputs: Mapping[str, Any], records: Path):
+        self.comfy, self.card, self.inputs, self.records = comfy, card, inputs, records
+        self.profile, self.size = bench_profile(small), SMALL if small else TRUE
         self.watch, self.seed = Watch(), 0
 
     async def measure(self, case: Case, graph: Graph, limit_s: float) -> Measured:
@@ -236,8 +238,8 @@ class Bench:
         seconds = time.perf_counter() - began
         pid = self.comfy.process.child.pid
         ran = ' '.join(f'{name} {count}' for said in outputs.get('ran', {}).get('kernels', ()) for name, count in said['ran'].items())
-        return figures(case, self._since(before), self.card, failed=failed, total_s=seconds, ran=ran, ram_peak_gb=ram_peak_gb(pid),
-                       **self.watch.since(began))
+        return figures(case, self._since(before), self.card, self.size, failed=failed, total_s=seconds, ran=ran,
+                       ram_peak_gb=ram_peak_gb(pid), **self.watch.since(began))
 
     def _since(self, position: int) -> list[dict]:
         if not self.records.exists(): return []
@@ -328,19 +330,29 @@ class Options:
     "What `wan-avatar bench gpu` is told"
     out: Path # gets a folder named after the card
     comfy_dir: Path
-    models: Path | None = None # keeps the files of random numbers; None: in memory where it is large enough, else on disk
+    models: Path | None = None # keeps the files of random numbers for the next call; None: they are removed
     seconds: float = 510 # in all
     pattern: str = '' # of the names of the cases to run
     small: bool = False # the dry run
     unquantised: bool = False # make the bf16 file, 35 GB more
     tracker_s: float = 60 # of them for the tracker's networks; 0: none
 
-def models_folder(need_gb: float) -> Path:
-    "A place for the files: memory, so that no disk is measured, where it holds them"
+def room_for(gb: float) -> Path:
+    "A folder for large files: memory, so that no disk is measured, where it holds them"
     memory = Path('/dev/shm')
     found = os.statvfs(memory) if memory.is_dir() else None
-    holds = found is not None and found.f_bavail * found.f_frsize > need_gb * 1e9 or (memory / 'wan_avatar_gpu').exists()
-    return (memory if holds else Path(tempfile.gettempdir())) / 'wan_avatar_gpu'
+    holds = found is not None and found.f_bavail * found.f_frsize > gb * 1e9
+    return memory if holds else Path(tempfile.gettempdir())
+
+@contextmanager
+def models_of(options: Options) -> Iterator[Path]: # a MODELS_DIR
+    "The folder that was named, which stays; or one that is removed afterwards"
+    if options.models:
+        options.models.mkdir(parents=True, exist_ok=True)
+        yield options.models.resolve()
+        return
+    gb = 1 if options.small else 60 if options.unquantised else 25
+    with tempfile.TemporaryDirectory(prefix='wan_avatar_gpu-', dir=room_for(gb)) as folder: yield Path(folder)
 
 def make_files(options: Options, models: Path) -> float: # seconds
     "Checkpoints of random numbers, in ComfyUI's environment"
@@ -352,7 +364,8 @@ def make_files(options: Options, models: Path) -> float: # seconds
 def small_case(case: Case) -> Case:
     "The same, small enough for a CPU"
     side = (64, 48) if case.side == SIZE else (48, 32)
-    return replace(case, length=13 if case.length > WAN.length else 9, start=min(case.start, 4), steps=1, side=side,
+    few = {'steps': 1, 'seconds': 3}
+    return replace(case, length=13 if case.length > WAN.length else 9, start=min(case.start, 4), side=side, **few,
                    face=False) # the close-up's encoders have one size, 15 s a step here
 
 def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more) -> GpuRun:
@@ -375,32 +388,42 @@ def folder_of(card: str) -> str:
 # %% ../nbs/55_gpu.ipynb #be8489bd
 async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Path: # the card's folder
     "Measure; raises NoGpu where there is nothing to measure"
-    budget = Budget(options.seconds)
-    facts = {} if options.small else card_facts() # a dry run says nothing of a card
+    budget, facts = Budget(options.seconds), {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
-        raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; --small is a dry run of all but the GPU')
-    models = options.models or models_folder(60 if options.unquantised else 25)
-    weights_s = make_files(options, models)
-    profile, todo = bench_profile(options.small), [c for c in cases() if re.search(options.pattern, c.name)]
-    todo = [c for c in todo if not c.unquantised or (models / BF16_DIT).exists()]
-    if options.small: todo = [small_case(c) for c in todo if not (c.compiled or c.cap_gb or c.attention != 'default')]
+        raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; --small is a dry run that needs none')
     folder = options.out / folder_of(facts.get('name', 'cpu'))
-    with tempfile.TemporaryDirectory(prefix='wan_avatar_bench-') as work, comfy_with_probe(options.comfy_dir) as comfy_dir:
-        place, records = ComfyPlace(comfy_dir, Path(work).resolve(), models.resolve()), folder / 'records.jsonl'
-        inputs = stage(place.work_dir / FOLDER) | {'embedding': _embedding(models, place.work_dir)}
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ[RECORD], booted = str(records.resolve()), time.perf_counter()
-        async with running_comfy(place, start_seconds=120) as comfy:
-            boot_s = time.perf_counter() - booted
-            kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), boot_s=boot_s, weights_s=weights_s))
-            bench = Bench(comfy, kept.run.card, profile, inputs, records)
-            try: await run_cases(bench, kept, todo, Budget(options.seconds - options.tracker_s, budget.began), say)
-            finally:
-                bench.watch.close()
-                shutil.copyfile(place.log_path, folder / 'comfy.log')
-    if options.tracker_s: kept.add(tracker=_networks(options, min(options.tracker_s, budget.left), kept.run.tracker))
+    folder.mkdir(parents=True, exist_ok=True)
+    with models_of(options) as models:
+        weights_s = make_files(options, models)
+        kept = await _in_comfy(options, models, folder, budget, facts, weights_s, say)
+    if options.tracker_s:
+        kept.add(tracker=_networks(options, min(options.tracker_s, budget.left), kept.run.tracker))
     write_report(kept.run, folder)
     return folder
+
+async def _in_comfy(options: Options, models: Path, folder: Path, budget: Budget, facts: Mapping[str, str], weights_s: float,
+                    say: Callable[[str], None]) -> Kept:
+    with tempfile.TemporaryDirectory(prefix='wan_avatar_bench-') as work, comfy_with_probe(options.comfy_dir) as comfy_dir:
+        place, records = ComfyPlace(comfy_dir, Path(work).resolve(), models), (folder / 'records.jsonl').resolve()
+        inputs = stage(place.work_dir / FOLDER) | {'embedding': _embedding(models, place.work_dir)}
+        os.environ[RECORD], booted = str(records), time.perf_counter()
+        try:
+            async with running_comfy(place, start_seconds=120) as comfy:
+                boot_s = time.perf_counter() - booted
+                kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), boot_s=boot_s, weights_s=weights_s))
+                bench = Bench(comfy, kept.run.card, options.small, inputs, records)
+                for_cases = Budget(options.seconds - options.tracker_s, budget.began)
+                try: await run_cases(bench, kept, cases_of(options, models), for_cases, say)
+                finally: bench.watch.close()
+        finally:
+            if place.log_path.exists(): shutil.copyfile(place.log_path, folder / 'comfy.log')
+    return kept
+
+def cases_of(options: Options, models: Path) -> list[Case]:
+    "Those that are asked for and can be run"
+    todo = [c for c in cases() if re.search(options.pattern, c.name) and (not c.unquantised or (models / BF16_DIT).exists())]
+    if not options.small: return todo
+    return [small_case(c) for c in todo if not (c.compiled or c.cap_gb or c.attention == 'sage')] # these need a GPU
 
 def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
     name = f'embeddings/{Embedding(WAN.prompt, WAN.encoder_sha256).name}'

@@ -22,7 +22,8 @@ class Choice:
     fp8_products: str = DEFAULT # one of FP8_PRODUCTS
     run: str = '' # folder below runs/gpu; empty: what ComfyUI does by itself
 
-KERNELS: dict[tuple[int, int], Choice] = {} # CUDA capability -> what was measured to be best
+KERNELS = { # CUDA capability -> what was measured to be best
+    (9, 0): Choice('cudnn', DEFAULT, 'h200')}
 
 def chosen(
     attention: str, # of a profile
@@ -43,7 +44,8 @@ class Need:
     gb: float # 10**9 bytes, as ComfyUI sees the card
     run: str # folder below runs/gpu
 
-NEEDED_GB: dict[str, Need] = {} # profile -> what was measured
+NEEDED_GB = { # profile -> the smallest emulated card on which it was run to its end
+    'wan22-animate': Need(24, 'h200')}
 
 def lacking(
     profile: str, # its name
