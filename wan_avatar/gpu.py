@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'RECTANGLES', 'CAPS', 'FRAMES', 'FOLDER', 'LOADS', 'PHASES', 'Case', 'cases', 'expected_s', 'stage',
-           'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Bench', 'Budget', 'Kept',
-           'run_cases', 'comfy_with_probe', 'NoGpu', 'Options', 'room_for', 'models_of', 'make_files', 'small_case',
-           'fresh_run', 'folder_of', 'bench_gpu', 'cases_of', 'main']
+           'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Budget', 'Kept',
+           'comfy_with_probe', 'NoGpu', 'Options', 'room_for', 'models_of', 'small_case', 'fresh_run', 'folder_of',
+           'bench_gpu', 'cases_of', 'main']
 
 # %% ../nbs/55_gpu.ipynb #acf56eaf
 import argparse
@@ -221,7 +221,7 @@ def figures(
                for phase, found in peaks.items() if found}, **more)
 
 # %% ../nbs/55_gpu.ipynb #ab3af52a
-class Bench:
+class _Bench:
     "A ComfyUI with the probe in it, and what it said so far"
     def __init__(self, comfy: Comfy, card: str, small: bool, inputs: Mapping[str, Any], records: Path):
         self.comfy, self.card, self.inputs, self.records = comfy, card, inputs, records
@@ -292,7 +292,7 @@ class Kept:
         write_run(self.run, self.folder / 'gpu.json')
 
 # %% ../nbs/55_gpu.ipynb #c37316f7
-async def run_cases(bench: Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]) -> None:
+async def _run_cases(bench: _Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]) -> None:
     "Each that fits the time that is left"
     kept.add(await bench.picture())
     step_s = 20.0 # until there is a measured one
@@ -354,11 +354,14 @@ def models_of(options: Options) -> Iterator[Path]: # a MODELS_DIR
     gb = 1 if options.small else 60 if options.unquantised else 25
     with tempfile.TemporaryDirectory(prefix='wan_avatar_gpu-', dir=room_for(gb)) as folder: yield Path(folder)
 
-def make_files(options: Options, models: Path) -> float: # seconds
+def _make_files(options: Options, models: Path, say: Callable[[str], None]) -> float: # seconds
     "Checkpoints of random numbers, in ComfyUI's environment"
-    began, words = time.perf_counter(), ['production', *(['small'] if options.small else []), *(['bf16'] if options.unquantised else [])]
+    began = time.perf_counter()
+    words = ['production', *(['small'] if options.small else []), *(['bf16'] if options.unquantised else [])]
+    say(f'random weights into {models}')
     command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', models, options.comfy_dir / 'ComfyUI', *words]
-    subprocess.run(command, check=True)
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for line in made.stdout.splitlines(): say(line)
     return time.perf_counter() - began
 
 def small_case(case: Case) -> Case:
@@ -394,9 +397,10 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
     folder = options.out / folder_of(facts.get('name', 'cpu'))
     folder.mkdir(parents=True, exist_ok=True)
     with models_of(options) as models:
-        weights_s = make_files(options, models)
+        weights_s = _make_files(options, models, say)
         kept = await _in_comfy(options, models, folder, budget, facts, weights_s, say)
     if options.tracker_s:
+        say('the networks of the tracker')
         kept.add(tracker=_networks(options, min(options.tracker_s, budget.left), kept.run.tracker))
     write_report(kept.run, folder)
     return folder
@@ -411,9 +415,9 @@ async def _in_comfy(options: Options, models: Path, folder: Path, budget: Budget
             async with running_comfy(place, start_seconds=120) as comfy:
                 boot_s = time.perf_counter() - booted
                 kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), boot_s=boot_s, weights_s=weights_s))
-                bench = Bench(comfy, kept.run.card, options.small, inputs, records)
+                bench = _Bench(comfy, kept.run.card, options.small, inputs, records)
                 for_cases = Budget(options.seconds - options.tracker_s, budget.began)
-                try: await run_cases(bench, kept, cases_of(options, models), for_cases, say)
+                try: await _run_cases(bench, kept, cases_of(options, models), for_cases, say)
                 finally: bench.watch.close()
         finally:
             if place.log_path.exists(): shutil.copyfile(place.log_path, folder / 'comfy.log')
@@ -436,7 +440,8 @@ def _networks(options: Options, seconds: float, before: dict) -> dict: # as `Gpu
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'networks.json'
         command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.networks', result, '--seconds', f'{seconds:.0f}']
-        try: subprocess.run([*command, *(['--small'] if options.small else [])], check=False, timeout=max(seconds, 10) + 30)
+        command += ['--small'] if options.small else []
+        try: subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=max(seconds, 10) + 30)
         except subprocess.TimeoutExpired: pass
         return json.loads(result.read_text()) if result.exists() else before
 
