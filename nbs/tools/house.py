@@ -1,0 +1,109 @@
+"""How readable the house is, in numbers: `make house`, a row for each notebook and the totals
+
+Columns: lines over 120 columns of the exported module; base classes that exist only to be cut in two (exactly one
+subclass, in the same module, used nowhere else); padding lessons (a cell that only looks at a name: `callable`,
+`__doc__`, `isinstance`, `issubclass`); lessons for each export cell; findings of mypy. Standard library only."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTH = 120
+LOOKS = ('callable', 'isinstance', 'issubclass')
+
+
+@dataclass
+class Row:
+    "One notebook and its module"
+    name: str
+    lines: int
+    wide: int
+    scissors: list[str]
+    padding: int
+    exports: int
+    lessons: int
+    findings: int
+
+    @property
+    def share(self) -> float: # lessons for each export cell
+        return self.lessons / self.exports if self.exports else 0.0
+
+
+def source(cell: dict) -> str: return ''.join(cell['source'])
+
+
+def is_export(cell: dict) -> bool:
+    return cell['cell_type'] == 'code' and re.search(r'^#\|\s*exports?\b', source(cell), re.M) is not None
+
+
+def is_lesson(cell: dict) -> bool:
+    "Code that shows something; imports and the cell that exports show nothing"
+    if cell['cell_type'] != 'code' or is_export(cell) or re.match(r'#\|\s*(default_exp|hide)', source(cell)): return False
+    return any(not isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source(cell)).body)
+
+
+def is_padding(cell: dict) -> bool:
+    "Does every statement only look at a name?"
+    def looks(node: ast.stmt) -> bool:
+        text = ast.unparse(node)
+        called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        return '__doc__' in text or bool(called) and called <= {*LOOKS, 'all', 'print'} and bool(called & set(LOOKS))
+    body = [n for n in ast.parse(source(cell)).body if not isinstance(n, ast.Import | ast.ImportFrom)]
+    return bool(body) and all(map(looks, body))
+
+
+def scissors(tree: ast.Module, elsewhere: str) -> list[str]:
+    "Base classes with one subclass in this module and no other use"
+    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+    used = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    def subclasses(name: str) -> int:
+        return sum(isinstance(b, ast.Name) and b.id == name for c in classes.values() for b in c.bases)
+    return [n for n in classes if subclasses(n) == 1 and used.count(n) == 1 and not re.search(rf'\b{n}\b', elsewhere)]
+
+
+def findings() -> dict[str, int]: # by module
+    "What mypy finds, over the whole package"
+    run = subprocess.run([sys.executable, '-m', 'mypy', 'wan_avatar', '--no-error-summary'], cwd=ROOT, capture_output=True, text=True, check=False)
+    found: dict[str, int] = {}
+    for module in re.findall(r'^wan_avatar/(\w+)\.py:\d+: error', run.stdout, re.M): found[module] = found.get(module, 0) + 1
+    return found
+
+
+def row(notebook: Path, found: dict[str, int], texts: dict[str, str]) -> Row:
+    "Measure one"
+    cells = json.loads(notebook.read_text())['cells']
+    named = next((m[1] for c in cells if (m := re.match(r'#\|\s*default_exp (\w+)', source(c)))), '')
+    text = texts.get(named, '')
+    elsewhere = '\n'.join(t for name, t in texts.items() if name != named)
+    lessons = [c for c in cells if is_lesson(c)]
+    return Row(notebook.stem, text.count('\n'), sum(len(line) > WIDTH for line in text.splitlines()),
+               scissors(ast.parse(text), elsewhere), sum(map(is_padding, lessons)), sum(map(is_export, cells)), len(lessons), found.get(named, 0))
+
+
+def house() -> list[Row]:
+    "Every notebook that has a module"
+    texts = {p.stem: p.read_text() for p in sorted((ROOT / 'wan_avatar').glob('*.py')) if p.stem not in ('_modidx', '__init__')}
+    found = findings()
+    rows = [row(notebook, found, texts) for notebook in sorted((ROOT / 'nbs').glob('*.ipynb'))]
+    return [r for r in rows if r.lines]
+
+
+def table(rows: list[Row]) -> str:
+    "As text, with the totals and the widths of tests and tools"
+    head = f'{"notebook":18}{"lines":>7}{"> 120":>7}{"cut":>5}{"padding":>9}{"exports":>9}{"lessons":>9}{"share":>7}{"mypy":>6}'
+    def line(r: Row) -> str:
+        return f'{r.name:18}{r.lines:7}{r.wide:7}{len(r.scissors):5}{r.padding:9}{r.exports:9}{r.lessons:9}{r.share:7.2f}{r.findings:6}'
+    def total(name: str): return sum(getattr(r, name) for r in rows)
+    whole = Row('package', total('lines'), total('wide'), [n for r in rows for n in r.scissors], total('padding'), total('exports'),
+                total('lessons'), total('findings'))
+    wide = {name: sum(len(x) > WIDTH for p in sorted((ROOT / name).glob('*.py')) for x in p.read_text().splitlines()) for name in ('tests', 'nbs/tools')}
+    clean = sum(r.findings == 0 for r in rows)
+    said = [f'{name}: {n} lines over {WIDTH} columns' for name, n in wide.items()]
+    return '\n'.join([head, *map(line, rows), line(whole), *said, f'{clean} of {len(rows)} modules without a finding of mypy'])
+
+
+if __name__ == '__main__': print(table(house()))
