@@ -183,9 +183,9 @@ def unfounded(
     needs: dict[str, Need] = NEEDED_GB
 ) -> list[str]: # one finding a row; empty: every row rests on a run
     "Rows of production's tables that no run bears out"
-    rows = [(f'kernels of {c[0]}.{c[1]}', choice.run, c, 0.0) for c, choice in kernels.items()]
-    rows += [(f'memory of {profile}', need.run, None, need.gb) for profile, need in needs.items()]
-    return [f'{row}: {why}' for row, *said in rows if (why := _unfounded(runs, *said))]
+    found = {f'kernels of {c[0]}.{c[1]}': _unfounded(runs, choice.run, c, 0) for c, choice in kernels.items()}
+    found |= {f'memory of {profile}': _unfounded(runs, need.run, None, need.gb) for profile, need in needs.items()}
+    return [f'{row}: {why}' for row, why in found.items() if why]
 
 def _unfounded(runs: dict[str, GpuRun], name: str, capability: tuple[int, int] | None, gb: float) -> str:
     if (run := runs.get(name)) is None: return f'there is no runs/gpu/{name}'

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator,
 )
+from pydantic_core import ErrorDetails
 from .job import Key, check_key, shorten
 from .launch import DEFAULTS
 
@@ -28,17 +29,17 @@ _LABEL = re.compile('[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?')
 def _plain_address(address: str) -> str:
     _no_blank(address)
     if '\\' in address: raise ValueError('has a backslash in it')
-    try: parts, port = urlsplit(address if '://' in address else f'//{address}'), -1
+    try: parts = urlsplit(address if '://' in address else f'//{address}')
     except ValueError: raise ValueError('is no address; an IPv6 address stands in brackets') from None
-    try: port = parts.port
-    except ValueError: pass # said below
+    try: port = parts.port # None: the scheme's own
+    except ValueError: port = 0 # said below
     if parts.scheme not in ('', 'http', 'https'): raise ValueError(_FORM)
     if '@' in parts.netloc: raise ValueError('has a user name in it; give MINIO_ACCESS_KEY and MINIO_SECRET_KEY')
     if parts.query or parts.fragment or address.endswith(('?', '#')):
         raise ValueError('has something behind host[:port]; nothing may stand there')
     if parts.path.strip('/'): raise ValueError('has a path behind host[:port]; a bucket is named by MINIO_BUCKET alone')
     if not parts.hostname or not _is_host(parts.hostname): raise ValueError(f'names no host; it {_FORM}')
-    if port in (-1, 0) or parts.netloc.endswith(':'): raise ValueError('has a port that is no number from 1 to 65535')
+    if port == 0 or parts.netloc.endswith(':'): raise ValueError('has a port that is no number from 1 to 65535')
     host = _OLD_FORM.sub(r'\1.', parts.netloc) # the client knows s3.REGION alone
     return (f'{parts.scheme}://' if parts.scheme else '') + host
 
@@ -121,11 +122,16 @@ class WeightSettings(BaseModel):
     "What getting weights needs; field names are the variables' names in lower case"
     model_config = ConfigDict(frozen=True, extra='forbid')
     profile: str = 'draft'
-    tracker: Annotated[str | None, Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
+    tracker: Annotated[
+        str | None,
+        Field(description='`mediapipe` or `wholebody-sam2`, instead of the profile\'s own: research')] = None
     models_dir: Path = Path(DEFAULTS['models_dir'])
     models_lock: Annotated[Path | None, Field(description='another lock than the one that ships')] = None
-    models_mirror: Annotated[str | None, Field(description='prefix in the bucket under which copies of the weights lie')] = None
-    models_cache: Annotated[Path, Field(description='where RunPod mounts a cached model; only read')] = Path('/runpod-volume/huggingface-cache/hub')
+    models_mirror: Annotated[
+        str | None, Field(description='prefix in the bucket under which copies of the weights lie')] = None
+    models_cache: Annotated[
+        Path,
+        Field(description='where RunPod mounts a cached model; only read')] = Path('/runpod-volume/huggingface-cache/hub')
     fetch_connections: Annotated[int, Field(ge=1, le=64, description='connections that fetch weights')] = 16
     hf_token: SecretStr | None = None
 
@@ -136,13 +142,17 @@ class Settings(WeightSettings):
     minio_access_key: AccessKey
     minio_secret_key: AccessKey
     minio_bucket: Annotated[str, AfterValidator(_bucket_name)]
-    minio_use_ssl: Annotated[bool | None, Field(description='default: what the endpoint\'s scheme says, else true')] = None
+    minio_use_ssl: Annotated[
+        bool | None, Field(description='default: what the endpoint\'s scheme says, else true')] = None
     minio_region: Annotated[str, AfterValidator(_region_name),
                             Field(description='an AWS endpoint that names its region needs none')] = 'us-east-1'
-    minio_public_endpoint: Annotated[Address | None, Field(description='address callers reach the bucket by, for presigned URLs')] = None
-    default_driving_video_path: Annotated[Key | None, Field(description='key used when a job names no driving video')] = None
-    input_prefixes: Annotated[Prefixes, Field(description='folders that pictures and driving videos may come from, with commas '
-        'between; default: every key but the worker\'s own caches, embeddings and weights')] = ()
+    minio_public_endpoint: Annotated[
+        Address | None, Field(description='address callers reach the bucket by, for presigned URLs')] = None
+    default_driving_video_path: Annotated[
+        Key | None, Field(description='key used when a job names no driving video')] = None
+    input_prefixes: Annotated[
+        Prefixes, Field(description='folders that pictures and driving videos may come from, with commas between; '
+                        'default: every key but the worker\'s own caches, embeddings and weights')] = ()
     output_prefix: str = 'avatars/'
     comfy_dir: Path = Path(DEFAULTS['comfy_dir'])
     work_dir: Path = Path(DEFAULTS['work_dir'])
@@ -151,17 +161,22 @@ class Settings(WeightSettings):
     allow_small_gpu: Annotated[bool, Field(description='start on a card with less memory than the profile was '
         'measured to need')] = False
     warmup: Annotated[bool, Field(description='load the models once before the first job')] = True
-    url_ports: Annotated[Ports, Field(description='ports besides 80, 443 and the bucket\'s that input_image_url may lead to'
-        ', with commas between')] = ()
-    allow_private_urls: Annotated[bool, Field(description='let input_image_url reach private networks: tests and local use only')] = False
+    url_ports: Annotated[
+        Ports, Field(description='ports besides 80, 443 and the bucket\'s that input_image_url may lead to, '
+                     'with commas between')] = ()
+    allow_private_urls: Annotated[
+        bool, Field(description='let input_image_url reach private networks: tests and local use only')] = False
     comfy_start_seconds: Annotated[float, Field(gt=0, description='longest wait for ComfyUI to answer')] = 600
-    job_seconds: Annotated[float, Field(gt=0, description='one overall deadline for a job; `endpoint apply` sets it below '
-        'the execution timeout')] = 3600
-    concurrency: Annotated[int, Field(ge=1, le=4, description='jobs in hand; one renders, the others fetch or deliver')] = 2
+    job_seconds: Annotated[
+        float, Field(gt=0, description='one overall deadline for a job; `endpoint apply` sets it below the execution '
+                     'timeout')] = 3600
+    concurrency: Annotated[
+        int, Field(ge=1, le=4, description='jobs in hand; one renders, the others fetch or deliver')] = 2
     log_level: Annotated[str, _one_of(LEVELS)] = 'INFO'
     runpod_log_level: Annotated[SdkLevel | None, Field(description='of the RunPod SDK; DEBUG prints requests')] = None
     runpod_debug_level: Annotated[SdkLevel | None, Field(description='its other name')] = None
-    allow_sdk_debug: Annotated[bool, Field(description='take DEBUG all the same: the log has signed addresses then')] = False
+    allow_sdk_debug: Annotated[
+        bool, Field(description='take DEBUG all the same: the log has signed addresses then')] = False
 
     @model_validator(mode='after')
     def fits_together(self):
@@ -210,7 +225,7 @@ def load_settings(
     except ValidationError as e:
         raise SettingsError('; '.join(_why(f, kind) for f in e.errors())) from None
 
-def _why(finding: dict, kind: type[WeightSettings]) -> str:
+def _why(finding: ErrorDetails, kind: type[WeightSettings]) -> str:
     message = finding['msg'].removeprefix('Value error, ')
     if not finding['loc']: return message # of more than one variable, which it names
     name = str(finding['loc'][0])

@@ -30,7 +30,10 @@ def whole_file(
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/03_files.ipynb #6f026eea
-def sha256_of(path: Path, tick: Callable[[int], None] = lambda n: None) -> str: # hex; `tick`: told bytes done since the last call, may raise to stop
+def sha256_of(
+    path: Path,
+    tick: Callable[[int], None] = lambda n: None # told bytes done since the last call; may raise to stop
+) -> str: # hex
     "SHA-256 of a file, in constant memory"
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open('rb', buffering=0) as f:

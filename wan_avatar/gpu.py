@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 import numpy as np
 from PIL import Image
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
@@ -36,9 +36,9 @@ from .job import JobError
 from .launch import ComfyPlace, has_gpu
 from .media import SIZE, Encoder
 from .probe import PACKAGE, RECORD
-from .prompt import Embedding
+
 from .segments import LEFT_HAND, RIGHT_HAND
-from .tiny import BF16_DIT, SMALL, TRUE, Size
+from .tiny import BF16_DIT, SMALL, TRUE, Size, embeddings
 from .track import TRACKERS, Track, pack_mask, save_track
 from .workflow import TINY, WAN, Graph, Profile, bind, profile_graph, slots, vision_graph
 
@@ -64,15 +64,17 @@ class Case:
     seconds: float = 8
 
 FIRST = 'first window' # as production runs it, models not loaded yet
-RECTANGLES = {0.25: (640, 368), 0.5: (912, 512), 0.75: (1104, 624)} # share of the frame -> the nearest size in cells of 16
+RECTANGLES = {0.25: (640, 368), 0.5: (912, 512), 0.75: (1104, 624)} # share of the frame -> a size in cells of 16
 CAPS = (24, 32, 48, 80) # GB: cards of endpoint.toml's pools, and two smaller ones
 
 def cases(steps: int = WAN.values['steps']) -> tuple[Case, ...]: # `steps`: of a whole window
     "All there are"
     kernels = [Case(f'attention {name}', attention=name) for name in ('cudnn', 'flash', 'efficient', 'sage')]
-    caps = [Case(f'card of {gb} GB', steps=1, start=i, cap_gb=gb, decode=True, seconds=50) for i, gb in enumerate(CAPS, 1)]
+    caps = [Case(f'card of {gb} GB', steps=1, start=start, cap_gb=gb, decode=True, seconds=50)
+            for start, gb in enumerate(CAPS, 1)]
     lengths = [Case(f'{n} frames', n, decode=True, seconds=25) for n in (65, 81, 121)]
-    parts = [Case(f'{share:.0%} of the frame', side=side, decode=True, seconds=12) for share, side in RECTANGLES.items()]
+    parts = [Case(f'{share:.0%} of the frame', side=side, decode=True, seconds=12)
+             for share, side in RECTANGLES.items()]
     return (Case(FIRST, decode=True, seconds=60), *kernels, Case('fp8 products off', fp8_products='off'),
             Case(PRODUCTION, start=72, tail=True, steps=steps, decode=True, seconds=30), *caps, *parts, *lengths,
             Case('image branch skipped', vision='off'), Case('kernels listed', steps=1, listed=True),
@@ -112,12 +114,14 @@ def stage(
             masks.append(pack_mask(mask))
     points = np.stack([_person(box) for box in boxes])
     for name, n in (('driving', frames), ('reference', 1)):
-        found = Track(SIZE, np.ones(n, bool), {'wholebody': points[:n]}, SIZE, tuple(masks[:n]), TRACKERS['wholebody-sam2'])
+        present, tracker = np.ones(n, bool), TRACKERS['wholebody-sam2']
+        found = Track(SIZE, present, {'wholebody': points[:n]}, SIZE, tuple(masks[:n]), tracker)
         save_track(found, folder / f'{name}.track')
     Image.fromarray(frame).save(folder / 'reference.png')
     (folder / 'tail.u8').write_bytes(scene.tobytes() * WAN.overlap)
-    files = {'video': 'driving.mp4', 'track': 'driving.track', 'reference': 'reference.png', 'reference_track': 'reference.track'}
-    return {slot: f'{FOLDER}/{name}' for slot, name in (files | {'vision': 'vision.safetensors', 'frames': 'frames.u8'}).items()}
+    files = {'video': 'driving.mp4', 'track': 'driving.track', 'reference': 'reference.png',
+             'reference_track': 'reference.track', 'vision': 'vision.safetensors', 'frames': 'frames.u8'}
+    return {slot: f'{FOLDER}/{name}' for slot, name in files.items()}
 
 # %% ../nbs/55_gpu.ipynb #0b1220ab
 def bench_profile(
@@ -137,9 +141,11 @@ def case_graph(
     kernels = {'attention': case.attention, 'fp8_products': case.fp8_products}
     changed = profile.changed(steps=case.steps, length=case.length, width=width, height=height, vision=case.vision,
                               face=case.face, **kernels)
-    graph, overlap = profile_graph(changed), profile.overlap if case.tail else 0
-    values = inputs | {'tail': f'{FOLDER}/tail.u8' if case.tail else '', 'start': case.start, 'length': case.length, 'overlap': overlap,
-                       'new': case.length - overlap, 'seed': seed, 'frame_width': SIZE[0], 'frame_height': SIZE[1]}
+    overlap = profile.overlap if case.tail else 0
+    window = {'tail': f'{FOLDER}/tail.u8' if case.tail else '', 'start': case.start, 'length': case.length,
+              'overlap': overlap, 'new': case.length - overlap}
+    values = {**inputs, **window, 'seed': seed, 'frame_width': SIZE[0], 'frame_height': SIZE[1]}
+    graph = profile_graph(changed)
     graph = bind(graph, {slot: values[slot] for slot in slots(graph)})
     if case.unquantised: graph['dit']['inputs']['unet_name'] = Path(BF16_DIT).name
     if case.compiled:
@@ -151,18 +157,20 @@ def case_graph(
 # %% ../nbs/55_gpu.ipynb #0d5d9a91
 class Watch:
     "nvidia-smi, twice a second"
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows: list[tuple[float, float, float, float]] = [] # time, MiB, W, MHz
         query = '--query-gpu=memory.used,power.draw,clocks.sm'
         command = ['nvidia-smi', query, '--format=csv,noheader,nounits', '-lms', '500']
+        self.child: subprocess.Popen[str] | None = None # None: no driver
         try: self.child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        except FileNotFoundError: self.child = None # no driver
-        if self.child: threading.Thread(target=self._read, daemon=True).start()
+        except FileNotFoundError: return
+        threading.Thread(target=self._read, args=[self.child.stdout], daemon=True).start()
 
-    def _read(self) -> None:
-        for line in self.child.stdout:
-            try: self.rows.append((time.perf_counter(), *map(float, line.split(', '))))
+    def _read(self, lines: IO[str]) -> None:
+        for line in lines:
+            try: used, watts, clock = map(float, line.split(', '))
             except ValueError: continue # a value this card does not have
+            self.rows.append((time.perf_counter(), used, watts, clock))
 
     def since(
         self,
@@ -209,18 +217,29 @@ def figures(
     around = total('node', 'sample') - total('forward') - total('profiled') # models come to the GPU in there
     ops = operations(*case.side, case.length, size, image=257 if case.vision == 'clip' else 0)
     known, fp8 = CARDS.get(card), 'fp8 products' in more.get('ran', '')
-    peaks = {phase: [r for r in records if r['kind'] == phase] for phase in PHASES}
+
     return Measured(
-        name=case.name, frames=case.length, steps=case.steps, width=case.side[0], height=case.side[1], attention=case.attention,
-        fp8_products=case.fp8_products, cap_gb=case.cap_gb, steps_s=tuple(r['seconds'] for r in forwards),
+        name=case.name, frames=case.length, steps=case.steps, width=case.side[0], height=case.side[1],
+        attention=case.attention, fp8_products=case.fp8_products, cap_gb=case.cap_gb,
+        steps_s=tuple(r['seconds'] for r in forwards),
         load_s=total('node', *LOADS) + max(around, 0), pictures_s=total('node', 'pictures'), encode_s=total('encode'),
         decode_s=total('decode'), frames_s=total('node', 'frames'), petaflop=ops.total / 1e15,
         least_s=least_seconds(ops, known, fp8) if known else None, finite=all(r['finite'] for r in forwards),
         tiled=any(r['kind'] == 'tiled' for r in records),
-        peaks={phase: Peak(allocated_gb=max(r['allocated'] for r in found) / 1e9, reserved_gb=max(r['reserved'] for r in found) / 1e9)
-               for phase, found in peaks.items() if found}, **more)
+        peaks={phase: _peak(phase, records) for phase in PHASES if any(r['kind'] == phase for r in records)}, **more)
+
+def _peak(phase: str, records: Sequence[Mapping[str, Any]]) -> Peak:
+    def most(name: str) -> float: return max(r[name] for r in records if r['kind'] == phase) / 1e9
+    return Peak(allocated_gb=most('allocated'), reserved_gb=most('reserved'))
 
 # %% ../nbs/55_gpu.ipynb #ab3af52a
+def _hold(gb: float, profile: bool = False) -> Graph:
+    return {'cap': {'class_type': 'ProbeCap', 'inputs': {'gb': gb, 'profile': profile}}}
+
+def _what_ran(outputs: Mapping[str, Any]) -> str: # kernels and their calls
+    said = outputs.get('ran', {}).get('kernels', ())
+    return ' '.join(f'{name} {count}' for kernels in said for name, count in kernels['ran'].items())
+
 class _Bench:
     "A ComfyUI with the probe in it, and what it said so far"
     def __init__(self, comfy: Comfy, card: str, small: bool, inputs: Mapping[str, Any], records: Path):
@@ -236,10 +255,10 @@ class _Bench:
         except TimeoutError: failed = f'was interrupted after {limit_s:.0f} s'
         except JobError as e: failed = str(e)[:500]
         seconds = time.perf_counter() - began
-        pid = self.comfy.process.child.pid
-        ran = ' '.join(f'{name} {count}' for said in outputs.get('ran', {}).get('kernels', ()) for name, count in said['ran'].items())
-        return figures(case, self._since(before), self.card, self.size, failed=failed, total_s=seconds, ran=ran,
-                       ram_peak_gb=ram_peak_gb(pid), **self.watch.since(began))
+        child = self.comfy.process.child
+        return figures(case, self._since(before), self.card, self.size, failed=failed, total_s=seconds,
+                       ran=_what_ran(outputs), ram_peak_gb=ram_peak_gb(child.pid) if child else None,
+                       **self.watch.since(began))
 
     def _since(self, position: int) -> list[dict]:
         if not self.records.exists(): return []
@@ -250,11 +269,10 @@ class _Bench:
     async def case(self, case: Case, limit_s: float) -> Measured:
         "One of the cases, under its cap"
         self.seed += 1
-        hold = {'cap': {'class_type': 'ProbeCap', 'inputs': {'gb': case.cap_gb or 0, 'profile': case.listed}}}
-        if case.cap_gb or case.listed: await run(self.comfy, hold)
+        if case.cap_gb or case.listed: await run(self.comfy, _hold(case.cap_gb or 0, case.listed))
         try: return await self.measure(case, case_graph(case, self.profile, self.inputs, self.seed), limit_s)
         finally:
-            if case.cap_gb: await run(self.comfy, {'cap': {'class_type': 'ProbeCap', 'inputs': {'gb': 0, 'profile': False}}})
+            if case.cap_gb: await run(self.comfy, _hold(0))
 
     async def picture(self) -> Measured:
         "The picture as CLIP sees it, once a job"
@@ -281,7 +299,8 @@ class Kept:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'gpu.json'
         old = read_run(path) if path.exists() else None
-        if old and old.card == fresh.card: self.run = fresh.model_copy(update={'cases': old.cases, 'tracker': old.tracker})
+        if old and old.card == fresh.card:
+            self.run = fresh.model_copy(update={'cases': old.cases, 'tracker': old.tracker})
 
     def add(self, *cases: Measured, **more) -> None: # `more`: other fields of `GpuRun`
         "Keep what was measured; a case of the same name is replaced"
@@ -292,7 +311,9 @@ class Kept:
         write_run(self.run, self.folder / 'gpu.json')
 
 # %% ../nbs/55_gpu.ipynb #c37316f7
-async def _run_cases(bench: _Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]) -> None:
+async def _run_cases(
+    bench: _Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]
+) -> None:
     "Each that fits the time that is left"
     kept.add(await bench.picture())
     step_s = 20.0 # until there is a measured one
@@ -310,7 +331,8 @@ async def _run_cases(bench: _Bench, kept: Kept, todo: Sequence[Case], budget: Bu
         kept.add(made)
         full = case.length == WAN.length and case.side == SIZE and not case.cap_gb
         if full and made.step_s: step_s = made.step_s if n == 1 else min(step_s, made.step_s)
-        say(f'{where}: {made.failed or "done"}, {made.total_s:.1f} s' + (f', {made.step_s:.2f} s a step' if made.step_s else ''))
+        step = f', {made.step_s:.2f} s a step' if made.step_s else ''
+        say(f'{where}: {made.failed or "done"}, {made.total_s:.1f} s{step}')
 
 @contextmanager
 def comfy_with_probe(comfy_dir: Path) -> Iterator[Path]: # a COMFY_DIR
@@ -359,26 +381,31 @@ def _make_files(options: Options, models: Path, say: Callable[[str], None]) -> f
     began = time.perf_counter()
     words = ['production', *(['small'] if options.small else []), *(['bf16'] if options.unquantised else [])]
     say(f'random weights into {models}')
-    command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', models, options.comfy_dir / 'ComfyUI', *words]
+    command = _in_comfys_python(options, 'wan_avatar.tiny', models, options.comfy_dir / 'ComfyUI', *words)
     made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     for line in made.stdout.splitlines(): say(line)
     return time.perf_counter() - began
 
+def _in_comfys_python(options: Options, module: str, *arguments: str | Path) -> list[str]:
+    return [str(a) for a in (options.comfy_dir / 'env/bin/python', '-m', module, *arguments)]
+
 def small_case(case: Case) -> Case:
     "The same, small enough for a CPU"
     side = (64, 48) if case.side == SIZE else (48, 32)
-    few = {'steps': 1, 'seconds': 3}
-    return replace(case, length=13 if case.length > WAN.length else 9, start=min(case.start, 4), side=side, **few,
-                   face=False) # the close-up's encoders have one size, 15 s a step here
+    length = 13 if case.length > WAN.length else 9
+    return replace(case, length=length, start=min(case.start, 4), side=side, steps=1, seconds=3, face=False) # the close-up's encoders have one size, 15 s a step here
 
 def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more) -> GpuRun:
     "What is known before the first case"
     system, device = stats['system'], stats['devices'][0]
-    versions = {'python': system['python_version'].split()[0], 'torch': system['pytorch_version'], 'comfyui': system['comfyui_version']}
+    versions = {'python': system['python_version'].split()[0], 'torch': system['pytorch_version'],
+                'comfyui': system['comfyui_version']}
+    if facts: versions['driver'] = facts['driver_version']
     major, _, minor = facts.get('compute_cap', '0.0').partition('.')
-    return GpuRun(card=facts.get('name', 'cpu'), capability=(int(major), int(minor)), memory_gb=device['vram_total'] / 1e9,
-                  at=datetime.now(UTC).isoformat(timespec='seconds'), commit=os.environ.get('WAN_AVATAR_GIT_SHA') or _commit(),
-                  versions=versions | ({'driver': facts['driver_version']} if facts else {}), **more)
+    now = datetime.now(UTC).isoformat(timespec='seconds')
+    commit = os.environ.get('WAN_AVATAR_GIT_SHA') or _commit()
+    return GpuRun(card=facts.get('name', 'cpu'), capability=(int(major), int(minor)), at=now, commit=commit,
+                  memory_gb=device['vram_total'] / 1e9, versions=versions, **more)
 
 def _commit() -> str:
     asked = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=False)
@@ -393,7 +420,8 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
     "Measure; raises NoGpu where there is nothing to measure"
     budget, facts = Budget(options.seconds), {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
-        raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; --small is a dry run that needs none')
+        raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
+                    '--small is a dry run that needs none')
     folder = options.out / folder_of(facts.get('name', 'cpu'))
     folder.mkdir(parents=True, exist_ok=True)
     with models_of(options) as models:
@@ -405,16 +433,21 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
     write_report(kept.run, folder)
     return folder
 
-async def _in_comfy(options: Options, models: Path, folder: Path, budget: Budget, facts: Mapping[str, str], weights_s: float,
-                    say: Callable[[str], None]) -> Kept:
-    with tempfile.TemporaryDirectory(prefix='wan_avatar_bench-') as work, comfy_with_probe(options.comfy_dir) as comfy_dir:
-        place, records = ComfyPlace(comfy_dir, Path(work).resolve(), models), (folder / 'records.jsonl').resolve()
+async def _in_comfy(
+    options: Options, models: Path, folder: Path, budget: Budget, facts: Mapping[str, str], weights_s: float,
+    say: Callable[[str], None]
+) -> Kept:
+    bench_dir = tempfile.TemporaryDirectory(prefix='wan_avatar_bench-')
+    with bench_dir as work, comfy_with_probe(options.comfy_dir) as comfy_dir:
+        place = ComfyPlace(comfy_dir, Path(work).resolve(), models)
+        records = (folder / 'records.jsonl').resolve()
         inputs = stage(place.work_dir / FOLDER) | {'embedding': _embedding(models, place.work_dir)}
-        os.environ[RECORD], booted = str(records), time.perf_counter()
+        os.environ[RECORD] = str(records)
+        booted = time.perf_counter()
         try:
             async with running_comfy(place, start_seconds=120) as comfy:
-                boot_s = time.perf_counter() - booted
-                kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), boot_s=boot_s, weights_s=weights_s))
+                took = {'boot_s': time.perf_counter() - booted, 'weights_s': weights_s}
+                kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), **took))
                 bench = _Bench(comfy, kept.run.card, options.small, inputs, records)
                 for_cases = Budget(options.seconds - options.tracker_s, budget.began)
                 try: await _run_cases(bench, kept, cases_of(options, models), for_cases, say)
@@ -425,12 +458,13 @@ async def _in_comfy(options: Options, models: Path, folder: Path, budget: Budget
 
 def cases_of(options: Options, models: Path) -> list[Case]:
     "Those that are asked for and can be run"
-    todo = [c for c in cases() if re.search(options.pattern, c.name) and (not c.unquantised or (models / BF16_DIT).exists())]
+    todo = [c for c in cases() if re.search(options.pattern, c.name)]
+    todo = [c for c in todo if not c.unquantised or (models / BF16_DIT).exists()]
     if not options.small: return todo
     return [small_case(c) for c in todo if not (c.compiled or c.cap_gb or c.attention == 'sage')] # these need a GPU
 
 def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
-    name = f'embeddings/{Embedding(WAN.prompt, WAN.encoder_sha256).name}'
+    name = f'embeddings/{embeddings(WAN)[0].name}'
     (work_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (work_dir / name).write_bytes((models / name).read_bytes())
     return name
@@ -439,8 +473,8 @@ def _networks(options: Options, seconds: float, before: dict) -> dict: # as `Gpu
     "The tracker's networks, in ComfyUI's environment; what was measured until its time was over counts"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'networks.json'
-        command = [options.comfy_dir / 'env/bin/python', '-m', 'wan_avatar.networks', result, '--seconds', f'{seconds:.0f}']
-        command += ['--small'] if options.small else []
+        small = ['--small'] if options.small else []
+        command = _in_comfys_python(options, 'wan_avatar.networks', result, '--seconds', f'{seconds:.0f}', *small)
         try: subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=max(seconds, 10) + 30)
         except subprocess.TimeoutExpired: pass
         return json.loads(result.read_text()) if result.exists() else before

@@ -11,7 +11,10 @@ import re
 import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, StrictBool, StrictInt, ValidationError, model_validator,
+)
+from pydantic_core import ErrorDetails
 
 # %% ../nbs/00_job.ipynb #5f8afe1c
 _BARE_LOGIN = re.compile(r'(?<![\w.+-])[\w.+-]{1,64}:[^\s/@]{1,256}@') # user:password@ without a scheme in front
@@ -79,7 +82,8 @@ def check_key(
     key: str # object key as the caller gave it
 ) -> str: # the same key
     "Refuse a key that could leave its prefix or that S3 would not take; raises ValueError"
-    if any('\ud800' <= c <= '\udfff' for c in key): raise ValueError('a key is valid Unicode: it has half of a surrogate pair')
+    if any('\ud800' <= c <= '\udfff' for c in key):
+        raise ValueError('a key is valid Unicode: it has half of a surrogate pair')
     if not key or len(key.encode()) > 1024: raise ValueError('a key has 1 to 1024 bytes of UTF-8')
     if any(ord(c) < 32 or ord(c) == 127 for c in key): raise ValueError('a key has no control characters')
     if '\\' in key: raise ValueError('a key has no backslash')
@@ -89,19 +93,26 @@ def check_key(
 
 # %% ../nbs/00_job.ipynb #f109cb88
 Key = Annotated[str, AfterValidator(check_key)]
-Name = Annotated[str, Field(pattern=r'^[A-Za-z0-9._-]{1,64}$'), AfterValidator(check_key)] # check_key: not `.`, not `..`
+_NAME = Field(pattern=r'^[A-Za-z0-9._-]{1,64}$')
+Name = Annotated[str, _NAME, AfterValidator(check_key)] # the check refuses `.` and `..`
 
 class Job(BaseModel):
     "One request, checked"
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
-    input_image_url: Annotated[HttpUrl, Field(strict=False, description='http(s) address of the picture of the person; 20 MB at most')] | None = None
+    input_image_url: Annotated[
+        HttpUrl,
+        Field(strict=False, description='http(s) address of the picture of the person; 20 MB at most')] | None = None
     input_image_minio_path: Annotated[Key, Field(description='key of that picture in the bucket')] | None = None
-    driving_video_path: Annotated[Key, Field(description='key of the driving video in the bucket; default DEFAULT_DRIVING_VIDEO_PATH')] | None = None
+    driving_video_path: Annotated[
+        Key,
+        Field(description='key of the driving video in the bucket; default DEFAULT_DRIVING_VIDEO_PATH')] | None = None
     user_id: Annotated[Name, Field(description='first part of the output key')] | None = None
     avatar_id: Annotated[Name, Field(description='second part of the output key')] | None = None
     profile: Annotated[Name, Field(description='how to render; default PROFILE')] | None = None
     prompt: Annotated[str, Field(max_length=2000, description='text for profiles that read one')] | None = None
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**63, description='same seed, same video; derived from the job id when absent')] | None = None
+    seed: Annotated[
+        StrictInt,
+        Field(ge=0, lt=2**63, description='same seed, same video; derived from the job id when absent')] | None = None
     max_seconds: Annotated[float, Field(gt=0, le=600, description='a longer driving video is refused')] = 60
     presign: Annotated[StrictBool | Annotated[StrictInt, Field(ge=1, le=604800)],
                        Field(description='true, or a lifetime in seconds: adds presigned_url')] = False
@@ -123,7 +134,9 @@ class _Short(reprlib.Repr):
     "As `repr` says it, without following what is deep, long or huge"
     def __init__(self):
         super().__init__()
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring, self.maxother = 6, 20, 20, 20, 240, 240
+        self.maxlevel = 6
+        self.maxlist = self.maxtuple = self.maxdict = 20
+        self.maxstring = self.maxother = 240
 
     def repr_int(self, x: int, level: int) -> str: # Python refuses to write very long numbers
         return repr(x) if abs(x) < 10**60 else 'a number of more than 60 digits'
@@ -140,7 +153,9 @@ def shorten(
     return text if len(text) <= limit else text[:limit] + '…'
 
 def _looks_base64(value: Any) -> bool:
-    return isinstance(value, str) and (value.startswith('data:') or (len(value) > 256 and re.fullmatch(r'[A-Za-z0-9+/=\s_-]+', value) is not None))
+    if not isinstance(value, str): return False
+    letters = re.compile(r'[A-Za-z0-9+/=\s_-]+')
+    return value.startswith('data:') or (len(value) > 256 and letters.fullmatch(value) is not None)
 
 def parse_job(
     data: Any # `event["input"]`
@@ -149,19 +164,21 @@ def parse_job(
     if not isinstance(data, dict): raise JobError('bad_input', f'input is {shorten(data)}; it must be a JSON object')
     blobs = [k for k, v in data.items() if _looks_base64(v) and k != 'prompt']
     if blobs:
-        raise JobError('bad_input', f'{shorten(blobs[0])} holds a base64 blob; put the picture into the bucket and send its key in '
-                       'input_image_minio_path, or its address in input_image_url')
+        raise JobError('bad_input', f'{shorten(blobs[0])} holds a base64 blob; put the picture into the bucket and '
+                       'send its key in input_image_minio_path, or its address in input_image_url')
     try: return Job.model_validate(data)
-    except ValidationError as e: raise JobError('bad_input', '; '.join(_findings(e.errors(include_url=False)))) from None
+    except ValidationError as e:
+        raise JobError('bad_input', '; '.join(_findings(e.errors(include_url=False)))) from None
 
-def _findings(found: list[dict]) -> Iterator[str]:
+def _findings(found: list[ErrorDetails]) -> Iterator[str]:
     unknown = [finding['loc'][0] for finding in found if finding['type'] == 'extra_forbidden']
     yield from (_finding(finding) for finding in found if finding['type'] != 'extra_forbidden')
     if not unknown: return
     names = [shorten(name) for name in unknown[:5]] + [f'{len(unknown) - 5} more'] * (len(unknown) > 5)
-    yield f'{", ".join(names)} {"is not a field" if len(names) == 1 else "are not fields"}; fields are {", ".join(Job.model_fields)}'
+    not_known = 'is not a field' if len(names) == 1 else 'are not fields'
+    yield f'{", ".join(names)} {not_known}; fields are {", ".join(Job.model_fields)}'
 
-def _finding(finding: dict) -> str:
+def _finding(finding: ErrorDetails) -> str:
     field = next((str(p) for p in finding['loc'] if p in Job.model_fields), None)
     message = finding['msg'].removeprefix('Value error, ')
     return f'{field} {shorten(finding["input"])}: {message}' if field else message
@@ -184,7 +201,8 @@ class Result(BaseModel):
     profile: str
     timings: dict[str, float] = Field(description='seconds per stage')
     worker: dict[str, str] = Field(description='versions and identity of the worker that made it')
-    notes: list[str] | None = Field(None, description='what was left out of the driving video, such as a sound track that nothing here decodes')
+    notes: list[str] | None = Field(None, description='what was left out of the driving video, such as a sound track '
+                                                      'that nothing here decodes')
 
     def answer(self) -> dict:
         "JSON for RunPod; `presigned_url` and `notes` only when there are any"
@@ -197,8 +215,10 @@ def output_key(
     prefix: str = 'avatars/' # OUTPUT_PREFIX
 ) -> str: # `[user_id/][avatar_id/]<job id>.mp4` under the prefix
     "The key depends on the job alone, so a retried job finds its own result"
-    if not re.fullmatch(r'[A-Za-z0-9._-]{1,128}', job_id): raise JobError('bad_input', f'job id {shorten(job_id)} can not be a file name')
-    return check_key('/'.join([*prefix.strip('/').split('/'), *filter(None, [job.user_id, job.avatar_id]), f'{job_id}.mp4']).lstrip('/'))
+    if not re.fullmatch(r'[A-Za-z0-9._-]{1,128}', job_id):
+        raise JobError('bad_input', f'job id {shorten(job_id)} cannot be a file name')
+    folders = [*prefix.strip('/').split('/'), *filter(None, [job.user_id, job.avatar_id])]
+    return check_key('/'.join([*folders, f'{job_id}.mp4']).lstrip('/'))
 
 def manifest_key(
     video_key: str # `minio_key` of a result

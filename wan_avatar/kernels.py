@@ -32,7 +32,7 @@ def chosen(
     table: Mapping[tuple[int, int], Choice] = KERNELS
 ) -> Choice:
     "What a profile asks for; `default` is looked up"
-    best = table.get(capability, Choice())
+    best = table.get(capability, Choice()) if capability else Choice()
     looked_up = DEFAULT in (attention, fp8_products)
     return Choice(best.attention if attention == DEFAULT else attention,
                   best.fp8_products if fp8_products == DEFAULT else fp8_products, best.run if looked_up else '')

@@ -32,8 +32,8 @@ def find_memory(root: Path = Path('/')) -> Memory: # `root`: where proc/ and sys
     lines = _text(root / 'proc/meminfo').splitlines()
     machine = next((int(line.split()[1]) * 1024 for line in lines if line.startswith('MemTotal:')), 0)
     found = [(_number(group / LIMIT[version]), str(group), version) for version, group in _groups(root)]
-    limits = [f for f in found if f[0] is not None and f[0] < machine]
-    return Memory(machine, *min(limits, key=lambda f: f[0], default=()))
+    limits = [(limit, group, version) for limit, group, version in found if limit is not None and limit < machine]
+    return Memory(machine, *min(limits, default=()))
 
 # %% ../nbs/04_memory.ipynb #31b54591
 def _text(path: Path) -> str:
@@ -55,7 +55,8 @@ def _groups(root: Path) -> Iterator[tuple[int, Path]]: # version, folder
         for n in range(len(parts) + 1): yield (1 if controllers else 2), tree.joinpath(*parts[:n])
 
 # %% ../nbs/04_memory.ipynb #d50e4571
-_IN_USE = {1: ('memory.usage_in_bytes', 'total_'), 2: ('memory.current', '')} # file, what names in memory.stat begin with
+# by version: a file, and what names in memory.stat begin with
+_IN_USE = {1: ('memory.usage_in_bytes', 'total_'), 2: ('memory.current', '')}
 
 def held(memory: Memory) -> int: # bytes
     "What the group cannot give back: all it uses, less cached file contents"
@@ -73,9 +74,10 @@ def memory_line(memory: Memory) -> str:
     "For the log: what was found and what follows"
     if not memory.machine: return 'memory: this system does not say how much there is'
     whole = f'memory: {memory.machine / 1e9:.1f} GB of the machine'
-    if memory.allowed is None: return f'{whole}, no control group limits it'
+    pinned = pinned_at_most(memory)
+    if memory.allowed is None or pinned is None: return f'{whole}, no control group limits it'
     return (f'{whole}, {memory.allowed / 1e9:.1f} GB allowed by cgroup v{memory.version} {memory.group}, '
-            f'pinned at most {pinned_at_most(memory) / 1e9:.1f} GB')
+            f'pinned at most {pinned / 1e9:.1f} GB')
 
 # %% ../nbs/04_memory.ipynb #42659b63
 VARIABLE = 'WAN_AVATAR_MEMORY' # of ComfyUI's environment
@@ -96,11 +98,13 @@ def within(
 def contain(environ: Mapping[str, str]) -> None:
     "Runs in ComfyUI's process: make the limit known there"
     memory = Memory(**json.loads(environ[VARIABLE]))
-    if memory.allowed is None: return
+    limit = pinned_at_most(memory)
+    if limit is None: return
     import psutil
     from comfy import model_management
     of_machine = psutil.virtual_memory
     psutil.virtual_memory = lambda: within(of_machine(), memory)
-    pinned = min(getattr(model_management, 'MAX_PINNED_MEMORY', -1), pinned_at_most(memory)) # -1: it pins nothing
+    pinned = min(getattr(model_management, 'MAX_PINNED_MEMORY', -1), limit) # -1: it pins nothing
     model_management.MAX_PINNED_MEMORY = pinned
-    log.info('wan_avatar: %s; ComfyUI pins %s', memory_line(memory), f'{pinned / 1e9:.1f} GB at most' if pinned > 0 else 'nothing')
+    most = f'{pinned / 1e9:.1f} GB at most' if pinned > 0 else 'nothing'
+    log.info('wan_avatar: %s; ComfyUI pins %s', memory_line(memory), most)

@@ -85,7 +85,8 @@ def kernels_of(call: Callable) -> Any: # what the call returns
 def _vae(kind: str) -> Callable:
     def around(inner: Callable) -> Callable:
         def run(self, given, *args, **more):
-            with measured_block(kind, shape=list(given.shape), type=str(self.vae_dtype)): return inner(self, given, *args, **more)
+            facts = {'shape': list(given.shape), 'type': str(self.vae_dtype)}
+            with measured_block(kind, **facts): return inner(self, given, *args, **more)
         return run
     return around
 
@@ -122,7 +123,8 @@ class ProbeCap:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {'required': {'gb': ('FLOAT', {'min': 0, 'max': 1000, 'tooltip': '10**9 bytes'}), 'profile': ('BOOLEAN', {})}}
+        gb = 'FLOAT', {'min': 0, 'max': 1000, 'tooltip': '10**9 bytes'}
+        return {'required': {'gb': gb, 'profile': ('BOOLEAN', {})}}
 
     @classmethod
     def IS_CHANGED(cls, **inputs) -> float: return float('nan') # what it sets is not kept with its output

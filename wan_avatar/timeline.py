@@ -25,7 +25,9 @@ class Stage:
 class Timeline:
     "The stages of one run"
     def __init__(self, clock: Callable[[], float] = time.monotonic): # seconds, any origin
-        self.clock, self.started, self.stages = clock, clock(), []
+        self.clock = clock
+        self.started = clock()
+        self.stages: list[Stage] = []
 
     @contextmanager
     def stage(self, name: str, **facts) -> Iterator[Stage]:
@@ -57,7 +59,8 @@ def log_line(
     **facts # anything JSON can hold
 ) -> str: # one line, no newline inside
     "A run as one JSON line"
-    return json.dumps({'event': event, **facts, 'seconds': timeline.seconds(), 'stages': timeline.records()}, ensure_ascii=False, default=str)
+    line = {'event': event, **facts, 'seconds': timeline.seconds(), 'stages': timeline.records()}
+    return json.dumps(line, ensure_ascii=False, default=str)
 
 # %% ../nbs/02_timeline.ipynb #2e54faf0
 def draw_timeline(
@@ -73,12 +76,14 @@ def draw_timeline(
     axes = figure.subplots()
     total = max((r['end_s'] for r in done), default=1)
     for r in done:
-        axes.barh(rows.index(r['name']), r['end_s'] - r['begin_s'], left=r['begin_s'], color='#3b6ea5', edgecolor='white', height=0.7)
+        took = r['end_s'] - r['begin_s']
+        axes.barh(rows.index(r['name']), took, left=r['begin_s'], color='#3b6ea5', edgecolor='white', height=0.7)
     for i, name in enumerate(rows):
         seconds = sum(r['end_s'] - r['begin_s'] for r in done if r['name'] == name)
         end = max(r['end_s'] for r in done if r['name'] == name)
         axes.text(end + total * 0.01, i, f'{seconds:.2f} s', va='center', fontsize=9)
-    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel='seconds since the job began', title=title, xlim=(0, total * 1.12))
+    axes.set(yticks=range(len(rows)), yticklabels=rows, xlim=(0, total * 1.12))
+    axes.set(xlabel='seconds since the job began', title=title)
     axes.invert_yaxis()
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=110)

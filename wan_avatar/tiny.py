@@ -36,18 +36,21 @@ TRUE, SMALL = Size(5120, 13824, 40, 96, (64, 128)), Size(128, 64, 5, 8, (2, 4))
 
 # %% ../nbs/34_tiny.ipynb #834c14f0
 def dit_shapes(size: Size = SMALL, face: bool = True) -> dict[str, tuple[int, ...]]: # by tensor name
-    "Tensors of a Wan2.2-Animate transformer; without `face` the 35 M parameters of motion and face encoder are left out"
+    "Tensors of a Wan2.2-Animate transformer; `face`: with the 35 M parameters of its motion and face encoder"
     import comfy.ops
     from comfy.ldm.wan.model_animate import AnimateWanModel
-    model = AnimateWanModel(in_dim=36, dim=size.dim, ffn_dim=size.ffn, num_heads=size.dim // 128, num_layers=size.layers,
-                            device='meta', operations=comfy.ops.disable_weight_init)
-    return {k: tuple(v.shape) for k, v in model.state_dict().items() if face or not k.startswith(('motion_encoder.', 'face_encoder.'))}
+    wide = {'dim': size.dim, 'ffn_dim': size.ffn, 'num_heads': size.dim // 128, 'num_layers': size.layers}
+    model = AnimateWanModel(in_dim=36, device='meta', operations=comfy.ops.disable_weight_init, **wide)
+    left_out = () if face else ('motion_encoder.', 'face_encoder.')
+    return {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith(left_out)}
 
 def vae_shapes(size: Size = SMALL) -> dict[str, tuple[int, ...]]:
     "Tensors of a Wan 2.1 VAE"
     import torch
     from comfy.ldm.wan.vae import WanVAE
-    with torch.device('meta'): model = WanVAE(dim=size.vae, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
+    fixed = {'z_dim': 16, 'dim_mult': [1, 2, 4, 4], 'num_res_blocks': 2, 'attn_scales': [],
+             'temperal_downsample': [False, True, True]} # ComfyUI's spelling
+    with torch.device('meta'): model = WanVAE(dim=size.vae, **fixed)
     return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 def vision_shapes(
@@ -131,7 +134,7 @@ def _spread(name: str, kind: str, shape: tuple[int, ...]) -> float:
 # %% ../nbs/34_tiny.ipynb #1fc0a423
 def embeddings(profile: Profile) -> list[Embedding]:
     "Of its prompt and its negative prompt, whatever `cfg` is"
-    return [Embedding(text, profile.encoder_sha256) for text in (profile.prompt, profile.negative_prompt)]
+    return [Embedding(text, profile.encoder_sha256) for text in (profile.prompt or '', profile.negative_prompt)]
 
 def write(
     folder: Path, # in ComfyUI's layout
@@ -162,7 +165,8 @@ def make_tiny(
              place['vae']: of_type('F16', vae_shapes()), place['clip_vision']: of_type('F16', vision_shapes())}
     described = {f'embeddings/{e.name}': e for e in embeddings(TINY)}
     files |= {name: {'embedding': ('F16', e.shape)} for name, e in described.items()}
-    write(folder, files, {name: e.metadata() for name, e in described.items()}, spread=0.05, say=say) # every branch leaves a trace
+    metadata = {name: e.metadata() for name, e in described.items()}
+    write(folder, files, metadata, spread=0.05, say=say) # wide enough for every branch to leave a trace
 
 # %% ../nbs/34_tiny.ipynb #c2c7bce4
 BF16_DIT = f'{WAN.weights[0].folder}/wan22-animate-bf16.safetensors' # the transformer before it was quantised
@@ -174,7 +178,8 @@ def production_files(
     "Files of production's profile"
     dit, place = dit_shapes(size), {w.slot: w.place for w in needed_files(WAN)}
     vision = vision_shapes(32, 5120) if size == TRUE else vision_shapes()
-    clip = place['clip_vision'] if size == TRUE else TINY.clip_vision.place # whose loader takes small ones
+    small = {w.slot: w.place for w in needed_files(TINY)}
+    clip = (place if size == TRUE else small)['clip_vision'] # the tiny profile's loader takes small ones
     blocks = {k: s for k, s in dit.items() if k.startswith('blocks.')}
     files = {place['dit']: scaled_fp8(dit), place['distill_lora']: distillation(dit, size.ranks[0]),
              place['relight_lora']: lora(blocks, size.ranks[1], 'F16'), place['vae']: of_type('BF16', vae_shapes(size)),
@@ -194,7 +199,7 @@ def main() -> None:
     args.cpu = device == 'cpu' # ComfyUI looks for a GPU on import otherwise
     if 'production' not in options: return make_tiny(Path(models), 'face' in options)
     files = production_files(SMALL if 'small' in options else TRUE, 'bf16' in options)
-    missing = {place: spec for place, spec in files.items() if not (Path(models) / place).exists()} # others are of a run before
+    missing = {place: spec for place, spec in files.items() if not (Path(models) / place).exists()} # in a second call
     described = {f'embeddings/{e.name}': e for e in embeddings(WAN)}
     missing |= {name: {'embedding': ('F16', e.shape)} for name, e in described.items()}
     write(Path(models), missing, {name: e.metadata() for name, e in described.items()}, device)
