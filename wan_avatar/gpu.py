@@ -393,7 +393,8 @@ def small_case(case: Case) -> Case:
     "The same, small enough for a CPU"
     side = (64, 48) if case.side == SIZE else (48, 32)
     length = 13 if case.length > WAN.length else 9
-    return replace(case, length=length, start=min(case.start, 4), side=side, steps=1, seconds=3, face=False) # the close-up's encoders have one size, 15 s a step here
+    # without the close-up, whose encoders have one size and take 15 s a step here
+    return replace(case, length=length, start=min(case.start, 4), side=side, steps=1, seconds=3, face=False)
 
 def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more) -> GpuRun:
     "What is known before the first case"
