@@ -14,16 +14,23 @@ demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your 
 
 test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests/test_store.py -x" for a part, COMFY_TREE=DIR for what depends on ComfyUI, on that one
 	@$(BIN)/ruff check wan_avatar tests nbs/tools
+	@$(BIN)/mypy wan_avatar
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: setup ## JupyterLab on nbs/
-	@$(BIN)/jupyter lab --notebook-dir nbs
+	@$(BIN)/jupyter lab --notebook-dir nbs --config nbs/tools/jupyter_server_config.py
 
 sync: setup ## notebooks -> package and README.md, outputs cleaned
 	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/python nbs/tools/refresh.py --only 'what_gpus_say(measured())' nbs/guide_deploy.ipynb nbs/guide_research.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
 
+house: setup ## how readable the code is, in numbers
+	@$(BIN)/python nbs/tools/house.py
+
+docs: setup ## the documentation site, from the notebooks, into _docs/html
+	@$(BIN)/python nbs/tools/docs.py
+
 clean: ## remove what these made
-	rm -rf .venv .comfy *.egg-info build .pytest_cache .ruff_cache runs/samples runs/demo runs/local
+	rm -rf .venv .comfy _docs *.egg-info build .pytest_cache .ruff_cache runs/samples runs/demo runs/local
 	find wan_avatar tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test lab sync clean
+.PHONY: help setup demo test lab sync house docs clean

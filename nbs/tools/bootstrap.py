@@ -104,10 +104,15 @@ def make_source(step):
 def make_samples(step):
     for wheel, members in SAMPLES.items(): unpack(step, wheel, members)
 
+def install_hooks():
+    "Merges of notebooks that do not end in broken JSON; a checkout without .git needs none"
+    if not (ROOT / '.git').exists() or not shutil.which('git'): return
+    subprocess.run([str(ROOT / '.venv/bin/nbdev_install_hooks')], cwd=ROOT, check=True, capture_output=True)
+
 def main():
     if not (3, 11) <= sys.version_info[:2] <= (3, 12): sys.exit(f'Python 3.11 or 3.12 is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11 …')
-    worker, dev = ['worker', 'local', 'dev'], ['comfy']
-    first = [Step('worker environment', '.venv', requirements(*worker), make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)')), 175),
+    worker, dev = ['worker', 'local', 'dev', 'docs'], ['comfy']
+    first = [Step('worker environment', '.venv', requirements(*worker), make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)')), 195),
              Step("ComfyUI's source", '.comfy/ComfyUI', COMFY, make_source), Step('sample pictures', 'runs/samples', SAMPLES, make_samples)]
     then = [Step("ComfyUI's environment (6 GB)", '.comfy/env', [COMFY, *requirements(*dev)],
                  make_env('.comfy/env', dev, ('comfy', 'ComfyUI (torch)'), '.comfy/ComfyUI'), 150)]
@@ -117,5 +122,7 @@ def main():
         for t in threads: t.start()
         for t in threads: t.join()
         if failed := [s for s in todo if s.error]: sys.exit('\n'.join(f'{s.title}: {s.error}' for s in failed) + '\nRun the same command again to go on.')
+
+    install_hooks()
 
 if __name__ == '__main__': main()
