@@ -234,7 +234,7 @@ def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
     if words is None: assert problems == [] and file.init_timeout_s == 420 # RunPod's own
     else:
         assert any(words in p for p in problems), problems
-        with pytest.raises(ValueError, match='can not be applied'): look(control, file, OPERATOR, runs={})
+        with pytest.raises(ValueError, match='cannot be applied'): look(control, file, OPERATOR, runs={})
         assert plane.asked == []
 
 @pytest.mark.parametrize('edit, words', [
