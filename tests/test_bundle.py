@@ -84,7 +84,7 @@ def test_push_is_private_pins_a_revision_and_sends_nothing_twice(shop, built, pu
 
 def test_a_push_that_is_killed_goes_on(shop, built, tmp_path, monkeypatch):
     "A SIGKILL in mid-upload leaves no half bundle to be found, and what had arrived is not sent again"
-    whole, arrived, over, put = [], threading.Event(), threading.Event(), hub_module._Objects.do_PUT
+    whole, arrived, over, put = [], threading.Event(), threading.Event(), hub_module._Hub.do_PUT
     first = threading.Lock()
     def one_then_none(self) -> None:
         if first.acquire(blocking=False):
@@ -95,7 +95,7 @@ def test_a_push_that_is_killed_goes_on(shop, built, tmp_path, monkeypatch):
     with model_hub(tmp_path / 'hub') as hub:
         env = {**os.environ, **shop.env, 'HF_ENDPOINT': hub.endpoint}
         with monkeypatch.context() as patched:
-            patched.setattr(hub_module._Objects, 'do_PUT', one_then_none)
+            patched.setattr(hub_module._Hub, 'do_PUT', one_then_none)
             child = subprocess.Popen([ROOT / '.venv/bin/wan-avatar', 'bundle', 'push', built, 'me/bundle'], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try: assert arrived.wait(60)
             finally:

@@ -269,7 +269,7 @@ def web():
 def ports(web: str) -> set[int]: return {urlsplit(web).port} # as URL_PORTS would say
 
 @pytest.mark.parametrize('path, code, words', [
-    ('/to/http://[::1', 'bad_input', 'which is no address'), ('/status/404', 'input_missing', 'HTTP 404'), ('/status/500', 'input_missing', 'HTTP 500'), ('/short', 'input_missing', 'can not be fetched'),
+    ('/to/http://[::1', 'bad_input', 'which is no address'), ('/status/404', 'input_missing', 'HTTP 404'), ('/status/500', 'input_missing', 'HTTP 500'), ('/short', 'input_missing', 'cannot be fetched'),
     ('/large', 'bad_input', '20,000,000'), ('/endless', 'bad_input', '20,000,000'),
     ('/zipped', 'bad_input', 'compressed'),
     ('/hop/4', 'bad_input', 'more than 3'), ('/to/file:///etc/passwd', 'bad_input', 'http'), ('/drip', 'input_missing', 'within'),

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
 from .fetch import Hub, Passing, hub_trouble, pinned
 from .files import whole_file
 from .job import JobError
@@ -37,17 +39,30 @@ def relocated(
     revision: str # commit
 ) -> Lock:
     "The same files, to be had from the bundle: for MODELS_LOCK"
-    return replace(lock, files={n: replace(f, repo=repo, revision=revision, path=f.place) for n, f in lock.files.items()})
+    moved = {n: replace(f, repo=repo, revision=revision, path=f.place) for n, f in lock.files.items()}
+    return replace(lock, files=moved)
 
-def readme(lock: Lock, profile: str, embedding: str | None) -> str: # Markdown; `embedding`: its place
-    "What the bundle says about itself"
-    rows = [f'| `{f.place}` | {f.bytes:,} | {f.licence} | [{f.repo}](https://huggingface.co/{f.repo}) `{f.path}` @ `{f.revision}` |' for f in lock.files.values()]
-    extra = [f'| `{embedding}` | | of this project | made of the default prompt with the text encoder, which is not in here |'] if embedding else []
-    total, note = sum(f.bytes for f in lock.files.values()), lock.licences
-    return '\n'.join(['---', 'license: other', 'license_name: see-below', 'tags: [comfyui, wan]', '---', f'# Weights of `{profile}`', '',
-                      f'{len(rows)} files, {total:,} bytes ({total / 1e9:.1f} GB), gathered for workers of wan_avatar; `models.lock.json` has their hashes.', '',
-                      'Each file has the licence of its origin, which binds whoever passes it on.' + (f' {note}' if note else ''), '',
-                      '| file | bytes | licence | from |', '|---|---|---|---|', *rows, *extra, ''])
+def readme(
+    lock: Lock,
+    profile: str,
+    embedding: str | None # its place in the bundle
+) -> str: # Markdown
+    "The bundle's own README"
+    total = sum(f.bytes for f in lock.files.values())
+    made = 'made of the default prompt with the text encoder, which is not in here'
+    extra = f'| `{embedding}` | | of this project | {made} |'
+    return '\n'.join([
+        '---', 'license: other', 'license_name: see-below', 'tags: [comfyui, wan]', '---',
+        f'# Weights of `{profile}`', '',
+        f'{len(lock.files)} files, {total:,} bytes ({total / 1e9:.1f} GB), gathered for workers of wan_avatar; '
+        '`models.lock.json` has their hashes.', '',
+        f'Each file has the licence of its origin, which binds everyone who passes it on. {lock.licences}'.rstrip(), '',
+        '| file | bytes | licence | from |', '|---|---|---|---|',
+        *map(_row, lock.files.values()), *([extra] if embedding else []), ''])
+
+def _row(file: LockedFile) -> str:
+    origin = f'[{file.repo}](https://huggingface.co/{file.repo}) `{file.path}` @ `{file.revision}`'
+    return f'| `{file.place}` | {file.bytes:,} | {file.licence} | {origin} |'
 
 # %% ../nbs/53_bundle.ipynb #b28a363a
 def place_file(source: Path, target: Path) -> None:
@@ -68,7 +83,7 @@ def default_embedding(profile: Profile, models_dir: Path) -> Path | None:
 
 # %% ../nbs/53_bundle.ipynb #14371abc
 def build(
-    folder: Path, # gets the bundle; what does not belong to it is removed
+    folder: Path, # gets the bundle; files that do not belong to it are removed
     profile: Profile,
     lock: Lock,
     models_dir: Path, # holds every file
@@ -76,20 +91,32 @@ def build(
     say: Callable[[str], None] = lambda text: None # told each file
 ) -> Lock: # its own
     "Make the folder; JobError says what is missing"
-    own, embedding = own_lock(lock, profile, text_encoder), default_embedding(profile, models_dir)
+    own = own_lock(lock, profile, text_encoder)
+    embedding = default_embedding(profile, models_dir)
     if profile.prompt and not embedding and not text_encoder:
-        raise JobError('models_unavailable', f'no embedding of the default prompt in {models_dir / "embeddings"}; copy embeddings/ from the bucket of a worker that has run, or build --with-text-encoder')
+        why = (f'no embedding of the default prompt in {models_dir / "embeddings"}; '
+               'copy embeddings/ from the bucket of a worker that has run, or build --with-text-encoder')
+        raise JobError('models_unavailable', why)
     lacking = [f'{f.place} {why}' for f in own.files.values() if (why := verified(f, Places(models_dir)))]
-    if lacking: raise JobError('models_unavailable', f'{"; ".join(lacking)}; run: wan-avatar models fetch --profile {profile.name}')
-    parts = {f.place: models_dir / f.place for f in own.files.values()} | ({f'embeddings/{embedding.name}': embedding} if embedding else {})
+    if lacking:
+        why = f'{"; ".join(lacking)}; run: wan-avatar models fetch --profile {profile.name}'
+        raise JobError('models_unavailable', why)
+    parts = {f.place: models_dir / f.place for f in own.files.values()}
+    place = f'embeddings/{embedding.name}' if embedding else None
+    if embedding: parts[place] = embedding
+    _write(folder, parts, {'models.lock.json': dump_lock(own), 'README.md': readme(own, profile.name, place)}, say)
+    return own
+
+def _write(folder: Path, parts: dict[str, Path], texts: dict[str, str], say: Callable[[str], None]) -> None:
+    "Files and texts into the folder; anything else there is removed, but for the cache of an upload"
     for place, source in parts.items():
         place_file(source, folder / place)
         say(f'{place}: {source.stat().st_size:,} bytes')
-    texts = {'models.lock.json': dump_lock(own), 'README.md': readme(own, profile.name, f'embeddings/{embedding.name}' if embedding else None)}
     for name, text in texts.items():
         with whole_file(folder / name) as part: part.write_text(text)
-    for path in [p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder).as_posix() not in {*parts, *texts} and '.cache' not in p.parts]: path.unlink()
-    return own
+    kept = {*parts, *texts}
+    for path in [p for p in folder.rglob('*') if p.is_file()]:
+        if path.relative_to(folder).as_posix() not in kept and '.cache' not in path.parts: path.unlink()
 
 # %% ../nbs/53_bundle.ipynb #107eb1e7
 @dataclass(frozen=True)
@@ -99,47 +126,71 @@ class Pushed:
     revision: str # commit: what to pin
     private: bool
 
-def push(folder: Path, repo: str, token: str | None = None, private: bool = True, endpoint: str | None = None) -> Pushed:
+def push(
+    folder: Path,
+    repo: str,
+    token: str | None = None,
+    private: bool = True,
+    endpoint: str | None = None # None: HF_ENDPOINT
+) -> Pushed:
     "Upload a bundle; JobError says why not"
     import httpx2
     from huggingface_hub import HfApi
     api = HfApi(endpoint=endpoint, token=token)
-    about = LockedFile(repo, repo, 'main', '', None, None, 'bundle', repo, '')
     def attempt(work: Callable[[], Any]) -> Any:
         try: return work()
-        except (httpx2.HTTPError, OSError, RuntimeError) as e: raise hub_trouble(e, about) from e # RuntimeError: Xet
-    patient = Retrying(retry=retry_if_exception_type(Passing), wait=wait_exponential_jitter(multiplier=0.5, max=10), stop=stop_after_attempt(6), reraise=True)
-    def all_of_it() -> Pushed:
+        except (httpx2.HTTPError, OSError, RuntimeError) as e: # RuntimeError: Xet
+            raise hub_trouble(e, _repository(repo)) from e
+    def upload() -> Pushed:
         attempt(lambda: api.create_repo(repo, private=private, exist_ok=True))
-        done = attempt(lambda: api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Weights of wan_avatar', delete_patterns='*'))
+        done = attempt(lambda: api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message='Weights of wan_avatar', delete_patterns='*'))
         return Pushed(repo, done.oid, attempt(lambda: api.model_info(repo).private))
-    try: return patient(all_of_it)
-    except Passing as e: raise JobError('models_unavailable', f'{repo} could not be uploaded: {e}; run it again: what has arrived is not sent again') from None
+    patient = Retrying(retry=retry_if_exception_type(Passing), wait=wait_exponential_jitter(multiplier=0.5, max=10),
+                       stop=stop_after_attempt(6), reraise=True)
+    try: return patient(upload)
+    except Passing as e:
+        why = f'{repo} could not be uploaded: {e}; run it again: what has arrived is not sent again'
+        raise JobError('models_unavailable', why) from None
+
+def _repository(repo: str) -> LockedFile: # a whole one, for messages about it
+    return LockedFile(repo, repo, 'main', '', None, None, 'bundle', repo, '')
 
 # %% ../nbs/53_bundle.ipynb #4b633a59
-def check(repo: str, revision: str, profile: Profile, lock: Lock, hub: Hub, text_encoder: bool = False) -> list[tuple[str, str | None]]: # place, what is wrong with it
-    "Compare a repository with what a worker would look for"
-    rows, embedding = [], Embedding(profile.prompt, profile.encoder_sha256) if profile.prompt else None
+def check(
+    repo: str,
+    revision: str,
+    profile: Profile,
+    lock: Lock,
+    hub: Hub,
+    text_encoder: bool = False
+) -> list[tuple[str, str | None]]: # place, what is wrong with it
+    "Compare a repository with the files that a worker would look for"
+    rows = []
     for file in locked_files(profile, lock, text_encoder):
-        there = replace(file, repo=repo, revision=revision, path=file.place)
-        rows.append((file.place, _differs(there, file, hub) if file.known else 'is not pinned in the lock'))
-    if embedding and not text_encoder:
-        asked = LockedFile('embedding', repo, revision, f'embeddings/{embedding.name}', None, None, 'embeddings', embedding.name, '')
-        rows.append((asked.place, _differs(asked, None, hub)))
+        remote = replace(file, repo=repo, revision=revision, path=file.place)
+        rows.append((file.place, _differs(remote, file, hub) if file.known else 'is not pinned in the lock'))
+    if profile.prompt and not text_encoder:
+        name = Embedding(profile.prompt, profile.encoder_sha256).name
+        place = f'embeddings/{name}'
+        asked = LockedFile('embedding', repo, revision, place, None, None, 'embeddings', name, '')
+        rows.append((place, _differs(asked, None, hub)))
     return rows
 
-def _differs(there: LockedFile, wanted: LockedFile | None, hub: Hub) -> str | None:
+def _differs(remote: LockedFile, wanted: LockedFile | None, hub: Hub) -> str | None:
     "What is wrong with one file of a repository"
-    try: found = pinned(there, hub)
+    try: found = pinned(remote, hub)
     except JobError as e: return e.message
-    if wanted and (found.bytes, found.sha256) != (wanted.bytes, wanted.sha256): return f'has {found.bytes:,} bytes, sha256 {found.sha256[:12]}…; wanted are {wanted.bytes:,}, {wanted.sha256[:12]}…'
-    return None
+    if wanted is None or (found.bytes, found.sha256) == (wanted.bytes, wanted.sha256): return None
+    return (f'has {found.bytes:,} bytes, sha256 {found.sha256[:12]}…; '
+            f'wanted are {wanted.bytes:,}, {wanted.sha256[:12]}…')
 
 def bundle_revision(repo: str, hub: Hub) -> str: # commit
-    "What main of a repository is now"
+    "The commit that main of a repository is at now"
     import httpx2
     from huggingface_hub import HfApi
     try: return HfApi(endpoint=hub.endpoint, token=hub.token).model_info(repo).sha
     except (httpx2.HTTPError, OSError) as e:
-        trouble = hub_trouble(e, LockedFile(repo, repo, 'main', '', None, None, 'bundle', repo, ''))
-        raise trouble if isinstance(trouble, JobError) else JobError('models_unavailable', f'{repo}: {trouble}') from None
+        trouble = hub_trouble(e, _repository(repo))
+        if isinstance(trouble, JobError): raise trouble from None
+        raise JobError('models_unavailable', f'{repo}: {trouble}') from None

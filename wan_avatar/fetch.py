@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'Span', 'Open', 'REFUSALS', 'BATCH', 'BATCH_S', 'PIECE', 'TRIES', 'TRIES_OF_HUB', 'merged', 'gaps',
-           'journal_path', 'read_journal', 'arrived', 'Part', 'Passing', 'GivenUp', 'Source', 'Address', 'origin',
-           'unreachable', 'Http', 'Ranged', 'Hub', 'Refused', 'hub_trouble', 'XetFailed', 'Xet', 'xet_of', 'HubFile',
-           'Mirror', 'Arrival', 'Ramp', 'Pool', 'Stopped', 'alone', 'Coming', 'hash_behind', 'Fetcher', 'disk_trouble',
-           'no_room', 'check_space', 'fetch', 'moment', 'ProgressLines', 'places_of', 'sources_of', 'fetch_weights',
-           'pinned', 'changes', 'HubUnreachable', 'Checked', 'checked']
+           'journal_path', 'read_journal', 'arrived', 'PartialFile', 'Passing', 'SourceFailed', 'Source', 'Address',
+           'origin', 'unreachable', 'Http', 'Ranged', 'Hub', 'Refused', 'hub_trouble', 'Mirror', 'Download', 'Ramp',
+           'Pool', 'FetchStopped', 'hash_behind', 'alone', 'Coming', 'disk_trouble', 'no_room', 'check_space',
+           'Fetcher', 'fetch', 'moment', 'ProgressLines', 'places_of', 'sources_of', 'fetch_weights', 'pinned',
+           'changes', 'HubUnreachable', 'Checked', 'checked']
 
 # %% ../nbs/12_fetch.ipynb #847a47dc
 import errno
@@ -25,7 +25,6 @@ import shutil
 import struct
 import threading
 import time
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -35,14 +34,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
 import certifi
 import urllib3
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
 from .config import WeightSettings
 from .files import disk_is_full, whole_file
 from .job import JobError
-
-# %% ../nbs/12_fetch.ipynb #b708500c
 from .models import FIGURES, LockedFile, Places, cached, link, misfit, part_path, plan
 from .models import refuse_unknown, remember, remembered, state_path
 from .store import Store
@@ -65,72 +64,75 @@ def gaps(
     spans: Iterable[Span], # merged
     size: int # of the file
 ) -> list[Span]:
-    "What is not in them"
+    "What the spans leave out of a file"
     edges = [0, *(edge for span in spans for edge in span), size]
     return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if b < e]
 
+# %% ../nbs/12_fetch.ipynb #4fc6fb28
 _RECORD = struct.Struct('<QQ')
 
 def journal_path(part: Path) -> Path:
-    "Where the spans of a part file are noted"
+    "The journal of a part file"
     return part.with_suffix('.spans')
 
 def read_journal(
     part: Path,
     size: int # the file will have
 ) -> list[Span]: # merged
-    "What of a file is on disk"
-    try: data, there = journal_path(part).read_bytes(), part.stat().st_size == size
+    "Which bytes of a file are on disk"
+    try:
+        data = journal_path(part).read_bytes()
+        if part.stat().st_size != size: return []
     except OSError: return []
     whole = data[:len(data) // _RECORD.size * _RECORD.size] # a kill may cut the last record
-    return merged(s for s in _RECORD.iter_unpack(whole) if s[0] < s[1] <= size) if there else []
+    return merged(s for s in _RECORD.iter_unpack(whole) if s[0] < s[1] <= size)
 
-# %% ../nbs/12_fetch.ipynb #8052a331
 def arrived(part: Path, size: int) -> int: # bytes
     "How much of a file is on disk"
     return sum(e - b for b, e in read_journal(part, size))
 
-# %% ../nbs/12_fetch.ipynb #7304dfb2
-class _Spans:
-    "Which bytes of a file are there, claimed, on their way"
-    size: int
-    missing: list[Span] # nobody has claimed them
-    moving: dict[Any, int] # who brings a claimed span -> the next byte it will bring
+# %% ../nbs/12_fetch.ipynb #d23d1fa8
+class PartialFile:
+    "A file while it arrives; the pool's lock guards it"
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        self.size = size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        on_disk = read_journal(path, size)
+        self.have = sum(e - b for b, e in on_disk) # bytes
+        self.missing = gaps(on_disk, size) # no connection has claimed these
+        self.moving: dict[Any, int] = {} # connection -> the next byte it will bring
+        with whole_file(journal_path(path)) as fresh: # as short as it can be
+            fresh.write_bytes(b''.join(_RECORD.pack(*s) for s in on_disk))
+        self.journal = os.open(journal_path(path), os.O_WRONLY | os.O_APPEND)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self.file, size)
+
+    # which bytes are missing, claimed, here
 
     def claim(self, most: int) -> Span:
-        "Take bytes from the front of what is missing"
+        "Take up to `most` bytes from the front of the missing ones"
         begin, end = self.missing.pop(0)
         if end - begin > most: self.missing.insert(0, (begin + most, end))
         return begin, min(end, begin + most)
 
     def give_back(self, span: Span) -> None:
-        "What was claimed and did not come"
+        "Return the part of a claim that did not come"
         if span[0] < span[1]: self.missing = merged([*self.missing, span])
 
     @property
     def lacks(self) -> int: # bytes
-        "What nobody has claimed yet"
+        "How much no connection has claimed yet"
         return sum(e - b for b, e in self.missing)
 
     def front(self) -> int: # bytes
         "Up to here everything has arrived"
         return min([s[0] for s in self.missing[:1]] + list(self.moving.values()), default=self.size)
 
-# %% ../nbs/12_fetch.ipynb #d23d1fa8
-class Part(_Spans):
-    "A file while it arrives; the pool's lock guards it"
-    def __init__(self, path: Path, size: int):
-        self.path, self.size = path, size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = read_journal(path, size)
-        self.missing, self.have, self.moving = gaps(have, size), sum(e - b for b, e in have), {}
-        with whole_file(journal_path(path)) as fresh: fresh.write_bytes(b''.join(_RECORD.pack(*s) for s in have)) # as short as it can be
-        self.journal = os.open(journal_path(path), os.O_WRONLY | os.O_APPEND)
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self.file, size)
+    # the disk
 
     def write(self, at: int, chunks: Sequence[bytes]) -> int: # bytes
-        "Bytes first, then the note that they are there; needs no lock"
+        "Write the bytes, then the record that they are there; needs no lock"
         total = sum(map(len, chunks))
         if (done := os.pwritev(self.file, chunks, at)) < total: # the disk is nearly full
             rest = b''.join(chunks)
@@ -139,22 +141,29 @@ class Part(_Spans):
         return total
 
     def close(self) -> None:
+        "Close both files; what arrived stays"
         for descriptor in (self.file, self.journal): os.close(descriptor)
 
     @staticmethod
     def drop(path: Path) -> None:
-        "Forget what has arrived"
+        "Delete a part file and its journal"
         for gone in (journal_path(path), path): gone.unlink(missing_ok=True)
 
 # %% ../nbs/12_fetch.ipynb #02db5d4e
 class Passing(Exception):
     "A fault that may be gone in a moment"
-    def __init__(self, why: str, after_s: float = 0, stale: bool = False): # `after_s`: the server asked for this pause; `stale`: the address may have expired
+    def __init__(
+        self,
+        why: str,
+        after_s: float = 0, # the server asked for this pause
+        stale: bool = False # the address may have expired
+    ):
         super().__init__(why)
-        self.after_s, self.stale = after_s, stale
+        self.after_s = after_s
+        self.stale = stale
 
-class GivenUp(Exception):
-    "A fault that stayed: this source does not have the file for us"
+class SourceFailed(Exception):
+    "This source failed for good; try the next one"
 
 Open = Callable[[int, int], Iterator[bytes]] # first byte, first byte behind -> chunks
 
@@ -166,32 +175,40 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Address:
-    "Where bytes lie, and what must be said to get them"
+    "A URL and the headers it needs"
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False) # may hold a token: only for this very origin
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    "Who a header would be sent to"
+    "Scheme, host and port: the receiver of a header"
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {'http': 80, 'https': 443}.get(parts.scheme)
 
 def unreachable(file: LockedFile, tried: str, remedy: str) -> JobError:
-    "A file that can not be had, in words"
-    return JobError('models_unavailable', f'{file.place}: {file.repo}@{(file.revision or "?")[:12]}/{file.path}: {tried}; {remedy}', worker_unfit=True)
+    "The error for a file that no source gives: file, repository, what was tried, remedy"
+    at = f'{file.repo}@{(file.revision or "?")[:12]}/{file.path}'
+    return JobError('models_unavailable', f'{file.place}: {at}: {tried}; {remedy}', worker_unfit=True)
 
 # %% ../nbs/12_fetch.ipynb #f7134ccb
 class Http:
     "Connections shared by all files, and a way to end what they wait for"
-    def __init__(self, connections: int = 16, stall_s: float = 20): # `stall_s`: no byte for so long, and a connection is given up
+    def __init__(
+        self,
+        connections: int = 16,
+        stall_s: float = 20 # a connection that brings no byte for so long is given up
+    ):
         redirects = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
-        self.pool = urllib3.PoolManager(num_pools=20, maxsize=connections, retries=redirects, timeout=urllib3.Timeout(connect=10, read=stall_s), ca_certs=certifi.where())
+        timeout = urllib3.Timeout(connect=10, read=stall_s)
+        self.pool = urllib3.PoolManager(num_pools=20, maxsize=connections, retries=redirects, timeout=timeout,
+                                        ca_certs=certifi.where())
         self.open: set[urllib3.BaseHTTPResponse] = set()
         self.stall_s = stall_s
 
     def get(self, address: Address, begin: int, end: int) -> Iterator[bytes]:
         "The bytes of a span; raises Passing"
+        headers = {**address.headers, 'Range': f'bytes={begin}-{end - 1}', 'Accept-Encoding': 'identity'}
         try:
-            r = self.pool.request('GET', address.url, headers={**address.headers, 'Range': f'bytes={begin}-{end - 1}', 'Accept-Encoding': 'identity'}, preload_content=False)
+            r = self.pool.request('GET', address.url, headers=headers, preload_content=False)
             try:
                 self.open.add(r)
                 _check_range(r, begin, end)
@@ -213,14 +230,20 @@ class Http:
 
 # %% ../nbs/12_fetch.ipynb #e6b0d65b
 def _check_range(r: urllib3.BaseHTTPResponse, begin: int, end: int) -> None:
-    "Is this answer the span that was asked for?"
+    "Passing, unless this answer is the span that was asked for"
     if r.status in (401, 403, 404, 410): raise Passing(f'HTTP {r.status} from storage', stale=True)
     whole = r.status == 200 and begin == 0 and r.headers.get('Content-Length') == str(end)
     if whole: return # a server need not know ranges of a small file
     if r.status != 206:
-        pause = r.headers.get('Retry-After', '')
-        raise Passing(f'HTTP {r.status}' + (' instead of a range' if r.status == 200 else ''), after_s=min(float(pause), 60) if pause.isdecimal() else 0)
-    if not r.headers.get('Content-Range', '').startswith(f'bytes {begin}-{end - 1}/'): raise Passing(f'bytes {begin}-{end - 1} were asked for; {r.headers.get("Content-Range")} came')
+        instead = ' instead of a range' if r.status == 200 else ''
+        raise Passing(f'HTTP {r.status}{instead}', after_s=_retry_after(r.headers))
+    got = r.headers.get('Content-Range')
+    if not (got or '').startswith(f'bytes {begin}-{end - 1}/'):
+        raise Passing(f'bytes {begin}-{end - 1} were asked for; {got} came')
+
+def _retry_after(headers: Mapping[str, str]) -> float: # seconds, at most 60
+    pause = headers.get('Retry-After', '')
+    return min(float(pause), 60) if pause.isdecimal() else 0 # not isdigit: that takes a superscript
 
 def _plainly(error: Exception) -> str: # without addresses: signed ones are secrets
     "What went wrong on a connection"
@@ -233,9 +256,14 @@ REFUSALS = 4 # addresses in a row
 class Ranged:
     "One file, read in ranges; its address is asked for once, and again when it has expired"
     def __init__(self, http: Http, locate: Callable[[], Address]):
-        self.http, self.locate, self.address, self.lock, self.refused = http, locate, None, threading.Lock(), 0
+        self.http = http
+        self.locate = locate
+        self.address: Address | None = None
+        self.refused = 0 # addresses in a row
+        self.lock = threading.Lock()
 
     def __call__(self, begin: int, end: int) -> Iterator[bytes]:
+        "The bytes of a span; raises Passing, or SourceFailed when new addresses are refused, too"
         with self.lock: address = self.address = self.address or self.locate()
         try:
             for chunk in self.http.get(address, begin, end):
@@ -245,49 +273,73 @@ class Ranged:
             if not e.stale or self._renew(address, e): raise
             yield from self(begin, end) # nothing had come: the refusal was the answer
 
-    def _renew(self, address: Address, why: Passing) -> bool: # is this the first refusal? all connections are refused when an address expires: that counts once
+    def _renew(self, address: Address, why: Passing) -> bool:
+        "True for the first connection that reports this address as expired: all report it, it counts once"
         with self.lock:
             first = self.address is address
-            if first: self.address, self.refused = None, self.refused + 1
-            if self.refused > REFUSALS: raise GivenUp(f'{why}, from {self.refused} addresses in a row') from None
+            if first:
+                self.address = None
+                self.refused += 1
+            if self.refused > REFUSALS:
+                raise SourceFailed(f'{why}, from {self.refused} addresses in a row') from None
             return first
 
 # %% ../nbs/12_fetch.ipynb #579490ee
 class Hub:
     "huggingface.co, or what HF_ENDPOINT names"
     name = 'hub'
-    def __init__(self, http: Http, token: str | None = None, endpoint: str | None = None): # `token` None: what huggingface_hub finds itself
-        self.http, self.token, self.endpoint = http, token, endpoint
+    def __init__(
+        self,
+        http: Http,
+        token: str | None = None, # None: what huggingface_hub finds itself
+        endpoint: str | None = None # None: HF_ENDPOINT
+    ):
+        self.http = http
+        self.token = token
+        self.endpoint = endpoint
 
     def has(self, file: LockedFile) -> bool: return True
 
     def open(self, file: LockedFile) -> Open:
         "Ranges of a file; by Xet where the hub offers it"
-        return HubFile(self, file)
+        return _HubFile(self, file)
 
     def metadata(self, file: LockedFile) -> Any: # HfFileMetadata
         "What the hub says about a file; raises Passing or JobError"
         import httpx2
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        try: return get_hf_file_metadata(hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=self.endpoint), token=self.token, endpoint=self.endpoint)
+        url = hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=self.endpoint)
+        try: return get_hf_file_metadata(url, token=self.token, endpoint=self.endpoint)
         except (httpx2.HTTPError, OSError) as e: raise hub_trouble(e, file) from None
 
-    def locate(self, file: LockedFile, found: Any) -> Address:
-        "Where its bytes lie"
+    def locate(
+        self,
+        file: LockedFile,
+        found: Any # HfFileMetadata
+    ) -> Address:
+        "Where its bytes lie; JobError when the hub's size or hash is not the lock's"
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
-        if found.size != file.bytes or (re.fullmatch('[0-9a-f]{64}', found.etag or '') and found.etag != file.sha256):
-            there = f'the hub has {found.size:,} bytes, etag {(found.etag or "")[:12]}…'
-            raise unreachable(file, f'{there}; the lock says {file.bytes:,} bytes, sha256 {file.sha256[:12]}…', _CORRECT)
+        other_hash = re.fullmatch('[0-9a-f]{64}', found.etag or '') and found.etag != file.sha256
+        if found.size != file.bytes or other_hash:
+            remote = f'the hub has {found.size:,} bytes, etag {(found.etag or "")[:12]}…'
+            locked = f'the lock says {file.bytes:,} bytes, sha256 {file.sha256[:12]}…'
+            raise unreachable(file, f'{remote}; {locked}', _CORRECT)
         own = origin(found.location) == origin(self.endpoint or constants.ENDPOINT)
         return Address(found.location, build_hf_headers(token=self.token) if own else {})
 
 # %% ../nbs/12_fetch.ipynb #0ddfe207
 class Refused(JobError):
-    "The hub's answer stays what it is, however often it is asked"
-    def __init__(self, verdict: str, file: LockedFile, tried: str, remedy: str): # `verdict`: its kind, in a few words
-        said = unreachable(file, tried, remedy)
-        super().__init__(said.code, said.message, said.worker_unfit)
+    "The hub refuses, and will refuse again however often it is asked"
+    def __init__(
+        self,
+        verdict: str, # the kind of refusal, in a few words
+        file: LockedFile,
+        tried: str,
+        remedy: str
+    ):
+        error = unreachable(file, tried, remedy)
+        super().__init__(error.code, error.message, error.worker_unfit)
         self.verdict = verdict
 
 _CORRECT = 'correct the lock: wan-avatar models lock'
@@ -295,7 +347,8 @@ _CORRECT = 'correct the lock: wan-avatar models lock'
 def hub_trouble(error: Exception, file: LockedFile) -> Exception: # Passing, or Refused with the remedy
     "What a fault of the hub means"
     from huggingface_hub import errors
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    response = getattr(error, 'response', None)
+    status = getattr(response, 'status_code', None)
     if isinstance(error, errors.GatedRepoError):
         remedy = f'accept its licence at https://huggingface.co/{file.repo} and set HF_TOKEN to a token of that account'
         return Refused('gated', file, 'the repository is gated', remedy)
@@ -307,50 +360,67 @@ def hub_trouble(error: Exception, file: LockedFile) -> Exception: # Passing, or 
         return Refused('no such repository', file, f'HTTP {status}: no such repository, or one this token may not read',
                        'check HF_TOKEN (a token with read access to it), and the name')
     if status in (408, 425, 429) or (status or 500) >= 500:
-        said = f'HTTP {status} from the hub' if status else f'the hub: {type(error).__name__}'
-        return Passing(said, after_s=_pause(error))
+        why = f'HTTP {status} from the hub' if status else f'the hub: {type(error).__name__}'
+        return Passing(why, after_s=_retry_after(getattr(response, 'headers', {})))
     return Refused(f'HTTP {status}', file, f'the hub answered HTTP {status}', 'look at it in a browser')
 
-def _pause(error: Exception) -> float: # seconds
-    pause = getattr(getattr(error, 'response', None), 'headers', {}).get('Retry-After', '')
-    return min(float(pause), 60) if pause.isdecimal() else 0 # not isdigit: that takes a superscript
-
 # %% ../nbs/12_fetch.ipynb #cd57998b
-class XetFailed(Exception):
+class _XetFailed(Exception):
     "Xet did not deliver"
 
-class Xet:
+class _Xet:
     "One file, read in ranges by hf_xet"
-    def __init__(self, found: Any, size: int, token: str | None, stall_s: float): # `found`: HfFileMetadata with xet_file_data
-        self.data, self.size, self.token, self.stall_s, self.group, self.lock = found.xet_file_data, size, token, stall_s, None, threading.Lock()
+    def __init__(
+        self,
+        found: Any, # HfFileMetadata with xet_file_data
+        size: int,
+        token: str | None,
+        stall_s: float
+    ):
+        self.data = found.xet_file_data
+        self.size = size
+        self.token = token
+        self.stall_s = stall_s
+        self.group: Any = None # of download streams, made at the first read
+        self.lock = threading.Lock()
 
     def __call__(self, begin: int, end: int) -> Iterator[bytes]:
-        "Chunks, or XetFailed"
-        chunks, over = queue.Queue(maxsize=8), threading.Event() # 8 chunks: memory stays bounded
+        "Chunks, or _XetFailed"
+        chunks = queue.Queue(maxsize=8) # memory stays bounded
+        over = threading.Event()
         threading.Thread(target=_pump, args=(self._stream, begin, end, chunks, over), daemon=True).start()
         try:
             while True:
                 try: chunk = chunks.get(timeout=self.stall_s)
-                except queue.Empty: raise XetFailed(f'nothing came for {self.stall_s:g} s') from None
+                except queue.Empty: raise _XetFailed(f'nothing came for {self.stall_s:g} s') from None
                 if chunk is None: return
-                if isinstance(chunk, Exception): raise XetFailed(f'{type(chunk).__name__}') from None
+                if isinstance(chunk, Exception): raise _XetFailed(f'{type(chunk).__name__}') from None
                 yield chunk
         finally: over.set()
 
     def _stream(self, begin: int, end: int) -> Iterator[bytes]:
         import hf_xet
-        from huggingface_hub.utils import build_hf_headers
-        from huggingface_hub.utils._xet import get_xet_session, refresh_xet_connection_info, xet_headers_without_auth
         with self.lock:
-            if self.group is None:
-                headers = build_hf_headers(token=self.token)
-                at = refresh_xet_connection_info(file_data=self.data, headers=headers)
-                self.group = get_xet_session().new_download_stream_group(endpoint=at.endpoint, token=at.access_token, token_expiry_unix_secs=at.expiration_unix_epoch,
-                    token_refresh_url=self.data.refresh_route, token_refresh_headers=headers, custom_headers=xet_headers_without_auth(headers))
+            if self.group is None: self.group = self._new_group()
         return self.group.download_stream(hf_xet.XetFileInfo(self.data.file_hash, self.size), begin, end)
+
+    def _new_group(self) -> Any:
+        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils._xet import (
+            get_xet_session,
+            refresh_xet_connection_info,
+            xet_headers_without_auth,
+        )
+        headers = build_hf_headers(token=self.token)
+        at = refresh_xet_connection_info(file_data=self.data, headers=headers)
+        return get_xet_session().new_download_stream_group(
+            endpoint=at.endpoint, token=at.access_token, token_expiry_unix_secs=at.expiration_unix_epoch,
+            token_refresh_url=self.data.refresh_route, token_refresh_headers=headers,
+            custom_headers=xet_headers_without_auth(headers))
 
 # %% ../nbs/12_fetch.ipynb #e3c3f92e
 def _pump(stream: Callable, begin: int, end: int, chunks: queue.Queue, over: threading.Event) -> None:
+    "Copy a stream into a queue until the reader is over; the end is None, a fault the exception"
     def put(item) -> None:
         while not over.is_set():
             try: return chunks.put(item, timeout=1)
@@ -360,25 +430,30 @@ def _pump(stream: Callable, begin: int, end: int, chunks: queue.Queue, over: thr
             if over.is_set(): return
             put(bytes(chunk))
         put(None)
-    except Exception as e: put(e) # noqa: BLE001 - whoever reads the queue raises it
+    except Exception as e: put(e) # noqa: BLE001 - the reader of the queue raises it
 
 # %% ../nbs/12_fetch.ipynb #e81f50ca
-def xet_of(found: Any, file: LockedFile, hub: Hub) -> Xet | None:
+def _xet_of(found: Any, file: LockedFile, hub: Hub) -> _Xet | None:
     "Xet, when hub and machine have it"
     from huggingface_hub import constants
     usable = found.xet_file_data and not constants.HF_HUB_DISABLE_XET and find_spec('hf_xet')
-    return Xet(found, file.bytes, hub.token, hub.http.stall_s) if usable else None
+    return _Xet(found, file.bytes, hub.token, hub.http.stall_s) if usable else None
 
-class HubFile(Ranged):
+class _HubFile(Ranged):
     "One file of the hub"
     def __init__(self, hub: Hub, file: LockedFile):
-        self.hub, self.file, self.xet, self.asked = hub, file, None, False
+        self.hub = hub
+        self.file = file
+        self.xet: _Xet | None = None
+        self.asked = False # for Xet
         super().__init__(hub.http, self._locate)
 
     def _locate(self) -> Address:
         found = self.hub.metadata(self.file)
         address = self.hub.locate(self.file, found)
-        if not self.asked: self.xet, self.asked = xet_of(found, self.file, self.hub), True
+        if not self.asked:
+            self.xet = _xet_of(found, self.file, self.hub)
+            self.asked = True
         return address
 
     def __call__(self, begin: int, end: int) -> Iterator[bytes]:
@@ -388,7 +463,7 @@ class HubFile(Ranged):
                 for chunk in xet(begin, end):
                     begin += len(chunk)
                     yield chunk
-            except XetFailed as e:
+            except _XetFailed as e:
                 if self.xet is xet: log.warning('%s: Xet failed (%s); going on over HTTP', self.file.place, e)
                 self.xet = None
         if begin < end: yield from super().__call__(begin, end)
@@ -397,8 +472,15 @@ class HubFile(Ranged):
 class Mirror:
     "Weights in the bucket"
     name = 'mirror'
-    def __init__(self, store: Store, prefix: str, http: Http): # `prefix`: MODELS_MIRROR
-        self.store, self.prefix, self.http = store, prefix.rstrip('/') + '/', http
+    def __init__(
+        self,
+        store: Store,
+        prefix: str, # MODELS_MIRROR
+        http: Http
+    ):
+        self.store = store
+        self.prefix = prefix.rstrip('/') + '/'
+        self.http = http
 
     def key(self, file: LockedFile) -> str:
         "Where a file lies"
@@ -408,36 +490,61 @@ class Mirror:
         "Is it there, with the right size?"
         try: found = self.store.stat(self.key(file))
         except JobError as e:
-            log.warning('MODELS_MIRROR can not be asked for %s: %s', file.place, e)
+            log.warning('MODELS_MIRROR cannot be asked for %s: %s', file.place, e)
             return False
-        if found and found['bytes'] != file.bytes: log.warning('MODELS_MIRROR has %s bytes of %s, not %s', f'{found["bytes"]:,}', file.place, f'{file.bytes:,}')
-        return bool(found) and found['bytes'] == file.bytes
+        if found is None: return False
+        if found['bytes'] == file.bytes: return True
+        log.warning('MODELS_MIRROR has %s bytes of %s, not %s', f'{found["bytes"]:,}', file.place, f'{file.bytes:,}')
+        return False
 
     def open(self, file: LockedFile) -> Open:
         "Ranges of a file"
-        def locate() -> Address: return Address(self.store.client.presigned_get_object(bucket_name=self.store.bucket, object_name=self.key(file), expires=timedelta(hours=6)))
+        def locate() -> Address:
+            url = self.store.client.presigned_get_object(
+                bucket_name=self.store.bucket, object_name=self.key(file), expires=timedelta(hours=6))
+            return Address(url)
         return Ranged(self.http, locate)
 
 # %% ../nbs/12_fetch.ipynb #90884cfd
-BATCH, BATCH_S = 1 << 20, 0.005 # bytes, seconds: how much a kill may lose per connection
+BATCH = 1 << 20 # bytes a kill may lose per connection
+BATCH_S = 0.005 # and for how long they may wait
 PIECE = (8 << 20, 16 << 20) # bytes: smallest and largest
 
-class Arrival:
+class Download:
     "One file on its way; the pool's lock guards it"
-    def __init__(self, part: Part, open_span: Open, now: float, lock: threading.Lock): # `lock`: the pool's
-        self.part, self.open, self.failures, self.not_before, self.moved, self.error = part, open_span, 0, 0.0, now, None
-        self.grown, self.awaited = threading.Condition(lock), 0 # `awaited`: so far everything must have arrived before whoever waits wants to know
+    def __init__(
+        self,
+        part: PartialFile,
+        open_span: Open,
+        now: float,
+        lock: threading.Lock # the pool's
+    ):
+        self.part = part
+        self.open = open_span
+        self.failures = 0 # since bytes last came
+        self.not_before = 0.0 # no connection tries it sooner
+        self.moved = now # when bytes last came
+        self.error: Exception | None = None
+        self.grown = threading.Condition(lock)
+        self.wake_at = 0 # offset up to which all bytes must be here before the hasher is woken
         self.fetched = 0 # bytes that came over the network
 
     def trouble(self, why: Exception, now: float, patience_s: float) -> None:
         "A piece failed: pause, or give up"
         self.failures += 1
         if not isinstance(why, Passing): self.error = why
-        elif now - self.moved > patience_s: self.error = GivenUp(f'{why}, and nothing else for {patience_s:.0f} s')
-        else: self.not_before = now + max(why.after_s, min(0.1 * 2 ** min(self.failures, 7), 10) * random.uniform(0.5, 1)) # noqa: S311 - spreads retries, guards nothing
+        elif now - self.moved > patience_s:
+            self.error = SourceFailed(f'{why}, and nothing else for {patience_s:.0f} s')
+        else:
+            growing_s = min(0.1 * 2 ** min(self.failures, 7), 10)
+            spread = random.uniform(0.5, 1) # noqa: S311 - spreads retries, guards nothing
+            self.not_before = now + max(why.after_s, growing_s * spread)
 
     def progress(self, count: int, now: float) -> None:
-        self.failures, self.moved, self.fetched = 0, now, self.fetched + count
+        "Bytes came"
+        self.failures = 0
+        self.moved = now
+        self.fetched += count
         self.part.have += count
 
     @property
@@ -446,93 +553,59 @@ class Arrival:
 # %% ../nbs/12_fetch.ipynb #8ca1a42b
 class Ramp:
     "How many connections may work at once"
-    def __init__(self, most: int, now: float): # `most`: never more
-        self.most, self.allowed, self.since, self.used = most, min(2, most), now, 0.0
-        self.spent: dict[threading.Thread, float] = {} # each connection's own seconds of CPU so far: what else this process does says nothing about them
+    def __init__(
+        self,
+        most: int, # never more
+        now: float
+    ):
+        self.most = most
+        self.allowed = min(2, most)
+        self.since = now # of the last look
+        self.used = 0.0 # seconds of CPU until then
+        # each connection's own seconds of CPU so far: what else this process does says nothing about them
+        self.spent: dict[threading.Thread, float] = {}
 
-    def look(self, now: float) -> bool: # are there more now?
-        "Double them, unless they are busy and not waiting"
+    def maybe_grow(self, now: float) -> bool: # are there more now?
+        "Double the connections, unless they are busy rather than waiting"
         if self.allowed >= self.most or self.pause(now) > 0: return False
         used = sum(self.spent.values())
         cores = (used - self.used) / (now - self.since)
-        self.since, self.used = now, used
+        self.since = now
+        self.used = used
         if cores < 0.6: self.allowed = min(2 * self.allowed, self.most)
         return cores < 0.6
 
     def pause(self, now: float) -> float: # seconds
-        "When it is worth looking again"
+        "Until it is worth looking again"
         return max(self.since + 0.1 - now, 0) if self.allowed < self.most else 0
 
-    def piece(self, lacks: int) -> int: # bytes
-        "What a connection takes at once of a file that lacks so much: less near the end, so that all end together"
+    def chunk_size(self, lacks: int) -> int: # bytes
+        "One connection's next piece of a file that lacks so much: less near the end, so that all end together"
         return min(max(lacks // (2 * self.allowed), PIECE[0]), PIECE[1])
 
-# %% ../nbs/12_fetch.ipynb #81262243
-class _Queue:
-    "Which file the next free connection works for"
-    def __init__(self, http: Http, connections: int = 16, patience_s: float = 180, clock: Callable[[], float] = time.monotonic): # `patience_s`: longest time without a byte of a file
-        self.http, self.connections, self.patience_s, self.clock, self.closed = http, connections, patience_s, clock, False
-        self.lock, self.arrivals, self.ramp = threading.Lock(), {}, Ramp(connections, clock()) # by urgency, smallest first
+# %% ../nbs/12_fetch.ipynb #6e719f80
+class Pool:
+    "Connections that bring what all files miss, for the length of a block"
+    def __init__(
+        self,
+        http: Http,
+        connections: int = 16,
+        patience_s: float = 180, # longest time without a byte of a file
+        clock: Callable[[], float] = time.monotonic
+    ):
+        self.http = http
+        self.connections = connections
+        self.patience_s = patience_s
+        self.clock = clock
+        self.closed = False
+        self.downloads: dict[int, Download] = {} # by urgency, smallest first
+        self.ramp = Ramp(connections, clock())
+        self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
 
-    def add(self, urgency: int, part: Part, open_span: Open) -> Arrival:
-        "Let a file come"
-        with self.lock:
-            self.arrivals[urgency] = arrival = Arrival(part, open_span, self.clock(), self.lock)
-            self.work.notify_all()
-        return arrival
-
-    def remove(self, urgency: int) -> None:
-        "A file is over: wait until no connection writes to it"
-        with self.lock:
-            arrival = self.arrivals.pop(urgency)
-            part = arrival.part
-            part.missing = []
-            if arrival.grown.wait_for(lambda: not part.moving, timeout=self.http.stall_s + 15): part.close()
-
-    def _next(self) -> tuple[Arrival, Span] | None: # None: no more work
-        with self.lock:
-            while not self.closed:
-                waiting, now = [a for _, a in sorted(self.arrivals.items()) if a.wants], self.clock()
-                if self.ramp.look(now): self.work.notify_all()
-                busy = sum(len(a.part.moving) for a in self.arrivals.values())
-                if busy < self.ramp.allowed and (ready := next((a for a in waiting if a.not_before <= now), None)):
-                    ready.part.moving[threading.current_thread()] = (span := ready.part.claim(self.ramp.piece(ready.part.lacks)))[0]
-                    return ready, span
-                self.work.wait(min((max(a.not_before - now, self.ramp.pause(now)) for a in waiting), default=None))
-        return None
-
-# %% ../nbs/12_fetch.ipynb #f2db4086
-class _Carrier(_Queue):
-    "How one connection brings one piece"
-    def _carry(self, arrival: Arrival, at: int, end: int) -> None:
-        "One piece; what came is on disk and noted when this returns or raises"
-        batch, size, since = [], 0, self.clock()
-        try:
-            for chunk in arrival.open(at, end):
-                batch.append(chunk)
-                size += len(chunk)
-                if size < BATCH and len(batch) < 512 and self.clock() - since < BATCH_S: continue
-                at, size, since = self._note(arrival, at, batch), 0, self.clock()
-                if self.closed or arrival.error: raise Passing('stopped')
-        finally: self._note(arrival, at, batch)
-
-    def _note(self, arrival: Arrival, at: int, batch: list[bytes]) -> int: # where the next byte goes
-        if not batch: return at
-        count = arrival.part.write(at, batch)
-        batch.clear()
-        with self.lock:
-            arrival.progress(count, self.clock())
-            self.ramp.spent[threading.current_thread()] = time.thread_time()
-            arrival.part.moving[threading.current_thread()] = at + count
-            if arrival.part.front() >= arrival.awaited: arrival.grown.notify_all()
-        return at + count
-
-# %% ../nbs/12_fetch.ipynb #6e719f80
-class Pool(_Carrier):
-    "Connections that work off what all files miss, for the length of a block"
     def __enter__(self) -> 'Pool':
-        self.threads = [threading.Thread(target=self._work, name=f'fetch-{n}', daemon=True) for n in range(self.connections)]
+        self.threads = [threading.Thread(target=self._work, name=f'fetch-{n}', daemon=True)
+                        for n in range(self.connections)]
         for t in self.threads: t.start()
         return self
 
@@ -543,32 +616,116 @@ class Pool(_Carrier):
         with self.lock:
             self.closed = True
             self.work.notify_all()
-            for arrival in self.arrivals.values(): arrival.grown.notify_all()
+            for download in self.downloads.values(): download.grown.notify_all()
         self.http.hang_up()
         for t in self.threads: t.join(timeout=5)
+
+    # files
+
+    def add(self, urgency: int, part: PartialFile, open_span: Open) -> Download:
+        "Start a file"
+        with self.lock:
+            self.downloads[urgency] = download = Download(part, open_span, self.clock(), self.lock)
+            self.work.notify_all()
+        return download
+
+    def remove(self, urgency: int) -> None:
+        "End a file: wait until no connection writes to it, and close it"
+        with self.lock:
+            download = self.downloads.pop(urgency)
+            part = download.part
+            part.missing = []
+            if download.grown.wait_for(lambda: not part.moving, timeout=self.http.stall_s + 15): part.close()
+
+    # what each connection does
 
     def _work(self) -> None:
         me = threading.current_thread()
         while (task := self._next()) is not None:
-            arrival, span = task
-            try: why = self._carry(arrival, *span)
-            except Exception as e: why = e # noqa: BLE001 - whoever waits for the file raises it; a connection that died unheard would leave them waiting
+            download, span = task
+            try: why = self._carry(download, *span)
+            # a connection that died unheard would leave the file's reader waiting; the reader raises this
+            except Exception as e: why = e # noqa: BLE001
             with self.lock:
-                arrival.part.give_back((arrival.part.moving.pop(me), span[1]))
-                if why: arrival.trouble(why, self.clock(), self.patience_s)
+                download.part.give_back((download.part.moving.pop(me), span[1]))
+                if why: download.trouble(why, self.clock(), self.patience_s)
                 self.work.notify_all()
-                arrival.grown.notify_all()
+                download.grown.notify_all()
 
-# %% ../nbs/12_fetch.ipynb #1899b018
-class Stopped(Exception):
+    def _next(self) -> tuple[Download, Span] | None: # None: no more work
+        with self.lock:
+            while not self.closed:
+                waiting = [d for _, d in sorted(self.downloads.items()) if d.wants]
+                now = self.clock()
+                if self.ramp.maybe_grow(now): self.work.notify_all()
+                busy = sum(len(d.part.moving) for d in self.downloads.values())
+                if busy < self.ramp.allowed and (ready := next((d for d in waiting if d.not_before <= now), None)):
+                    span = ready.part.claim(self.ramp.chunk_size(ready.part.lacks))
+                    ready.part.moving[threading.current_thread()] = span[0]
+                    return ready, span
+                pauses = (max(d.not_before - now, self.ramp.pause(now)) for d in waiting)
+                self.work.wait(min(pauses, default=None))
+        return None
+
+    def _carry(self, download: Download, at: int, end: int) -> None:
+        "Bring one piece; what came is on disk and recorded when this returns or raises"
+        batch: list[bytes] = []
+        size = 0
+        since = self.clock()
+        try:
+            for chunk in download.open(at, end):
+                batch.append(chunk)
+                size += len(chunk)
+                if size < BATCH and len(batch) < 512 and self.clock() - since < BATCH_S: continue
+                at = self._record(download, at, batch)
+                size = 0
+                since = self.clock()
+                if self.closed or download.error: raise Passing('stopped')
+        finally: self._record(download, at, batch)
+
+    def _record(self, download: Download, at: int, batch: list[bytes]) -> int: # where the next byte goes
+        if not batch: return at
+        me = threading.current_thread()
+        count = download.part.write(at, batch)
+        batch.clear()
+        with self.lock:
+            download.progress(count, self.clock())
+            self.ramp.spent[me] = time.thread_time()
+            download.part.moving[me] = at + count
+            if download.part.front() >= download.wake_at: download.grown.notify_all()
+        return at + count
+
+# %% ../nbs/12_fetch.ipynb #4bb9f936
+class FetchStopped(Exception):
     "The fetch was ended from outside"
 
+def hash_behind(pool: Pool, download: Download) -> str: # hex
+    "SHA-256 of a file while it arrives; raises the download's error, or FetchStopped"
+    part = download.part
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    at = 0
+    def enough() -> bool: return pool.closed or download.error is not None or part.front() >= download.wake_at
+    while at < part.size:
+        with pool.lock:
+            download.wake_at = min(at + (4 << 20), part.size)
+            download.grown.wait_for(enough) # ends: a connection that gets nothing fails, and failures end in an error
+            if download.error: raise download.error
+            if pool.closed: raise FetchStopped
+            front = part.front()
+        while at < front:
+            n = os.preadv(part.file, [buffer[:min(len(buffer), front - at)]], at)
+            digest.update(buffer[:n])
+            at += n
+    return digest.hexdigest()
+
+# %% ../nbs/12_fetch.ipynb #1899b018
 @contextmanager
 def alone(
     target: Path,
-    stopped: threading.Event
+    stopped: threading.Event # ends the wait
 ) -> Iterator[None]:
-    "Nobody else, in no process, brings this file meanwhile"
+    "Hold the file's lock: no other process fetches it meanwhile; FetchStopped when stopped before"
     path = state_path(target, 'lock')
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab') as f:
@@ -576,7 +733,7 @@ def alone(
         while not _locked(f):
             if not waiting: log.info('another process is fetching %s; waiting for it', target.name)
             waiting = True
-            if stopped.wait(0.2): raise Stopped # a file lock has no event to wait for beside our own
+            if stopped.wait(0.2): raise FetchStopped # a file lock has no event to wait for beside our own
         yield
 
 def _locked(f) -> bool:
@@ -591,142 +748,42 @@ class Coming:
     file: LockedFile
     state: str = 'waiting' # 'checking', 'fetching', 'done'
     source: str = '' # where it came from: 'verified', 'here', 'cache', 'mirror', 'hub'
-    checked: int = 0 # bytes hashed where they lie
-    arrivals: list[Arrival] = field(default_factory=list) # one for each try
+    checked: int = 0 # bytes hashed so far of a file that is already on disk
+    downloads: list[Download] = field(default_factory=list) # one for each try
 
     @property
     def fetched(self) -> int: # bytes
         "What came over the network"
-        return sum(a.fetched for a in self.arrivals)
+        return sum(d.fetched for d in self.downloads)
 
     @property
     def done(self) -> int: # bytes
         "What is there, for a progress bar"
         if self.state == 'done': return self.file.bytes
-        return self.arrivals[-1].part.have if self.state == 'fetching' else self.checked
-
-# %% ../nbs/12_fetch.ipynb #0de6ded9
-class _Finder:
-    "Finds a file on this machine, or says that it must be fetched"
-    def __init__(self, places: Places, pool: Pool, sources: Sequence[Source], timeline: Timeline):
-        self.places, self.pool, self.sources, self.timeline = places, pool, sources, timeline
-        self.stopped = threading.Event()
-        self.settling: list[tuple[Path, str]] = [] # files with their sha256, verified and not yet on the disk
-
-    def _tick(self, coming: Coming) -> Callable[[int], None]:
-        coming.state, coming.checked = 'checking', 0
-        def tick(n: int) -> None:
-            coming.checked += n
-            if self.stopped.is_set(): raise Stopped
-        return tick
-
-    def _here(self, coming: Coming, target: Path) -> str | None: # where it is
-        file = coming.file
-        if remembered(target, file.sha256): return 'verified' # another process may just have brought it
-        if target.exists() or target.is_symlink():
-            if (why := misfit(target, file, self._tick(coming))) is None: return self._settle(target, file.sha256) or 'here'
-            log.warning('%s in MODELS_DIR %s; getting it again', file.place, why)
-        for path in cached(file, self.places.caches):
-            if (why := misfit(path, file, self._tick(coming))) is None:
-                link(path, target)
-                return self._settle(target, file.sha256) or 'cache'
-            log.warning('cache: %s %s; passing over it', path.name, why)
-        return None
-
-    def _settle(self, target: Path, sha256: str, written: bool = False) -> None:
-        "Note that a file is verified; a fresh one must be on the disk first, which waits until nothing more arrives: its writing would take disk and cores from that"
-        if not written: return remember(target, sha256)
-        self.settling.append((target, sha256))
-
-# %% ../nbs/12_fetch.ipynb #eb7f7127
-def _sync_and_remember(fresh: list[tuple[Path, str]]) -> None:
-    for target, sha256 in fresh:
-        try:
-            with target.open('rb') as f: os.fsync(f.fileno())
-        except OSError as e: log.warning('%s can not be synced: %s', target, e.strerror)
-        else: remember(target, sha256)
-
-# %% ../nbs/12_fetch.ipynb #a3110c9a
-class _Downloader(_Finder):
-    "Brings a file from one source"
-    def _from(self, source: Source, urgency: int, coming: Coming, target: Path) -> str: # sha256 of what came
-        "Fetch from one source, hashing behind"
-        file = coming.file
-        part = Part(part_path(target, file.sha256), file.bytes)
-        coming.arrivals.append(arrival := self.pool.add(urgency, part, source.open(file)))
-        coming.state = 'fetching'
-        try: digest = hash_behind(self.pool, arrival)
-        finally: self.pool.remove(urgency)
-        if digest == file.sha256:
-            os.replace(part.path, target)
-            self._settle(target, file.sha256, written=True)
-            for old in state_path(target, 'verified').parent.glob(f'{glob.escape(target.name)}.*.part'): Part.drop(old) # of versions the lock no longer names
-        Part.drop(part.path)
-        return digest
-
-# %% ../nbs/12_fetch.ipynb #4bb9f936
-def hash_behind(pool: Pool, arrival: Arrival) -> str: # hex
-    "SHA-256 of a file while it arrives: the hash follows the front, and is there soon after the last byte"
-    part, digest, at, buffer = arrival.part, hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
-    def enough() -> bool: return pool.closed or arrival.error is not None or part.front() >= arrival.awaited
-    while at < part.size:
-        with pool.lock:
-            arrival.awaited = min(at + (4 << 20), part.size)
-            arrival.grown.wait_for(enough) # ends: a connection that gets nothing fails, and failures end in an error
-            if arrival.error: raise arrival.error
-            if pool.closed: raise Stopped
-            front = part.front()
-        while at < front:
-            n = os.preadv(part.file, [buffer[:min(len(buffer), front - at)]], at)
-            digest.update(buffer[:n])
-            at += n
-    return digest.hexdigest()
-
-# %% ../nbs/12_fetch.ipynb #4a6202b7
-TRIES = 4 # with bytes that are not the lock's: a line may flip bits more than once, a damaged copy always will
-
-class Fetcher(_Downloader):
-    "Brings files to their places"
-    def bring(self, urgency: int, coming: Coming) -> None:
-        "One file, verified; JobError says why not"
-        file, target = coming.file, self.places.target(coming.file)
-        with self.timeline.stage(f'weights/{file.name}', file=file.place, bytes=file.bytes) as stage:
-            if remembered(target, file.sha256): coming.source = 'verified' # needs no lock: MODELS_DIR may be read-only
-            else:
-                try:
-                    with alone(target, self.stopped): coming.source = self._here(coming, target) or self._download(urgency, coming, target)
-                except OSError as e: raise disk_trouble(e, file, self.places.models_dir) from e
-            coming.state = 'done'
-            stage.facts |= {'from': coming.source, 'fetched': coming.fetched}
-        log.info('weights: %s: %s', file.place, coming.source)
-
-    def _download(self, urgency: int, coming: Coming, target: Path) -> str: # name of the source
-        file, why = coming.file, unreachable(coming.file, 'no source has it', 'check MODELS_MIRROR and HF_ENDPOINT')
-        for source in (s for s in self.sources if s.has(file)):
-            for left in reversed(range(TRIES)):
-                try: digest = self._from(source, urgency, coming, target)
-                except GivenUp as e: why = unreachable(file, f'{source.name}: {e}', 'run it again: what has arrived is kept')
-                except JobError as e: why = e
-                else:
-                    if digest == file.sha256: return source.name
-                    why = unreachable(file, f'{source.name} gives bytes with sha256 {digest[:12]}…, not {file.sha256[:12]}…', 'the copy there is damaged, or the lock is wrong')
-                    log.warning('%s; %s', why.message, 'fetching this file again' if left else 'passing over it')
-                    continue
-                log.info('%s', why.message)
-                break
-        raise why
+        return self.downloads[-1].part.have if self.state == 'fetching' else self.checked
 
 # %% ../nbs/12_fetch.ipynb #b3d18da8
 def disk_trouble(error: OSError, file: LockedFile, models_dir: Path) -> JobError:
     "What the disk refused, and what to do"
     if disk_is_full(error): return no_room(models_dir, file.bytes, f'while {file.place} arrived')
-    if error.errno in (errno.EROFS, errno.EACCES): return JobError('models_unavailable', f'{file.place} is not in MODELS_DIR {models_dir}, and that can not be written ({error.strerror}); point MODELS_DIR at a disk of this worker', worker_unfit=True)
+    if error.errno in (errno.EROFS, errno.EACCES):
+        why = (f'{file.place} is not in MODELS_DIR {models_dir}, and that cannot be written ({error.strerror}); '
+               'point MODELS_DIR at a disk of this worker')
+        return JobError('models_unavailable', why, worker_unfit=True)
     return JobError('storage_failed', f'{file.place}: {error.strerror or error}', worker_unfit=True)
 
-def no_room(models_dir: Path, missing: int, when: str) -> JobError:
+def no_room(
+    models_dir: Path,
+    missing: int, # bytes
+    when: str # 'while ... arrived'
+) -> JobError:
     "The disk is too small, in figures"
     free = shutil.disk_usage(models_dir).free
-    return JobError('storage_failed', f'no space in MODELS_DIR {models_dir} {when}: {free:,} bytes are free, up to {max(missing - free, 0):,} more are needed; give the worker a larger disk', worker_unfit=True)
+    why = (f'no space in MODELS_DIR {models_dir} {when}: {free:,} bytes are free, '
+           f'up to {max(missing - free, 0):,} more are needed; give the worker a larger disk')
+    return JobError('storage_failed', why, worker_unfit=True)
+
+_SPARE = 100_000_000 # bytes that stay free
 
 def check_space(
     to_fetch: int, # bytes
@@ -735,8 +792,107 @@ def check_space(
 ) -> None:
     "JobError `storage_failed` before anything is fetched, when it would not fit"
     models_dir.mkdir(parents=True, exist_ok=True)
-    if to_fetch and (free := disk_usage(models_dir).free) < to_fetch + 100_000_000:
-        raise JobError('storage_failed', f'{to_fetch:,} bytes of weights do not fit in MODELS_DIR {models_dir}: {free:,} are free, {to_fetch + 100_000_000 - free:,} more are needed', worker_unfit=True)
+    if not to_fetch: return
+    free = disk_usage(models_dir).free
+    if free < to_fetch + _SPARE:
+        why = (f'{to_fetch:,} bytes of weights do not fit in MODELS_DIR {models_dir}: {free:,} are free, '
+               f'{to_fetch + _SPARE - free:,} more are needed')
+        raise JobError('storage_failed', why, worker_unfit=True)
+
+# %% ../nbs/12_fetch.ipynb #4a6202b7
+TRIES = 4 # with bytes that are not the lock's: a line may flip bits more than once, a damaged copy always will
+
+class Fetcher:
+    "Brings files to their places"
+    def __init__(self, places: Places, pool: Pool, sources: Sequence[Source], timeline: Timeline):
+        self.places = places
+        self.pool = pool
+        self.sources = sources
+        self.timeline = timeline
+        self.stopped = threading.Event()
+        self.unsynced: list[tuple[Path, str]] = [] # files with their sha256, verified and not yet on the disk
+
+    def fetch_file(self, urgency: int, coming: Coming) -> None:
+        "One file, verified; JobError says why not"
+        file = coming.file
+        target = self.places.target(file)
+        with self.timeline.stage(f'weights/{file.name}', file=file.place, bytes=file.bytes) as stage:
+            # a verified file needs no lock: MODELS_DIR may be read-only
+            if remembered(target, file.sha256): coming.source = 'verified'
+            else:
+                try:
+                    with alone(target, self.stopped):
+                        coming.source = self._find_local(coming, target) or self._download(urgency, coming, target)
+                except OSError as e: raise disk_trouble(e, file, self.places.models_dir) from e
+            coming.state = 'done'
+            stage.facts |= {'from': coming.source, 'fetched': coming.fetched}
+        log.info('weights: %s: %s', file.place, coming.source)
+
+    # files on this machine
+
+    def _find_local(self, coming: Coming, target: Path) -> str | None: # where it is
+        file = coming.file
+        if remembered(target, file.sha256): return 'verified' # another process may just have brought it
+        if target.exists() or target.is_symlink():
+            why = misfit(target, file, self._tick(coming))
+            if why is None:
+                remember(target, file.sha256)
+                return 'here'
+            log.warning('%s in MODELS_DIR %s; getting it again', file.place, why)
+        for path in cached(file, self.places.caches):
+            why = misfit(path, file, self._tick(coming))
+            if why is None:
+                link(path, target)
+                remember(target, file.sha256)
+                return 'cache'
+            log.warning('cache: %s %s; passing over it', path.name, why)
+        return None
+
+    def _tick(self, coming: Coming) -> Callable[[int], None]:
+        coming.state = 'checking'
+        coming.checked = 0
+        def tick(n: int) -> None:
+            coming.checked += n
+            if self.stopped.is_set(): raise FetchStopped
+        return tick
+
+    # files of a source
+
+    def _download(self, urgency: int, coming: Coming, target: Path) -> str: # name of the source
+        file = coming.file
+        why = unreachable(file, 'no source has it', 'check MODELS_MIRROR and HF_ENDPOINT')
+        for source in (s for s in self.sources if s.has(file)):
+            for left in reversed(range(TRIES)):
+                try: digest = self._fetch_from(source, urgency, coming, target)
+                except SourceFailed as e:
+                    why = unreachable(file, f'{source.name}: {e}', 'run it again: what has arrived is kept')
+                except JobError as e: why = e
+                else:
+                    if digest == file.sha256: return source.name
+                    tried = f'{source.name} gives bytes with sha256 {digest[:12]}…, not {file.sha256[:12]}…'
+                    why = unreachable(file, tried, 'the copy there is damaged, or the lock is wrong')
+                    log.warning('%s; %s', why.message, 'fetching this file again' if left else 'passing over it')
+                    continue
+                log.info('%s', why.message)
+                break
+        raise why
+
+    def _fetch_from(self, source: Source, urgency: int, coming: Coming, target: Path) -> str: # sha256 of what came
+        "Fetch from one source, hashing behind; another hash than the lock's leaves nothing"
+        file = coming.file
+        part = PartialFile(part_path(target, file.sha256), file.bytes)
+        download = self.pool.add(urgency, part, source.open(file))
+        coming.downloads.append(download)
+        coming.state = 'fetching'
+        try: digest = hash_behind(self.pool, download)
+        finally: self.pool.remove(urgency)
+        if digest == file.sha256:
+            os.replace(part.path, target)
+            self.unsynced.append((target, file.sha256))
+            versions = f'{glob.escape(target.name)}.*.part' # also those the lock no longer names
+            for old in state_path(target, 'verified').parent.glob(versions): PartialFile.drop(old)
+        PartialFile.drop(part.path)
+        return digest
 
 # %% ../nbs/12_fetch.ipynb #289c1a53
 def fetch(
@@ -749,18 +905,18 @@ def fetch(
     watch: Callable[[list[Coming]], None] = lambda files: None, # told how far all are, about 5 times a second
     cancelled: Callable[[], bool] = lambda: False,
     timeline: Timeline | None = None, # gets a stage for each file
-    settle: bool = True # wait until all is on the disk and noted
+    settle: bool = True # wait until all is on the disk and recorded
 ) -> list[Coming]:
-    "Every file to its place, verified; JobError says what can't be had"
+    "Every file to its place, verified; JobError says which file no source gives"
     refuse_unknown(wanted)
     if not wanted: return []
     files = [Coming(f) for f in wanted]
     check_space(sum(s.to_fetch for s in plan(wanted, places, arrived=arrived)), places.models_dir)
     fetcher = Fetcher(places, Pool(http, connections, patience_s), sources, timeline or Timeline())
-    settling = threading.Thread(target=_sync_and_remember, args=(fetcher.settling,), name='settle')
+    settling = threading.Thread(target=_sync_and_remember, args=(fetcher.unsynced,), name='settle')
     try:
         with fetcher.pool as pool, ThreadPoolExecutor(len(files), 'weights') as threads:
-            running = [threads.submit(fetcher.bring, n, f) for n, f in enumerate(files)]
+            running = [threads.submit(fetcher.fetch_file, n, f) for n, f in enumerate(files)]
             try: _until_done(running, lambda: watch(files), cancelled)
             finally:
                 fetcher.stopped.set()
@@ -778,21 +934,46 @@ def _until_done(running: list[Future], watch: Callable[[], None], cancelled: Cal
         if not rest: return
         if cancelled(): raise JobError('cancelled', 'the fetch of the weights was cancelled')
 
+def _sync_and_remember(fresh: list[tuple[Path, str]]) -> None:
+    "Flush files to the disk, then record them as verified"
+    for target, sha256 in fresh:
+        try:
+            with target.open('rb') as f: os.fsync(f.fileno())
+        except OSError as e: log.warning('%s cannot be synced: %s', target, e.strerror)
+        else: remember(target, sha256)
+
 # %% ../nbs/12_fetch.ipynb #f82b84f3
 def moment(
     files: list[Coming],
     seconds: float # since the fetch began
 ) -> dict: # JSON
     "How far everything is"
-    total, done, fetched = (sum(v) for v in zip(*((f.file.bytes, f.done, f.fetched) for f in files), strict=True))
-    speed = fetched / seconds if seconds else 0
-    return {'event': 'fetch', 'files': len(files), 'done': sum(f.state == 'done' for f in files), 'bytes': done, 'total': total, 'mb_s': round(speed / 1e6, 1),
-            'eta_s': round((total - done) / speed) if speed else None, 'now': [f.file.place for f in files if f.state in ('checking', 'fetching')]}
+    total = sum(f.file.bytes for f in files)
+    done = sum(f.done for f in files)
+    speed = sum(f.fetched for f in files) / seconds if seconds else 0
+    return {
+        'event': 'fetch',
+        'files': len(files),
+        'done': sum(f.state == 'done' for f in files),
+        'bytes': done,
+        'total': total,
+        'mb_s': round(speed / 1e6, 1),
+        'eta_s': round((total - done) / speed) if speed else None,
+        'now': [f.file.place for f in files if f.state in ('checking', 'fetching')],
+    }
 
 class ProgressLines:
     "A watcher of `fetch`"
-    def __init__(self, say: Callable[[str], None] = print, every_s: float = 5, clock: Callable[[], float] = time.monotonic):
-        self.say, self.every_s, self.clock, self.began = say, every_s, clock, clock()
+    def __init__(
+        self,
+        say: Callable[[str], None] = print,
+        every_s: float = 5,
+        clock: Callable[[], float] = time.monotonic
+    ):
+        self.say = say
+        self.every_s = every_s
+        self.clock = clock
+        self.began = clock()
         self.last = self.began
 
     def __call__(self, files: list[Coming]) -> None:
@@ -805,7 +986,8 @@ class ProgressLines:
 def places_of(settings: WeightSettings) -> Places:
     "Where this machine may have files: RunPod's mount, then one's own cache"
     from huggingface_hub import constants
-    return Places(settings.models_dir.absolute(), tuple(dict.fromkeys([settings.models_cache, Path(constants.HF_HUB_CACHE)])))
+    caches = dict.fromkeys([settings.models_cache, Path(constants.HF_HUB_CACHE)]) # each once
+    return Places(settings.models_dir.absolute(), tuple(caches))
 
 def sources_of(
     settings: WeightSettings,
@@ -824,10 +1006,11 @@ def fetch_weights(
 ) -> list[Coming]:
     "`fetch` with everything the settings say"
     http = Http(settings.fetch_connections)
-    return fetch(wanted, places_of(settings), sources_of(settings, http, store), http, settings.fetch_connections, **options)
+    sources = sources_of(settings, http, store)
+    return fetch(wanted, places_of(settings), sources, http, settings.fetch_connections, **options)
 
 # %% ../nbs/12_fetch.ipynb #7ad3cc8c
-_READABLE = 50_000_000 # bytes: what is read to be hashed, when the hub states no hash
+_READABLE = 50_000_000 # bytes: the largest file that is read to be hashed, when the hub states no hash
 TRIES_OF_HUB = 6 # with pauses that grow to seconds
 
 def pinned(
@@ -850,21 +1033,23 @@ def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     etag = found.etag or ''
     if found.size is None: raise Refused('no size', file, 'the hub states no size for it', 'look at it in a browser')
     note = '' if file.one_source or not file.known else file.note # it told of doubts that are over
-    said = replace(file, revision=found.commit_hash, bytes=found.size, sha256=etag, note=note, one_source=())
-    if re.fullmatch('[0-9a-f]{64}', etag): return said
+    stated = replace(file, revision=found.commit_hash, bytes=found.size, sha256=etag, note=note, one_source=())
+    if re.fullmatch('[0-9a-f]{64}', etag): return stated
     if found.size > _READABLE:
         why = f'the hub gives no sha256 for it, and it has {found.size:,} bytes'
         raise Refused('no hash', file, why, 'keep it in LFS')
-    data = b''.join(hub.http.get(hub.locate(said, found), 0, found.size)) if found.size else b''
-    return replace(said, sha256=hashlib.sha256(data).hexdigest())
+    data = b''.join(hub.http.get(hub.locate(stated, found), 0, found.size)) if found.size else b''
+    return replace(stated, sha256=hashlib.sha256(data).hexdigest())
 
 # %% ../nbs/12_fetch.ipynb #2117d8ef
 def changes(before: LockedFile, after: LockedFile) -> list[str]:
     "What pinning changed, in words"
     changed = [k for k in FIGURES if getattr(before, k) != getattr(after, k)]
     confirmed = [k for k in before.one_source if k not in changed and not after.one_source]
-    return [f'{after.place}: {k} {getattr(before, k)} -> {getattr(after, k)}' for k in changed] + [
-            f'{after.place}: {k} is as one source stated it' for k in confirmed]
+    return [
+        *(f'{after.place}: {k} {getattr(before, k)} -> {getattr(after, k)}' for k in changed),
+        *(f'{after.place}: {k} is as one source stated it' for k in confirmed),
+    ]
 
 # %% ../nbs/12_fetch.ipynb #c5896052
 class HubUnreachable(Exception):
@@ -891,17 +1076,17 @@ def checked(
     "Compare a row's revision, size and hash with the hub's; HubUnreachable when it cannot be asked"
     if not file.known:
         return Checked(file, 'not pinned', f'{file.place}: the lock lacks a figure; run: wan-avatar models lock')
-    try: there = _ask(file, hub, tries)
+    try: remote = _ask(file, hub, tries)
     except Passing as e:
         raise HubUnreachable(f'the hub cannot be asked about {file.repo}@{file.revision[:12]}/{file.path}: {e}; '
                              'check the network and HF_ENDPOINT') from None
     except Refused as e: return Checked(file, e.verdict, e.message + (_doubt(file) if e.verdict in _LACKING else ''))
-    wrong = [k for k in FIGURES if getattr(file, k) != getattr(there, k)]
+    wrong = [k for k in FIGURES if getattr(file, k) != getattr(remote, k)]
     if not wrong: return Checked(file, 'as pinned')
-    said = '; '.join(f'{k} is {getattr(file, k)} in the lock and {getattr(there, k)} at the hub' for k in wrong)
-    return Checked(file, f'differs: {", ".join(wrong)}', f'{file.place}: {said}{_doubt(file)}')
+    both = '; '.join(f'{k} is {getattr(file, k)} in the lock and {getattr(remote, k)} at the hub' for k in wrong)
+    return Checked(file, f'differs: {", ".join(wrong)}', f'{file.place}: {both}{_doubt(file)}')
 
-_LACKING = ('no such revision', 'no such file') # then the lock may be wrong; otherwise it is who asks
+_LACKING = ('no such revision', 'no such file') # then the lock may be wrong; for other refusals the token may be
 
 def _doubt(file: LockedFile) -> str:
     return f'; only one source stated its {" and ".join(file.one_source)} ({file.name})' if file.one_source else ''

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
+
 from .files import sha256_of, whole_file
 from .job import JobError, shorten
 
@@ -83,10 +84,14 @@ def _locked_file(entry: Mapping[str, Any]) -> LockedFile:
     if not isinstance(file.one_source, list | tuple) or any(name not in FIGURES for name in file.one_source):
         raise LockDamaged(f'{file.name}: one_source {shorten(file.one_source)} is not a list of {", ".join(FIGURES)}')
     file = replace(file, one_source=tuple(file.one_source)) # JSON has lists
-    for field_name in ('folder', 'file'):
-        if not _NAME.fullmatch(str(getattr(file, field_name))): raise LockDamaged(f'{file.name}: {field_name} {shorten(getattr(file, field_name))} is not a plain name')
-    if file.sha256 is not None and not re.fullmatch('[0-9a-f]{64}', file.sha256): raise LockDamaged(f'{file.name}: sha256 {shorten(file.sha256)} is not 64 hex digits')
-    if file.bytes is not None and (type(file.bytes) is not int or file.bytes < 1): raise LockDamaged(f'{file.name}: bytes {shorten(file.bytes)} is not a size')
+    for name in ('folder', 'file'):
+        value = getattr(file, name)
+        if not _NAME.fullmatch(str(value)):
+            raise LockDamaged(f'{file.name}: {name} {shorten(value)} is not a plain name')
+    if file.sha256 is not None and not re.fullmatch('[0-9a-f]{64}', file.sha256):
+        raise LockDamaged(f'{file.name}: sha256 {shorten(file.sha256)} is not 64 hex digits')
+    if file.bytes is not None and (type(file.bytes) is not int or file.bytes < 1):
+        raise LockDamaged(f'{file.name}: bytes {shorten(file.bytes)} is not a size')
     return file
 
 def parse_lock(
@@ -96,14 +101,18 @@ def parse_lock(
     try: said = json.loads(text)
     except ValueError as e: raise LockDamaged(f'not JSON: {e}') from None
     if not isinstance(said, dict) or said.get('version') != 1: raise LockDamaged('not a lock of format version 1')
-    found = [_locked_file(e) for e in said['files']]
-    lists = {n: {k: tuple(v) if isinstance(v, list) else v for k, v in p.items()} for n, p in said['profiles'].items()}
-    lock = Lock(said['comfyui'], tuple(said['custom_nodes']), {n: Needs(**p) for n, p in lists.items()}, {f.name: f for f in found}, said.get('licences', ''))
-    for what, values in (('names', [f.name for f in found]), ('places', [f.place for f in found])):
+    files = [_locked_file(e) for e in said['files']]
+    profiles = {name: _needs(entry) for name, entry in said['profiles'].items()}
+    for what, values in (('names', [f.name for f in files]), ('places', [f.place for f in files])):
         if twice := {v for v in values if values.count(v) > 1}: raise LockDamaged(f'{what} {sorted(twice)} occur twice')
-    named = {n for p in lock.profiles.values() for n in (*p.renderer, *p.tracker, *filter(None, [p.text_encoder]))}
-    if unknown := named - set(lock.files): raise LockDamaged(f'profiles name {sorted(unknown)}, which no file is called')
-    return lock
+    named = {n for p in profiles.values() for n in (*p.renderer, *p.tracker, *filter(None, [p.text_encoder]))}
+    if unknown := named - {f.name for f in files}:
+        raise LockDamaged(f'profiles name {sorted(unknown)}, which no file is called')
+    nodes = tuple(said['custom_nodes'])
+    return Lock(said['comfyui'], nodes, profiles, {f.name: f for f in files}, said.get('licences', ''))
+
+def _needs(entry: Mapping[str, Any]) -> Needs:
+    return Needs(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
 
 # %% ../nbs/10_models.ipynb #e6d30d22
 def load_lock(
@@ -117,25 +126,31 @@ def load_lock(
 
 def dump_lock(lock: Lock) -> str: # JSON, one value a line
     "A lock as its file"
-    head = {'version': 1, **({'licences': lock.licences} if lock.licences else {})}
-    profiles = {n: {k: v for k, v in asdict(p).items() if v is not None} for n, p in lock.profiles.items()}
     optional = ('note', 'one_source')
-    entries = [{k: v for k, v in asdict(f).items() if v or k not in optional} for f in lock.files.values()]
-    return json.dumps(head | {'comfyui': dict(lock.comfyui), 'custom_nodes': list(lock.custom_nodes), 'profiles': profiles, 'files': entries}, indent=1, ensure_ascii=False) + '\n'
+    said = {'version': 1}
+    if lock.licences: said['licences'] = lock.licences
+    said['comfyui'] = dict(lock.comfyui)
+    said['custom_nodes'] = list(lock.custom_nodes)
+    said['profiles'] = {n: {k: v for k, v in asdict(p).items() if v is not None} for n, p in lock.profiles.items()}
+    said['files'] = [{k: v for k, v in asdict(f).items() if v or k not in optional} for f in lock.files.values()]
+    return json.dumps(said, indent=1, ensure_ascii=False) + '\n'
 
 # %% ../nbs/10_models.ipynb #2e917887
 def refuse_unknown(found: Iterable[LockedFile]) -> None:
-    "JobError `models_unavailable` names files whose bytes nobody has pinned"
-    if unknown := [str(f) for f in found if not f.known]:
-        raise JobError('models_unavailable', f'the lock pins no revision, size or sha256 for {", ".join(unknown)}, and a file that can not be verified is not used; '
-                       'run `wan-avatar models lock` where the hub can be reached and ship what it writes', worker_unfit=True)
+    "JobError `models_unavailable` names files that are not pinned"
+    unknown = [str(f) for f in found if not f.known]
+    if not unknown: return
+    why = (f'the lock pins no revision, size or sha256 for {", ".join(unknown)}, '
+           'and a file that cannot be verified is not used')
+    remedy = 'run `wan-avatar models lock` where the hub can be reached and ship what it writes'
+    raise JobError('models_unavailable', f'{why}; {remedy}', worker_unfit=True)
 
 # %% ../nbs/10_models.ipynb #97c4bedb
 Tick = Callable[[int], None] # told bytes done since the last call; may raise to stop
 
 def state_path(
     target: Path, # where the file belongs
-    kind: str # 'verified', 'lock', …
+    kind: str # 'verified', 'lock', ...
 ) -> Path:
     "Where something about a file is kept: beside it, so on the same disk"
     return target.parent / '.state' / f'{target.name}.{kind}'
@@ -145,12 +160,12 @@ def _mark(path: Path, sha256: str) -> dict: # of the file itself, wherever links
     return {'sha256': sha256, 'bytes': s.st_size, 'mtime_ns': s.st_mtime_ns, 'inode': s.st_ino}
 
 def remember(target: Path, sha256: str) -> None:
-    "Note that a file was hashed; on a disk that can not be written it is hashed again next time"
-    note = state_path(target, 'verified')
+    "Record that a file was hashed; on a disk that cannot be written it is hashed again next time"
+    record = state_path(target, 'verified')
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(note) as part: part.write_text(json.dumps(_mark(target, sha256)))
-    except OSError as e: log.info('%s can not be noted as verified: %s', target, e.strerror)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(record) as part: part.write_text(json.dumps(_mark(target, sha256)))
+    except OSError as e: log.info('%s cannot be recorded as verified: %s', target, e.strerror)
 
 def remembered(target: Path, sha256: str) -> bool:
     "Was this very file hashed before?"
@@ -168,7 +183,7 @@ def misfit(
     except OSError: return 'leads nowhere' if path.is_symlink() else 'is not there'
     if size != file.bytes: return f'has {size:,} bytes, not {file.bytes:,}'
     try: digest = sha256_of(path, tick)
-    except OSError as e: return f'can not be read: {e.strerror}'
+    except OSError as e: return f'cannot be read: {e.strerror}'
     return None if digest == file.sha256 else f'has the right size and sha256 {digest[:12]}…, not {file.sha256[:12]}…'
 
 # %% ../nbs/10_models.ipynb #09131f08
@@ -178,8 +193,8 @@ class Snapshot:
     repo: str # as its folder spells it
     path: Path
 
-def snapshots(root: Path) -> Iterator[Snapshot]: # what refs/main names comes first
-    "What a cache of huggingface_hub holds"
+def snapshots(root: Path) -> Iterator[Snapshot]: # the commit that refs/main names comes first
+    "The snapshots in a cache of huggingface_hub"
     try: folders = sorted(p for p in root.iterdir() if p.name.lower().startswith('models--'))
     except OSError: return # no such mount: a blank Model field
     for folder in folders:
@@ -188,7 +203,8 @@ def snapshots(root: Path) -> Iterator[Snapshot]: # what refs/main names comes fi
         except OSError: found = []
         main = _main_of(folder)
         if not found: log.info('cache %s: %s has no snapshot', root, repo)
-        elif main and main not in {p.name for p in found}: log.info('cache %s: refs/main of %s names %s, which is not there', root, repo, main)
+        elif main and main not in {p.name for p in found}:
+            log.info('cache %s: refs/main of %s names %s, which is not there', root, repo, main)
         yield from (Snapshot(repo, p) for p in sorted(found, key=lambda p: p.name != main))
 
 def _main_of(folder: Path) -> str | None:
@@ -209,11 +225,15 @@ def cached(
             real = Path(os.path.realpath(path))
             try: size = real.stat().st_size
             except OSError:
-                if path.is_symlink(): log.warning('cache: %s of %s is a link that leads nowhere', path.name, snapshot.repo)
-                elif own: log.info('cache: %s is not in snapshot %s of %s', file.path, snapshot.path.name[:12], snapshot.repo)
+                if path.is_symlink():
+                    log.warning('cache: %s of %s is a link that leads nowhere', path.name, snapshot.repo)
+                elif own:
+                    log.info('cache: %s is not in snapshot %s of %s', file.path, snapshot.path.name[:12], snapshot.repo)
                 continue
             if size == file.bytes: yield real
-            else: log.warning('cache: %s of %s has %s bytes, not %s', path.name, snapshot.repo, f'{size:,}', f'{file.bytes or 0:,}')
+            else:
+                sizes = f'{size:,}', f'{file.bytes or 0:,}'
+                log.warning('cache: %s of %s has %s bytes, not %s', path.name, snapshot.repo, *sizes)
 
 # %% ../nbs/10_models.ipynb #616372c0
 def link(
@@ -287,14 +307,26 @@ def _look(file: LockedFile, places: Places, in_mirror: Callable, arrived: Callab
     return Step(file, 'mirror' if in_mirror(file) else 'hub', arrived(part_path(target, file.sha256), file.bytes))
 
 LINK_MB_S = 100 # of a worker's link: assumed wherever a time follows from bytes; measured nowhere
+_WHERE = {
+    'verified': 'here, verified',
+    'here': 'here, to be hashed',
+    'cache': 'in a cache, to be hashed and linked',
+    'mirror': 'in the bucket',
+    'hub': 'to download',
+    'not pinned': 'REFUSED: no sha256 in the lock',
+}
 
 def plan_table(
     steps: Sequence[Step],
     speed: float = LINK_MB_S # of the link
 ) -> list[tuple[str, str, str]]: # file, size, where; the last row is the sum
     "A plan for people"
-    words = {'verified': 'here, verified', 'here': 'here, to be hashed', 'cache': 'in a cache, to be hashed and linked', 'mirror': 'in the bucket', 'hub': 'to download',
-             'not pinned': 'REFUSED: no sha256 in the lock'}
-    rows = [(s.file.place, f'{s.file.bytes:,}' if s.file.bytes else '?', words[s.where] + (f', {s.arrived:,} bytes of it are here' if s.arrived else '')) for s in steps]
-    total, fetch = sum(s.file.bytes or 0 for s in steps), sum(s.to_fetch for s in steps)
-    return [*rows, ('', f'{total:,}', f'{fetch:,} to fetch: {fetch / speed / 1e6:.0f} s at {speed:g} MB/s')]
+    total = sum(s.file.bytes or 0 for s in steps)
+    fetch = sum(s.to_fetch for s in steps)
+    end = ('', f'{total:,}', f'{fetch:,} to fetch: {fetch / speed / 1e6:.0f} s at {speed:g} MB/s')
+    return [*map(_row, steps), end]
+
+def _row(step: Step) -> tuple[str, str, str]:
+    size = f'{step.file.bytes:,}' if step.file.bytes else '?'
+    part = f', {step.arrived:,} bytes of it are here' if step.arrived else ''
+    return step.file.place, size, _WHERE[step.where] + part
