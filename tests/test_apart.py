@@ -85,8 +85,14 @@ def test_what_a_file_can_do(apart, function, args, code, words):
     assert e.value.code == code and words in e.value.message and e.value.worker_unfit == (function is refuse)
     assert apart.run(pow, 2, 3) == 8 and not children(apart), 'the next call, and nothing left'
 
-ERRORS = [(full_disk, (), OSError, 'No space'), (os.stat, ('/no/such',), FileNotFoundError, '/no/such'), (int, ('x',), ValueError, 'invalid literal'),
-          (odd, (), RuntimeError, 'Odd: notpicklable'), (os.listdir, ('/proc/self/exe',), NotADirectoryError, 'exe'), (divmod, (1, 0), ZeroDivisionError, 'division')]
+ERRORS = [
+    (full_disk, (), OSError, 'No space'),
+    (os.stat, ('/no/such',), FileNotFoundError, '/no/such'),
+    (int, ('x',), ValueError, 'invalid literal'),
+    (odd, (), RuntimeError, 'Odd: notpicklable'),
+    (os.listdir, ('/proc/self/exe',), NotADirectoryError, 'exe'),
+    (divmod, (1, 0), ZeroDivisionError, 'division'),
+]
 @pytest.mark.parametrize('function, args, kind, words', ERRORS, ids=[e[0].__name__ for e in ERRORS])
 def test_other_errors_come_back_as_they_are(apart, function, args, kind, words):
     with pytest.raises(kind, match=words) as e: apart.run(function, *args)
@@ -98,7 +104,13 @@ def test_progress_comes_in_order_and_ends_with_the_last(apart):
     assert seen[-1] == (5000, 5000) and seen == sorted(seen) and len(seen) < 1000
 
 def test_what_the_child_is_given(apart, monkeypatch):
-    for name in ('MINIO_SECRET_KEY', 'RUNPOD_API_KEY', 'HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'SOMETHING_OF_THE_OPERATOR'): monkeypatch.setenv(name, 'secret')
+    for name in (
+        'MINIO_SECRET_KEY',
+        'RUNPOD_API_KEY',
+        'HF_TOKEN',
+        'AWS_SECRET_ACCESS_KEY',
+        'SOMETHING_OF_THE_OPERATOR',
+    ): monkeypatch.setenv(name, 'secret')
     fresh = Apart('gc:collect')
     told = fresh.run(about)
     fresh.close()

@@ -61,7 +61,10 @@ def test_request_in_the_store_sense(service):
     refused(service, {}, 'input_missing', 'input_image_minio_path', input_image_minio_path='in/nobody.png', **VIDEO)
     refused(service, {}, 'input_missing', 'driving_video_path', driving_video_path='in/nothing.mp4', **IMAGE)
 
-@pytest.mark.parametrize('variable, value, words', [('MINIO_SECRET_KEY', 'wrong', 'credentials'), ('MINIO_BUCKET', 'absent', 'absent')])
+@pytest.mark.parametrize('variable, value, words', [
+    ('MINIO_SECRET_KEY', 'wrong', 'credentials'),
+    ('MINIO_BUCKET', 'absent', 'absent'),
+])
 def test_store_that_refuses(service, bucket, tmp_path, variable, value, words):
     settings = make_settings(bucket, tmp_path, **{variable: value})
     handler = Handler(type(service.studio)(settings, Store(settings), service.comfy, {}), service.note)
@@ -181,10 +184,20 @@ def test_one_frame_with_a_person_works(service, samples, tmp_path):
     assert answer['has_audio'] and len(answer['notes']) == 1 and 'nothing here decodes' in answer['notes'][0]
     assert json.loads(service.store.read_bytes(answer['minio_key'] + '.json', 10**6))['notes'] == answer['notes']
 
-URLS = {'loopback': 'http://127.0.0.1:1/a.png', 'loopback by name': 'http://localhost/a.png', 'decimal loopback': 'http://2130706433/a.png',
-        'IPv6 loopback': 'http://[::1]/a.png', 'mapped loopback': 'http://[::ffff:127.0.0.1]/a.png', 'private 10': 'http://10.0.0.1/a.png',
-        'private 172': 'http://172.16.0.1/a.png', 'private 192': 'http://192.168.1.1/a.png', 'metadata': 'http://169.254.169.254/latest/meta-data/',
-        'file': 'file:///etc/passwd', 'ftp': 'ftp://example.org/a.png', 'credentials in it': 'http://user:pass@127.0.0.1/a.png'}
+URLS = {
+    'loopback': 'http://127.0.0.1:1/a.png',
+    'loopback by name': 'http://localhost/a.png',
+    'decimal loopback': 'http://2130706433/a.png',
+    'IPv6 loopback': 'http://[::1]/a.png',
+    'mapped loopback': 'http://[::ffff:127.0.0.1]/a.png',
+    'private 10': 'http://10.0.0.1/a.png',
+    'private 172': 'http://172.16.0.1/a.png',
+    'private 192': 'http://192.168.1.1/a.png',
+    'metadata': 'http://169.254.169.254/latest/meta-data/',
+    'file': 'file:///etc/passwd',
+    'ftp': 'ftp://example.org/a.png',
+    'credentials in it': 'http://user:pass@127.0.0.1/a.png',
+}
 
 @pytest.mark.parametrize('name', URLS)
 def test_url(service, name):

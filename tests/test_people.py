@@ -23,10 +23,22 @@ WHOLE = np.array([0, 0, 60, 90])
 DARK, FAIR = ((20, 15, 10), (200, 150, 120), (120, 20, 30)), ((200, 150, 40), (220, 180, 160), (30, 90, 40))
 def look_of(colours, light=1.) -> np.ndarray: return look(person(*colours, light), WHOLE)
 
-@pytest.mark.parametrize('other, light, least, most', [(DARK, 1., 1, 1), (DARK, .5, .9, 1), (DARK, 1.2, .9, 1), (FAIR, 1., 0, .9), (FAIR, .5, 0, .9)])
+@pytest.mark.parametrize('other, light, least, most', [
+    (DARK, 1., 1, 1),
+    (DARK, .5, .9, 1),
+    (DARK, 1.2, .9, 1),
+    (FAIR, 1., 0, .9),
+    (FAIR, .5, 0, .9),
+])
 def test_looks(other, light, least, most): assert least - 1e-6 <= alike(look_of(DARK), look_of(other, light)) <= most + 1e-6
 
-@pytest.mark.parametrize('box', [(-50, -50, 20, 20), (50, 80, 900, 900), (500, 500, 600, 600), (30, 30, 30, 30), (59.6, 89.6, 60, 90)])
+@pytest.mark.parametrize('box', [
+    (-50, -50, 20, 20),
+    (50, 80, 900, 900),
+    (500, 500, 600, 600),
+    (30, 30, 30, 30),
+    (59.6, 89.6, 60, 90),
+])
 def test_a_box_anywhere_has_a_look(box):
     made = look(person(*DARK), np.array(box, float))
     assert np.isfinite(made).all() and made.sum() == pytest.approx(8, abs=1e-3)

@@ -128,7 +128,9 @@ def png_with(kind, data): return PNG[:33] + chunk(kind, data) + PNG[33:]
 TURNED = {
     'PNG': png_with(b'eXIf', exif(6).tobytes().removeprefix(b'Exif\0\0')),
     'PNG, behind the pixels': PNG[:-12] + chunk(b'eXIf', exif(6).tobytes().removeprefix(b'Exif\0\0')) + PNG[-12:],
-    'JPEG': encoded('JPEG', exif=exif(6)), 'WebP': encoded('WEBP', exif=exif(6), lossless=True), 'TIFF': tiff_with((274, 3, 1, 6)),
+    'JPEG': encoded('JPEG', exif=exif(6)),
+    'WebP': encoded('WEBP', exif=exif(6), lossless=True),
+    'TIFF': tiff_with((274, 3, 1, 6)),
     'AVIF': encoded('AVIF', exif=exif(6)),
 }
 @pytest.mark.parametrize('name', TURNED)
@@ -159,13 +161,26 @@ def swapped_profile() -> bytes:
 # really cut
 
 KINDS = {
-    'JPEG': JPEG, 'progressive JPEG': STEPS, 'JPEG with EXIF': encoded('JPEG', exif=exif(6), icc_profile=PROFILE), 'CMYK JPEG': encoded('JPEG', PICTURE.convert('CMYK')),
-    'JPEG with restarts': encoded('JPEG', restart_marker_blocks=3), 'PNG': PNG, 'PNG with EXIF': encoded('PNG', exif=exif(6), icc_profile=PROFILE),
-    'PNG of 16 bits': encoded('PNG', Image.fromarray((X * Y * 7).astype(np.uint16))), 'PNG with palette': encoded('PNG', PICTURE.quantize(16), transparency=3),
-    'animated PNG': encoded('PNG', save_all=True, append_images=[PICTURE.rotate(90)]), 'WebP': encoded('WEBP', exif=exif(6), icc_profile=PROFILE), 'lossless WebP': WEBP,
-    'animated WebP': encoded('WEBP', save_all=True, append_images=[PICTURE.rotate(90)]), 'BMP': encoded('BMP'), 'TIFF': TIFF, 'TIFF by LZW': encoded('TIFF', compression='tiff_lzw'),
-    'TIFF by JPEG': encoded('TIFF', compression='jpeg'), 'TIFF of floats': encoded('TIFF', Image.fromarray((X * Y * 7.).astype(np.float32))),
-    'GIF': GIF, 'animated GIF': encoded('GIF', PICTURE.quantize(16), save_all=True, append_images=[PICTURE.rotate(90).quantize(9)]),
+    'JPEG': JPEG,
+    'progressive JPEG': STEPS,
+    'JPEG with EXIF': encoded('JPEG', exif=exif(6), icc_profile=PROFILE),
+    'CMYK JPEG': encoded('JPEG', PICTURE.convert('CMYK')),
+    'JPEG with restarts': encoded('JPEG', restart_marker_blocks=3),
+    'PNG': PNG,
+    'PNG with EXIF': encoded('PNG', exif=exif(6), icc_profile=PROFILE),
+    'PNG of 16 bits': encoded('PNG', Image.fromarray((X * Y * 7).astype(np.uint16))),
+    'PNG with palette': encoded('PNG', PICTURE.quantize(16), transparency=3),
+    'animated PNG': encoded('PNG', save_all=True, append_images=[PICTURE.rotate(90)]),
+    'WebP': encoded('WEBP', exif=exif(6), icc_profile=PROFILE),
+    'lossless WebP': WEBP,
+    'animated WebP': encoded('WEBP', save_all=True, append_images=[PICTURE.rotate(90)]),
+    'BMP': encoded('BMP'),
+    'TIFF': TIFF,
+    'TIFF by LZW': encoded('TIFF', compression='tiff_lzw'),
+    'TIFF by JPEG': encoded('TIFF', compression='jpeg'),
+    'TIFF of floats': encoded('TIFF', Image.fromarray((X * Y * 7.).astype(np.float32))),
+    'GIF': GIF,
+    'animated GIF': encoded('GIF', PICTURE.quantize(16), save_all=True, append_images=[PICTURE.rotate(90).quantize(9)]),
     'AVIF': encoded('AVIF', exif=exif(6), icc_profile=PROFILE),
 }
 

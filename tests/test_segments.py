@@ -20,7 +20,15 @@ def spread() -> np.ndarray:
     points[:23, :2], points[:23, 2] = rng.uniform([100, 60], [1180, 660], (23, 2)), 1
     return points
 
-@pytest.mark.parametrize('size, width', [((1280, 720), 2), ((832, 480), 1), ((1920, 1080), 4), ((720, 1280), 2), ((100, 100), 1), ((400, 400), 1), ((600, 600), 2)])
+@pytest.mark.parametrize('size, width', [
+    ((1280, 720), 2),
+    ((832, 480), 1),
+    ((1920, 1080), 4),
+    ((720, 1280), 2),
+    ((100, 100), 1),
+    ((400, 400), 1),
+    ((600, 600), 2),
+])
 def test_stick_width(size, width): assert stick_width(size) == width
 
 def test_joints_are_means_of_their_sources():
@@ -89,8 +97,13 @@ def face(x0, y0, x1, y1) -> np.ndarray:
 
 @pytest.mark.parametrize('box, expected', [
     ((300, 200, 400, 300), (292, 189, 407, 303)), # sqrt(1.3) = 1.1402: 7 px to either side, 10.5 up, 3.5 down
-    ((300, 200, 500, 300), (285, 189, 514, 303)), ((2, 3, 102, 103), (0, 0, 109, 106)), ((1200, 640, 1290, 740), (1193, 629, 1280, 720)),
-    ((300, 200, 300, 200), None), ((np.nan, 1, 2, 3), None), ((-90, -90, -50, -50), None)])
+    ((300, 200, 500, 300), (285, 189, 514, 303)),
+    ((2, 3, 102, 103), (0, 0, 109, 106)),
+    ((1200, 640, 1290, 740), (1193, 629, 1280, 720)),
+    ((300, 200, 300, 200), None),
+    ((np.nan, 1, 2, 3), None),
+    ((-90, -90, -50, -50), None),
+])
 def test_face_box(box, expected): assert face_box(face(*box), SIZE) == expected
 
 def disc(radius: int, centre=(640, 360)) -> np.ndarray:
@@ -157,7 +170,12 @@ def test_background_is_black_under_the_mask_and_untouched_outside():
     scene = background(frame, mask)
     assert not scene[mask].any() and np.array_equal(scene[~mask], frame[~mask])
 
-@pytest.mark.parametrize('shape, inner', [((900, 600), (480, 720)), ((600, 900), (1080, 720)), ((720, 1280), (1280, 720)), ((100, 1000), (1280, 128))])
+@pytest.mark.parametrize('shape, inner', [
+    ((900, 600), (480, 720)),
+    ((600, 900), (1080, 720)),
+    ((720, 1280), (1280, 720)),
+    ((100, 1000), (1280, 128)),
+])
 def test_letterbox_keeps_all_of_the_picture(shape, inner):
     boxed = letterbox(np.full((*shape, 3), 200, np.uint8), SIZE)
     ys, xs = np.nonzero(boxed[..., 0])
@@ -203,8 +221,21 @@ def full_windows(n: int, length: int, overlap: int) -> int:
         sampled, done = sampled + fit_length(seed + new), done + new
     return sampled
 
-@pytest.mark.parametrize('n, lengths', [(1, [1]), (2, [5]), (41, [41]), (42, [45]), (77, [77]), (78, [45] * 2), (149, [77] * 2), (150, [57] * 3),
-                                        (221, [77] * 3), (222, [61] * 4), (240, [65] * 4), (472, [73] * 7), (1440, [77] * 20)])
+@pytest.mark.parametrize('n, lengths', [
+    (1, [1]),
+    (2, [5]),
+    (41, [41]),
+    (42, [45]),
+    (77, [77]),
+    (78, [45] * 2),
+    (149, [77] * 2),
+    (150, [57] * 3),
+    (221, [77] * 3),
+    (222, [61] * 4),
+    (240, [65] * 4),
+    (472, [73] * 7),
+    (1440, [77] * 20),
+])
 def test_windows_of_a_video_are_equally_long(n, lengths): assert [s.length for s in plan(n)] == lengths
 
 def test_every_length_to_a_minute():

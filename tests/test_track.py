@@ -23,9 +23,15 @@ def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
 
 # the file
 
-@pytest.mark.parametrize('track', [make_track(), make_track(1), make_track(missing=[0, 5]), make_track(missing=range(6)),
-                                   make_track(plate=np.full((180, 320, 3), 77, np.uint8)), make_track(1, matte=np.full((180, 320), 9, np.uint8)),
-                                   make_track(3, size=(96, 250))])
+@pytest.mark.parametrize('track', [
+    make_track(),
+    make_track(1),
+    make_track(missing=[0, 5]),
+    make_track(missing=range(6)),
+    make_track(plate=np.full((180, 320, 3), 77, np.uint8)),
+    make_track(1, matte=np.full((180, 320), 9, np.uint8)),
+    make_track(3, size=(96, 250)),
+])
 def test_round_trip(track, tmp_path):
     again = load_track(save_track(track, tmp_path / 'ünal 1.track'))
     assert len(again) == len(track) and again.size == track.size and again.tracker == track.tracker
@@ -46,9 +52,23 @@ def _npz(**arrays) -> bytes:
     return MAGIC + hashlib.sha256(out.getvalue()).digest() + out.getvalue()
 
 WHOLE = dump_track(make_track())
-@pytest.mark.parametrize('data', [b'', MAGIC, WHOLE[:10], WHOLE[:len(MAGIC) + 32], WHOLE[:-1], WHOLE[:len(WHOLE) // 2], WHOLE + b'x', b'x' + WHOLE,
-                                  WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:], WHOLE.replace(b'track 2', b'track 1', 1), b'PK' + bytes(4000),
-                                  _npz(meta=np.zeros(3, np.uint8)), _npz(), _npz(meta=np.array([{}], object)), MAGIC + hashlib.sha256(b'hm').digest() + b'hm'])
+@pytest.mark.parametrize('data', [
+    b'',
+    MAGIC,
+    WHOLE[:10],
+    WHOLE[:len(MAGIC) + 32],
+    WHOLE[:-1],
+    WHOLE[:len(WHOLE) // 2],
+    WHOLE + b'x',
+    b'x' + WHOLE,
+    WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:],
+    WHOLE.replace(b'track 2', b'track 1', 1),
+    b'PK' + bytes(4000),
+    _npz(meta=np.zeros(3, np.uint8)),
+    _npz(),
+    _npz(meta=np.array([{}], object)),
+    MAGIC + hashlib.sha256(b'hm').digest() + b'hm',
+])
 def test_damage(data, tmp_path):
     (tmp_path / 'x').write_bytes(data)
     with pytest.raises(TrackDamaged): load_track(tmp_path / 'x')
@@ -83,8 +103,15 @@ def test_key_is_stable_and_says_everything():
 
 # nobody there
 
-@pytest.mark.parametrize('n, missing, what, refused', [(4, [0, 1], 'video', False), (4, [0, 1, 2], 'video', True), (5, [0, 1, 2], 'video', True), (1, [0], 'video', True),
-                                                       (1, [], 'video', False), (1, [0], 'image', True), (1, [], 'image', False)])
+@pytest.mark.parametrize('n, missing, what, refused', [
+    (4, [0, 1], 'video', False),
+    (4, [0, 1, 2], 'video', True),
+    (5, [0, 1, 2], 'video', True),
+    (1, [0], 'video', True),
+    (1, [], 'video', False),
+    (1, [0], 'image', True),
+    (1, [], 'image', False),
+])
 def test_no_person(n, missing, what, refused):
     track = make_track(n, missing=missing)
     if not refused: return check_person(track, what)
@@ -126,13 +153,15 @@ def turned(track: Track, aside: float, width: float = 100) -> Track:
     return replace(track, points=track.points | {'face': face})
 
 NO_FACE = np.full((1, 478, 3), np.nan, np.float32)
-FACES = {'no face': (lambda t: replace(t, points=t.points | {'face': NO_FACE}), '', 'no_person', 'no face was found in the image'),
-         'towards the camera': (lambda t: turned(t, 0), 'draft', '', ''),
-         'a little turned': (lambda t: turned(t, .6), 'draft', '', ''),
-         'turned too far': (lambda t: turned(t, -1), 'draft', 'bad_input', 'turned by 40 degrees; the profile draft takes up to 35'),
-         'turned, for a model that can': (lambda t: turned(t, -1), '', '', ''),
-         'large enough': (lambda t: turned(t, 0, 64), '', '', ''),
-         'too small': (lambda t: turned(t, 0, 63), '', 'bad_input', 'face is 63 pixels large; it needs 64')}
+FACES = {
+    'no face': (lambda t: replace(t, points=t.points | {'face': NO_FACE}), '', 'no_person', 'no face was found in the image'),
+    'towards the camera': (lambda t: turned(t, 0), 'draft', '', ''),
+    'a little turned': (lambda t: turned(t, .6), 'draft', '', ''),
+    'turned too far': (lambda t: turned(t, -1), 'draft', 'bad_input', 'turned by 40 degrees; the profile draft takes up to 35'),
+    'turned, for a model that can': (lambda t: turned(t, -1), '', '', ''),
+    'large enough': (lambda t: turned(t, 0, 64), '', '', ''),
+    'too small': (lambda t: turned(t, 0, 63), '', 'bad_input', 'face is 63 pixels large; it needs 64'),
+}
 @pytest.mark.parametrize('change, face_for, code, says', FACES.values(), ids=FACES)
 def test_a_pictures_face(change, face_for, code, says):
     track = change(make_track(1))
@@ -149,7 +178,14 @@ def test_a_renderer_that_draws_by_the_face_needs_one(faces, refused):
     with pytest.raises(JobError, match=f'a body in 12 of 12 frames, a face in {faces}; the profile draft needs a face in 25%') as e: check_person(track, 'video', 'draft')
     assert e.value.code == 'no_person'
 
-@pytest.mark.parametrize('widths, people', [([], 0), ([90], 1), ([90, 80], 2), ([90, 36], 2), ([90, 35, 12], 1), ([20, 20, 20], 3)])
+@pytest.mark.parametrize('widths, people', [
+    ([], 0),
+    ([90], 1),
+    ([90, 80], 2),
+    ([90, 36], 2),
+    ([90, 35, 12], 1),
+    ([20, 20, 20], 3),
+])
 def test_faces_of_a_picture_are_counted_but_for_the_background(widths, people):
     boxes = np.array([(200 * k, 0, 200 * k + w, w) for k, w in enumerate(widths)], float).reshape(-1, 4)
     assert count_faces(boxes) == people
@@ -216,7 +252,10 @@ def test_camera_follows_a_shaking_hand_and_plate_stays_sharp():
 
 def test_camera_without_corners_stands_still():
     camera = Camera()
-    for value in (10, 200): assert np.array_equal(camera.follow(np.full((90, 160), value, np.uint8), np.full((90, 160), 255, np.uint8)), STILL)
+    for value in (
+        10,
+        200,
+    ): assert np.array_equal(camera.follow(np.full((90, 160), value, np.uint8), np.full((90, 160), 255, np.uint8)), STILL)
 
 def test_a_tripod_is_exactly_still():
     moves = np.tile(STILL, (20, 1, 1))

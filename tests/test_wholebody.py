@@ -47,7 +47,13 @@ ROWS = {'nothing': ([], [], []),
 def test_people_in_a_detectors_answer(found, kinds, people):
     assert person_boxes(np.array(found), np.array(kinds), (1280, 720)).tolist() == people
 
-@pytest.mark.parametrize('missing, filled', [(range(3, 4), True), (range(3, 3 + GAP - 1), True), (range(3, 3 + GAP), False), (range(0, 3), False), (range(27, 30), False)],
+@pytest.mark.parametrize('missing, filled', [
+    (range(3, 4), True),
+    (range(3, 3 + GAP - 1), True),
+    (range(3, 3 + GAP), False),
+    (range(0, 3), False),
+    (range(27, 30), False),
+],
                          ids=['one', 'just short enough', 'half a second', 'at the beginning', 'at the end'])
 def test_gaps(missing, filled):
     line = np.stack([np.arange(30.), 2 * np.arange(30.)], 1).astype(np.float32)
@@ -220,7 +226,11 @@ def test_chunks(items, size, shared, lists): assert [''.join(c) for c in chunks(
 
 # memory of a GPU that belongs to ComfyUI
 
-@pytest.mark.parametrize('kind, needed, gpu', [('cuda', 10, True), ('cuda', 0, False), ('cpu', 10, False)], ids=['a GPU', 'nothing needed', 'no GPU'])
+@pytest.mark.parametrize('kind, needed, gpu', [
+    ('cuda', 10, True),
+    ('cuda', 0, False),
+    ('cpu', 10, False),
+], ids=['a GPU', 'nothing needed', 'no GPU'])
 def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gpu):
     said = []
     manager = SimpleNamespace(get_torch_device=lambda: SimpleNamespace(type=kind), free_memory=lambda size, device: said.append(size), soft_empty_cache=lambda: said.append('empty'))
@@ -230,8 +240,14 @@ def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gp
         raise KeyError # a network that fails gives its memory back too
     assert said == ([10, 'empty'] if gpu else [])
 
-@pytest.mark.parametrize('noses, sure, people', [([(0, 0)], .9, 1), ([(0, 0), (4, 0)], .9, 1), ([(0, 0), (90, 0)], .9, 2), ([(0, 0), (90, 0)], .1, 0),
-                                                 ([(0, 0), (90, 0), (92, 1), (0, 3), (0, 90)], .9, 3), ([], .9, 0)])
+@pytest.mark.parametrize('noses, sure, people', [
+    ([(0, 0)], .9, 1),
+    ([(0, 0), (4, 0)], .9, 1),
+    ([(0, 0), (90, 0)], .9, 2),
+    ([(0, 0), (90, 0)], .1, 0),
+    ([(0, 0), (90, 0), (92, 1), (0, 3), (0, 90)], .9, 3),
+    ([], .9, 0),
+])
 def test_people_in_a_picture_are_counted_by_their_noses(noses, sure, people):
     points = np.array([made_points((10, 5, 40, 30), sure) + [*at, 0] for at in noses]).reshape(-1, 133, 3)
     points[:, 5, :2], points[:, 6, :2] = points[:, 0, :2] - [10, -20], points[:, 0, :2] + [10, 20] # shoulders
