@@ -80,7 +80,8 @@ def row(notebook: Path, found: dict[str, int], texts: dict[str, str]) -> Row:
     text = texts.get(named, '')
     elsewhere = '\n'.join(t for name, t in texts.items() if name != named)
     lessons = [c for c in cells if is_lesson(c)]
-    return Row(notebook.stem, text.count('\n'), sum(len(line) > WIDTH for line in text.splitlines()),
+    written = re.sub(r'^__all__ = \[.*?\]$', '', text, flags=re.M | re.S) # by nbdev
+    return Row(notebook.stem, text.count('\n'), sum(len(line) > WIDTH for line in written.splitlines()),
                scissors(ast.parse(text), elsewhere), sum(map(is_padding, lessons)), sum(map(is_export, cells)), len(lessons), found.get(named, 0))
 
 
