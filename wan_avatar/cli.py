@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -268,6 +269,16 @@ def job_policy(
 # %% ../nbs/60_cli.ipynb #b26ee265
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Avatar videos: the person of a picture in place of the person of a video.')
+def _version(asked: bool) -> None:
+    if not asked: return
+    print(f'wan_avatar {version("wan_avatar")}, commit {os.environ.get("WAN_AVATAR_GIT_SHA", "unknown")}')
+    raise typer.Exit
+
+@app.callback()
+def _main(
+    shown: Annotated[bool, typer.Option('--version', is_eager=True, callback=_version, help='version and commit')] = False
+) -> None: ...
+
 Endpoint = Annotated[str | None, typer.Option(
     help='address, or RunPod endpoint id; default: the endpoint `wan-avatar up` runs here')]
 AsJson = Annotated[bool, typer.Option('--json', help='one JSON object on stdout')]
