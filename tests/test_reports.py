@@ -77,7 +77,7 @@ def test_a_recorded_run_is_drawn_again_and_a_failed_assert_is_exit_code_1(cold_s
 
 @pytest.mark.parametrize('args, words', [
     (('smoke', '-p', 'jobz=2'), "no parameter 'jobz'; it takes endpoint, image, driving, jobs, profile, out"), (('cold-start', '-p', 'cold=many'), 'must be a whole number'),
-    (('smoke', '-p', 'jobs'), 'name=value'), (('compare', 'nowhere', 'nowhere'), 'can not be read')])
+    (('smoke', '-p', 'jobs'), 'name=value'), (('compare', 'nowhere', 'nowhere'), 'cannot be read')])
 def test_nothing_runs_when_a_name_is_wrong(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ['report', *args])
