@@ -39,7 +39,7 @@ def test_a_good_delivery_passes(): assert [c for c in checks_of(GOOD) if not c.o
     ('sound as in the driving video', {'video': seen(audio_s=None)}), ('sound as in the driving video', {'video': seen(audio_s=1.9)}),
     ('sound as in the driving video', {'driving': replace(GOOD.driving, audio_s=None)}), ('not the driving video unchanged', {'change': LEAST_CHANGE - 0.1}),
     ('presigned address gives the video', {'link': (403, 'ab', '')}), ('presigned address gives the video', {'link': (200, 'cd', '')}), ('presigned address gives the video', {'link': (0, '', 'no address')}),
-    ('and expires', {'after': 200}), ('and expires', {'after': 206}), ('and expires', {'after': 0}), ('and expires', {'after': 500})])
+    ('presigned address expires', {'after': 200}), ('presigned address expires', {'after': 206}), ('presigned address expires', {'after': 0}), ('presigned address expires', {'after': 500})])
 def test_every_check_can_fail(name, wrong):
     failed = [c.name for c in checks_of(replace(GOOD, **wrong)) if not c.ok]
     assert name in failed and all(c.wanted and c.found for c in checks_of(replace(GOOD, **wrong)))
