@@ -1,7 +1,7 @@
-"""What others wrote where this package caches counts as absent unless it is what a job needs, and costs little to find out.
+"""A file that others wrote into a cache counts as absent unless it is what a job needs, and costs little to find out.
 
-Tracks and embeddings come from a bucket that more than one may write to. Their checksums are of no help: who makes a file makes
-its checksum. Here are files made on purpose, and thousands made by chance."""
+Tracks and embeddings come from a bucket that more than one may write to. Their checksums are of no help: the maker of
+a file makes its checksum, too. Here are files made on purpose, and thousands made by chance."""
 import hashlib
 import io
 import json
@@ -23,11 +23,25 @@ from wan_avatar.apart import peak_memory
 from wan_avatar.avatar import find_embedding, take_cached_track
 from wan_avatar.media import Clip
 from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
-from wan_avatar.track import (GROUPS, KEYPOINTS, MAGIC, TRACKERS, TrackDamaged, draw_debug, dump_track, parse_track, track_bytes_at_most, track_facts,
-                              wholebody_points, with_face)
+from wan_avatar.track import (
+    GROUPS,
+    KEYPOINTS,
+    MAGIC,
+    TRACKERS,
+    TrackDamaged,
+    draw_debug,
+    dump_track,
+    parse_track,
+    track_bytes_at_most,
+    track_facts,
+    wholebody_points,
+    with_face,
+)
 
 MEMORY_DISK = '/dev/shm' if Path('/dev/shm').is_dir() else None # thousands of small files
-N, SIZE, WHO = 5, (160, 90), TRACKERS['mediapipe']
+N = 5
+SIZE = (160, 90)
+WHO = TRACKERS['mediapipe']
 PLATE = np.full((90, 160, 3), 77, np.uint8)
 TRACK = replace(make_track(N, SIZE, plate=PLATE), guessed=np.zeros(N, bool))
 WHOLE = dump_track(TRACK)
@@ -48,7 +62,9 @@ def with_arrays(pack=np.savez, **changes) -> bytes:
 
 def with_meta(**changes) -> bytes:
     said = json.loads(ARRAYS['meta'].tobytes()) | changes
-    return with_arrays(meta=np.frombuffer(json.dumps({k: v for k, v in said.items() if v is not None}).encode(), np.uint8))
+    return with_arrays(meta=np.frombuffer(
+        json.dumps({k: v for k, v in said.items() if v is not None}).encode(), np.uint8
+    ))
 
 def with_entry(name: str, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     "The track with other bytes in place of an array"
@@ -69,7 +85,8 @@ def picture(kind: str, size=SIZE, mode='RGB', **options) -> np.ndarray:
     return np.frombuffer(out.getvalue(), np.uint8)
 
 def patched(old: bytes, new: bytes) -> bytes:
-    assert old in BODY and len(old) == len(new)
+    assert old in BODY
+    assert len(old) == len(new)
     return sealed(BODY.replace(old, new))
 
 def other(name: str, at, value) -> np.ndarray:
@@ -94,43 +111,108 @@ POISONED = {
     'an array outside': sealed(BODY[:DIRECTORY + 42] + b'\xff\xff\xff\x7f' + BODY[DIRECTORY + 46:]),
     'bad deflate': with_entry('face', b'\xff' * 500, zipfile.ZIP_STORED),
     'an array of nothing': with_entry('face', b''),
-    'an array that is cut': with_entry('face', npy("{'descr': '<f2', 'fortran_order': False, 'shape': (5, 478, 3), }", b'short')),
-    'an array with a tail': with_entry('skin', npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", bytes(13))),
-    'an array of negative length': with_entry('present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (-5,), }", bytes(5))),
-    'an array of 4 EB': with_entry('present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (4611686018427387904,), }", bytes(5))),
-    'an array of Python objects': with_entry('present', npy("{'descr': '|O', 'fortran_order': False, 'shape': (5,), }", b'cos\nsystem\n')),
+    'an array that is cut': with_entry(
+        'face', npy("{'descr': '<f2', 'fortran_order': False, 'shape': (5, 478, 3), }", b'short')
+    ),
+    'an array with a tail': with_entry(
+        'skin', npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", bytes(13))
+    ),
+    'an array of negative length': with_entry(
+        'present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (-5,), }", bytes(5))
+    ),
+    'an array of 4 EB': with_entry(
+        'present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (4611686018427387904,), }", bytes(5))
+    ),
+    'an array of Python objects': with_entry(
+        'present', npy("{'descr': '|O', 'fortran_order': False, 'shape': (5,), }", b'cos\nsystem\n')
+    ),
     'a header deep as a well': with_entry('present', npy('(' * 9000, bytes(5))),
     'a header that is code': with_entry('present', npy("__import__('os').getpid()", bytes(5))),
-    'a bomb: a present of 2 GB': with_entry('present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (2000000000,), }") + ZEROS),
-    'a bomb: masks of 30 MB': with_entry('mask_bytes', npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30000000,), }") + ZEROS),
-    'a bomb: a mask of 300 MB': with_arrays(mask_bytes=np.frombuffer(bomb := zlib.compress(bytes(3 * 10**8), 1), np.uint8), mask_lengths=np.array([len(bomb), 0, 0, 0, 0], np.uint32)),
-    'a bomb nobody asked for': with_entry('meta', npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30000000,), }") + ZEROS),
-    'no face': with_arrays(face=None), 'no centre of the face': with_arrays(face_at=None), 'no masks': with_arrays(mask_bytes=None), 'no presence': with_arrays(present=None),
-    'no meta': with_arrays(meta=None), 'nothing': with_arrays(**dict.fromkeys(ARRAYS)), 'one frame less': dump_track(make_track(N - 1, SIZE, plate=PLATE)),
-    'points of float64': with_arrays(face=ARRAYS['face'].astype(float)), 'points of 477': with_arrays(face=ARRAYS['face'][:, 1:]), 'points in two dimensions': with_arrays(face=ARRAYS['face'][0]),
-    'big-endian points': with_arrays(face=ARRAYS['face'].astype('>f2')), 'text for points': with_arrays(face=np.full((N, 478, 3), 'a')), 'a number for points': with_arrays(face=np.float16(1)),
-    'an infinite point': with_arrays(face=other('face', (0, 0, 0), np.inf)), 'half a point': with_arrays(body=other('body', (0, 0, 0), np.nan)),
-    'part of a face': with_arrays(face=other('face', (0, slice(0, 9)), np.nan)), 'infinite depth': with_arrays(face=other('face', (0, 0, 2), -np.inf)),
-    'presence in numbers': with_arrays(present=np.array([2, 3, 4, 5, 6], np.uint8)), 'presence neither true nor false': with_arrays(present=np.array([0, 1, 2, 0, 255], np.uint8).view(bool)),
-    'a camera of nan': with_arrays(camera=np.full((N, 2, 3), np.nan, np.float32)), 'a camera out of this world': with_arrays(camera=np.full((N, 2, 3), 1e30, np.float32)),
-    'a camera too short': with_arrays(camera=ARRAYS['camera'][1:]), 'skin of another planet': with_arrays(skin=np.array([1, 2, 999], np.float32)),
-    'skin in part': with_arrays(skin=np.array([1, 2, np.nan], np.float32)), 'guesses too many': with_arrays(guessed=np.zeros(N + 1, bool)),
-    'mask lengths that are not there': with_arrays(mask_lengths=np.full(N, 2**32 - 1, np.uint32)), 'mask lengths of nothing': with_arrays(mask_lengths=np.zeros(N, np.uint32)),
-    'masks of noise': with_arrays(mask_bytes=np.frombuffer(random.Random(1).randbytes(len(ARRAYS['mask_bytes'])), np.uint8)),
-    'masks of another size': with_meta(mask_size=(81, 45)), 'masks of no size': with_meta(mask_size=(0, 45)), 'masks of half a pixel': with_meta(mask_size=(80.0, 45)),
-    'masks of 4 gigapixels': with_meta(mask_size=(65536, 65536)), 'a mask size of three': with_meta(mask_size=(80, 45, 1)), 'a mask size that is true': with_meta(mask_size=(True, 45)),
-    'another size': with_meta(size=(320, 180)), 'no size': with_meta(size=None), 'a size of text': with_meta(size='ab'), 'another tracker': with_meta(tracker='somebody-1'),
-    'a tracker of lists': with_meta(tracker=[[]]), 'no groups': with_meta(groups=[]), 'a group nobody knows': with_meta(groups=['tail']), 'groups of text': with_meta(groups='face'),
-    'a part of the groups': with_meta(groups=['face']), 'meta of lists': with_arrays(meta=np.frombuffer(b'[]', np.uint8)), 'meta of text': with_arrays(meta=np.frombuffer(b'"a"', np.uint8)),
-    'meta that is no JSON': with_arrays(meta=np.frombuffer(b'{', np.uint8)), 'meta of lone surrogates': with_arrays(meta=np.frombuffer(b'{"size": "\\ud800"}', np.uint8)),
-    'meta deep as a well': with_arrays(meta=np.frombuffer((NEST + ', "x": ' + '[' * 3000 + ']' * 3000 + '}').encode()[:4096], np.uint8)),
-    'a number of 3,000 digits in meta': with_arrays(meta=np.frombuffer((NEST.replace('160', '1' + '0' * 3000) + '}').encode(), np.uint8)),
-    'a plate in PostScript': with_arrays(plate=np.frombuffer(EPS, np.uint8)), 'a plate in PNG': with_arrays(plate=picture('PNG')), 'a plate in TIFF': with_arrays(plate=picture('TIFF')),
-    'a plate of another size': with_arrays(plate=picture('JPEG', (161, 90))), 'a plate of 25 megapixels': with_arrays(plate=picture('JPEG', (5000, 5000))), 'a grey plate': with_arrays(plate=picture('JPEG', mode='L')),
-    'a plate in four inks': with_arrays(plate=picture('JPEG', mode='CMYK')), 'a progressive plate': with_arrays(plate=picture('JPEG', progressive=True)),
-    'half a plate': with_arrays(plate=picture('JPEG')[:400]), 'no plate but its place': with_arrays(plate=np.zeros(0, np.uint8)), 'a matte in JPEG': with_arrays(matte=picture('JPEG', mode='L')),
-    'a matte in colour': with_arrays(matte=picture('PNG')), 'a matte of 25 megapixels': with_arrays(matte=picture('PNG', (5000, 5000), 'L')),
-    'no bytes': b'', 'text': b'not a track', 'a wrong checksum': MAGIC + bytes(32) + BODY, 'a zip alone': BODY,
+    'a bomb: a present of 2 GB': with_entry(
+        'present', npy("{'descr': '|b1', 'fortran_order': False, 'shape': (2000000000,), }") + ZEROS
+    ),
+    'a bomb: masks of 30 MB': with_entry(
+        'mask_bytes', npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30000000,), }") + ZEROS
+    ),
+    'a bomb: a mask of 300 MB': with_arrays(
+        mask_bytes=np.frombuffer(bomb := zlib.compress(bytes(3 * 10**8), 1), np.uint8),
+        mask_lengths=np.array([len(bomb), 0, 0, 0, 0], np.uint32)
+    ),
+    'a bomb nobody asked for': with_entry(
+        'meta', npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30000000,), }") + ZEROS
+    ),
+    'no face': with_arrays(face=None),
+    'no centre of the face': with_arrays(face_at=None),
+    'no masks': with_arrays(mask_bytes=None),
+    'no presence': with_arrays(present=None),
+    'no meta': with_arrays(meta=None),
+    'nothing': with_arrays(**dict.fromkeys(ARRAYS)),
+    'one frame less': dump_track(make_track(N - 1, SIZE, plate=PLATE)),
+    'points of float64': with_arrays(face=ARRAYS['face'].astype(float)),
+    'points of 477': with_arrays(face=ARRAYS['face'][:, 1:]),
+    'points in two dimensions': with_arrays(face=ARRAYS['face'][0]),
+    'big-endian points': with_arrays(face=ARRAYS['face'].astype('>f2')),
+    'text for points': with_arrays(face=np.full((N, 478, 3), 'a')),
+    'a number for points': with_arrays(face=np.float16(1)),
+    'an infinite point': with_arrays(face=other('face', (0, 0, 0), np.inf)),
+    'half a point': with_arrays(body=other('body', (0, 0, 0), np.nan)),
+    'part of a face': with_arrays(face=other('face', (0, slice(0, 9)), np.nan)),
+    'infinite depth': with_arrays(face=other('face', (0, 0, 2), -np.inf)),
+    'presence in numbers': with_arrays(present=np.array([2, 3, 4, 5, 6], np.uint8)),
+    'presence neither true nor false': with_arrays(present=np.array([0, 1, 2, 0, 255], np.uint8).view(bool)),
+    'a camera of nan': with_arrays(camera=np.full((N, 2, 3), np.nan, np.float32)),
+    'a camera out of this world': with_arrays(camera=np.full((N, 2, 3), 1e30, np.float32)),
+    'a camera too short': with_arrays(camera=ARRAYS['camera'][1:]),
+    'skin of another planet': with_arrays(skin=np.array([1, 2, 999], np.float32)),
+    'skin in part': with_arrays(skin=np.array([1, 2, np.nan], np.float32)),
+    'guesses too many': with_arrays(guessed=np.zeros(N + 1, bool)),
+    'mask lengths that are not there': with_arrays(mask_lengths=np.full(N, 2**32 - 1, np.uint32)),
+    'mask lengths of nothing': with_arrays(mask_lengths=np.zeros(N, np.uint32)),
+    'masks of noise': with_arrays(mask_bytes=np.frombuffer(
+        random.Random(1).randbytes(len(ARRAYS['mask_bytes'])), np.uint8
+    )),
+    'masks of another size': with_meta(mask_size=(81, 45)),
+    'masks of no size': with_meta(mask_size=(0, 45)),
+    'masks of half a pixel': with_meta(mask_size=(80.0, 45)),
+    'masks of 4 gigapixels': with_meta(mask_size=(65536, 65536)),
+    'a mask size of three': with_meta(mask_size=(80, 45, 1)),
+    'a mask size that is true': with_meta(mask_size=(True, 45)),
+    'another size': with_meta(size=(320, 180)),
+    'no size': with_meta(size=None),
+    'a size of text': with_meta(size='ab'),
+    'another tracker': with_meta(tracker='somebody-1'),
+    'a tracker of lists': with_meta(tracker=[[]]),
+    'no groups': with_meta(groups=[]),
+    'a group nobody knows': with_meta(groups=['tail']),
+    'groups of text': with_meta(groups='face'),
+    'a part of the groups': with_meta(groups=['face']),
+    'meta of lists': with_arrays(meta=np.frombuffer(b'[]', np.uint8)),
+    'meta of text': with_arrays(meta=np.frombuffer(b'"a"', np.uint8)),
+    'meta that is no JSON': with_arrays(meta=np.frombuffer(b'{', np.uint8)),
+    'meta of lone surrogates': with_arrays(meta=np.frombuffer(b'{"size": "\\ud800"}', np.uint8)),
+    'meta deep as a well': with_arrays(meta=np.frombuffer(
+        (NEST + ', "x": ' + '[' * 3000 + ']' * 3000 + '}').encode()[:4096], np.uint8
+    )),
+    'a number of 3,000 digits in meta': with_arrays(meta=np.frombuffer(
+        (NEST.replace('160', '1' + '0' * 3000) + '}').encode(), np.uint8
+    )),
+    'a plate in PostScript': with_arrays(plate=np.frombuffer(EPS, np.uint8)),
+    'a plate in PNG': with_arrays(plate=picture('PNG')),
+    'a plate in TIFF': with_arrays(plate=picture('TIFF')),
+    'a plate of another size': with_arrays(plate=picture('JPEG', (161, 90))),
+    'a plate of 25 megapixels': with_arrays(plate=picture('JPEG', (5000, 5000))),
+    'a grey plate': with_arrays(plate=picture('JPEG', mode='L')),
+    'a plate in four inks': with_arrays(plate=picture('JPEG', mode='CMYK')),
+    'a progressive plate': with_arrays(plate=picture('JPEG', progressive=True)),
+    'half a plate': with_arrays(plate=picture('JPEG')[:400]),
+    'no plate but its place': with_arrays(plate=np.zeros(0, np.uint8)),
+    'a matte in JPEG': with_arrays(matte=picture('JPEG', mode='L')),
+    'a matte in colour': with_arrays(matte=picture('PNG')),
+    'a matte of 25 megapixels': with_arrays(matte=picture('PNG', (5000, 5000), 'L')),
+    'no bytes': b'',
+    'text': b'not a track',
+    'a wrong checksum': MAGIC + bytes(32) + BODY,
+    'a zip alone': BODY,
 }
 
 class Bucket:
@@ -150,8 +232,11 @@ def use(track) -> None:
         assert track.mask(i).shape == track.size[::-1]
     draw_debug(frame, track, 0)
     facts = track_facts(track)
-    assert with_face(track).shape == (len(track),) and 0 <= facts['present'] <= facts['frames'] == len(track) and facts['guessed_masks'] <= facts['frames']
-    assert wholebody_points(track).shape == (len(track), 133, 3) and not any(np.isinf(v).any() for v in track.points.values())
+    assert with_face(track).shape == (len(track),)
+    assert 0 <= facts['present'] <= facts['frames'] == len(track)
+    assert facts['guessed_masks'] <= facts['frames']
+    assert wholebody_points(track).shape == (len(track), 133, 3)
+    assert not any(np.isinf(v).any() for v in track.points.values())
 
 def taken(data: bytes) -> str:
     "Runs apart: what a worker makes of an object in its cache"
@@ -162,7 +247,8 @@ def taken(data: bytes) -> str:
         return 'taken' if (Path(d) / 'x.track').read_bytes() == data else 'another file'
 
 def test_a_good_track_is_taken(apart):
-    assert apart.run(taken, WHOLE, memory=LIMIT) == apart.run(taken, with_arrays(), memory=LIMIT) == 'taken' and len(WHOLE) < track_bytes_at_most(N, SIZE)
+    assert apart.run(taken, WHOLE, memory=LIMIT) == apart.run(taken, with_arrays(), memory=LIMIT) == 'taken'
+    assert len(WHOLE) < track_bytes_at_most(N, SIZE)
 
 def all_taken(names: list[str]) -> dict[str, str]:
     "Runs apart: every poisoned track, and how much memory all of them took"
@@ -182,7 +268,8 @@ def test_poisoned_tracks_take_little_memory(outcomes): assert outcomes['memory']
 @pytest.mark.hostile('tracks')
 def test_an_object_too_large_is_not_even_read():
     bucket = Bucket(bytes(track_bytes_at_most(N, SIZE) + 1))
-    assert take_cached_track(bucket, 'key', Path('x'), CLIP, WHO) is None and not bucket.asked
+    assert take_cached_track(bucket, 'key', Path('x'), CLIP, WHO) is None
+    assert not bucket.asked
     assert take_cached_track(Bucket(None), 'key', Path('x'), CLIP, WHO) is None
 
 @pytest.mark.hostile('tracks')
@@ -197,18 +284,38 @@ def mutated_track(rng: random.Random) -> bytes:
     if kind < 3: return sealed(other_bytes(BODY, rng))
     name = rng.choice(list(ARRAYS))
     array = ARRAYS[name]
-    if kind == 3: return with_entry(name, other_bytes(npy(f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape}, }}", array.tobytes()), rng), zipfile.ZIP_STORED)
-    if kind == 4: return with_arrays(**{name: rng.choice((None, array[1:], array.astype(rng.choice(('<f8', '<i4', '|u1', '|b1', '>f2'))), np.zeros((N,) * rng.randrange(4))))})
-    if kind == 5: return with_meta(**{rng.choice(('size', 'mask_size', 'groups', 'tracker')): rng.choice((None, 0, '', [], {}, [1], [1, 2], [0, -1], [1e9, 1], ['face'], 'wholebody', list(GROUPS)))})
+    if kind == 3:
+        header = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape}, }}"
+        return with_entry(name, other_bytes(npy(header, array.tobytes()), rng), zipfile.ZIP_STORED)
+    if kind == 4:
+        return with_arrays(**{
+            name: rng.choice((
+                None,
+                array[1:],
+                array.astype(rng.choice(('<f8', '<i4', '|u1', '|b1', '>f2'))),
+                np.zeros((N,) * rng.randrange(4)),
+            )),
+        })
+    if kind == 5:
+        return with_meta(**{
+            rng.choice(('size', 'mask_size', 'groups', 'tracker')): rng.choice((
+                None, 0, '', [], {}, [1], [1, 2], [0, -1], [1e9, 1], ['face'], 'wholebody', list(GROUPS),
+            )),
+        })
     changed = array.copy()
-    if changed.size: changed.flat[rng.randrange(changed.size)] = rng.choice((0, 1, 127, np.inf, -np.inf, np.nan)) if changed.dtype.kind == 'f' else rng.randrange(128) if changed.dtype.kind != 'b' else rng.random() < .5
+    if changed.size:
+        if changed.dtype.kind == 'f': value = rng.choice((0, 1, 127, np.inf, -np.inf, np.nan))
+        elif changed.dtype.kind == 'b': value = rng.random() < .5
+        else: value = rng.randrange(128)
+        changed.flat[rng.randrange(changed.size)] = value
     return with_arrays(**{name: changed})
 
 def other_bytes(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 3, 20))):
         at = rng.randrange(len(changed))
-        if rng.random() < .5: at = max(0, len(changed) - 1 - rng.randrange(1500)) # where the list of arrays is, and what it says
+        if rng.random() < .5:
+            at = max(0, len(changed) - 1 - rng.randrange(1500)) # where the list of arrays is, and what it says
         way = rng.randrange(8)
         if way == 0: del changed[at:at + rng.randrange(1, 40)]
         elif way == 1: changed[at:at] = rng.randbytes(rng.randrange(1, 40))
@@ -218,7 +325,8 @@ def other_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def try_tracks(count: int, seed: int) -> tuple[Counter, int]:
     "Runs apart"
-    rng, seen = random.Random(seed), Counter()
+    rng = random.Random(seed)
+    seen = Counter()
     for _ in range(count):
         data = mutated_track(rng)
         try: track = parse_track(data, N, SIZE, WHO)
@@ -229,7 +337,10 @@ def try_tracks(count: int, seed: int) -> tuple[Counter, int]:
 @pytest.mark.hostile('tracks', cases=2000)
 def test_2000_mutations_of_a_track(apart):
     seen, memory = apart.run(try_tracks, 2000, 7, memory=LIMIT)
-    assert sum(seen.values()) == 2000 and seen['absent'] > 800 and seen['valid'] > 50 and memory < LIMIT, (seen, memory)
+    assert sum(seen.values()) == 2000, (seen, memory)
+    assert seen['absent'] > 800, (seen, memory)
+    assert seen['valid'] > 50, (seen, memory)
+    assert memory < LIMIT, (seen, memory)
 
 # embeddings
 
@@ -238,7 +349,10 @@ SMALL = Embedding('a person', 'abc', shape=(1, 4, 8))
 def embedding(data: bytes | None = None, said: dict | None = None, raw: bytes | None = None, **tensor) -> bytes:
     "A safetensors file by hand"
     data = np.linspace(-1, 1, 32, dtype=np.float16).tobytes() if data is None else data
-    header = {'__metadata__': SMALL.metadata() if said is None else said, 'embedding': {'dtype': 'F16', 'shape': SMALL.shape, 'data_offsets': [0, len(data)]} | tensor}
+    header = {
+        '__metadata__': SMALL.metadata() if said is None else said,
+        'embedding': {'dtype': 'F16', 'shape': SMALL.shape, 'data_offsets': [0, len(data)]} | tensor,
+    }
     header['embedding'] = {k: v for k, v in header['embedding'].items() if v is not None}
     text = json.dumps(header).encode() if raw is None else raw
     return struct.pack('<Q', len(text)) + text + data
@@ -252,32 +366,78 @@ def flawed(value: float, kind: str = '<f2') -> bytes:
     return numbers.tobytes()
 
 VALID = {
-    'float16': GOOD, 'float32': embedding(FLAWED.tobytes(), dtype='F32'), 'bfloat16': embedding((FLAWED.view('<u4') >> 16).astype('<u2').tobytes(), dtype='BF16'),
-    'a header with blanks behind it': embedding(raw=TEXT + b' ' * 7), 'more said': embedding(said=SMALL.metadata() | {'format': 'pt'}),
+    'float16': GOOD,
+    'float32': embedding(FLAWED.tobytes(), dtype='F32'),
+    'bfloat16': embedding((FLAWED.view('<u4') >> 16).astype('<u2').tobytes(), dtype='BF16'),
+    'a header with blanks behind it': embedding(raw=TEXT + b' ' * 7),
+    'more said': embedding(said=SMALL.metadata() | {'format': 'pt'}),
     'the largest numbers': embedding(flawed(65504)),
 }
 WRONG = {
-    'empty': b'', 'seven bytes': bytes(7), 'a header of 2**63 bytes': struct.pack('<Q', 2**63) + bytes(90), 'a header longer than the file': struct.pack('<Q', 90_000) + b'{}',
-    'cut': GOOD[:-3], 'longer': GOOD + b'x', 'no JSON': embedding(raw=b'{"a'), 'a list': embedding(raw=b'[]'), 'a number': embedding(raw=b'17'), 'in UTF-16': embedding(raw=TEXT.decode().encode('utf-16')),
-    'not Unicode': embedding(raw=b'{"\xff": 1}'), 'blanks in front': embedding(raw=b' ' + TEXT), 'deep as a well': embedding(raw=b'[' * 400_000), 'NaN in it': embedding(raw=TEXT.replace(b'"F16"', b'NaN')),
-    'a number of 5,000 digits': embedding(raw=TEXT.replace(b'[0,', b'[' + b'9' * 5000 + b',')), 'a name twice': embedding(raw=TEXT[:-1] + b', "embedding": {}}'),
-    'a lone surrogate': embedding(said=SMALL.metadata() | {'more': '\ud800'}), 'a number said': embedding(said=SMALL.metadata() | {'more': 1}), 'nothing said': embedding(said={}),
-    'another prompt': embedding(said=SMALL.metadata() | {'prompt': 'a dog'}), 'another encoder': embedding(said=SMALL.metadata() | {'encoder_sha256': 'x'}), 'metadata of lists': embedding(raw=TEXT.replace(b'{"__metadata__": {', b'{"x": [], "__metadata__": {')),
-    'no metadata': embedding(raw=b'{"embedding": {}}'), 'metadata of text': embedding(raw=b'{"embedding": {}, "__metadata__": "a"}'), 'no tensor': embedding(raw=b'{"__metadata__": {}}'), 'a tensor of text': embedding(raw=b'{"__metadata__": {}, "embedding": "a"}'),
+    'empty': b'',
+    'seven bytes': bytes(7),
+    'a header of 2**63 bytes': struct.pack('<Q', 2**63) + bytes(90),
+    'a header longer than the file': struct.pack('<Q', 90_000) + b'{}',
+    'cut': GOOD[:-3],
+    'longer': GOOD + b'x',
+    'no JSON': embedding(raw=b'{"a'),
+    'a list': embedding(raw=b'[]'),
+    'a number': embedding(raw=b'17'),
+    'in UTF-16': embedding(raw=TEXT.decode().encode('utf-16')),
+    'not Unicode': embedding(raw=b'{"\xff": 1}'),
+    'blanks in front': embedding(raw=b' ' + TEXT),
+    'deep as a well': embedding(raw=b'[' * 400_000),
+    'NaN in it': embedding(raw=TEXT.replace(b'"F16"', b'NaN')),
+    'a number of 5,000 digits': embedding(raw=TEXT.replace(b'[0,', b'[' + b'9' * 5000 + b',')),
+    'a name twice': embedding(raw=TEXT[:-1] + b', "embedding": {}}'),
+    'a lone surrogate': embedding(said=SMALL.metadata() | {'more': '\ud800'}),
+    'a number said': embedding(said=SMALL.metadata() | {'more': 1}),
+    'nothing said': embedding(said={}),
+    'another prompt': embedding(said=SMALL.metadata() | {'prompt': 'a dog'}),
+    'another encoder': embedding(said=SMALL.metadata() | {'encoder_sha256': 'x'}),
+    'metadata of lists': embedding(raw=TEXT.replace(b'{"__metadata__": {', b'{"x": [], "__metadata__": {')),
+    'no metadata': embedding(raw=b'{"embedding": {}}'),
+    'metadata of text': embedding(raw=b'{"embedding": {}, "__metadata__": "a"}'),
+    'no tensor': embedding(raw=b'{"__metadata__": {}}'),
+    'a tensor of text': embedding(raw=b'{"__metadata__": {}, "embedding": "a"}'),
     'two tensors': embedding(raw=TEXT[:-1] + b', "more": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}'),
-    'no offsets': embedding(data_offsets=None), 'one offset': embedding(data_offsets=[0]), 'three offsets': embedding(data_offsets=[0, 64, 64]), 'offsets from behind': embedding(data_offsets=[64, 0]),
-    'negative offsets': embedding(data_offsets=[-64, 0]), 'offsets of text': embedding(data_offsets='ab'), 'offsets of floats': embedding(data_offsets=[0.0, 64.0]), 'offsets elsewhere': embedding(data_offsets=[8, 64]),
-    'no shape': embedding(shape=None), 'a shape of text': embedding(shape='abc'), 'a shape of lists': embedding(shape=[[1], [4], [8]]), 'another shape': embedding(shape=[1, 8, 4]), 'a shape of floats': embedding(shape=[1.0, 4, 8]),
-    'a shape that is true': embedding(shape=[True, 4, 8]), 'one dimension more': embedding(shape=[1, 1, 4, 8]), 'a shape of 2**62': embedding(shape=[2**62, 4, 8]),
-    'no kind': embedding(dtype=None), 'whole numbers': embedding(dtype='I16'), 'numbers of 8 bits': embedding(data=bytes(32), dtype='F8_E4M3'), 'a kind nobody knows': embedding(dtype='X' * 10_000), 'a kind of lists': embedding(dtype=[]),
-    'more about the tensor': embedding(offset=1), 'half as many numbers': embedding(data=bytes(32)), 'not a number': embedding(flawed(np.nan)), 'infinite': embedding(flawed(np.inf)), 'minus infinite': embedding(flawed(-np.inf)),
-    'infinite in float32': embedding(flawed(np.inf, '<f4'), dtype='F32'), 'not a number in bfloat16': embedding((flawed_32 := np.frombuffer(flawed(np.nan, '<f4'), '<u4') >> 16).astype('<u2').tobytes(), dtype='BF16'),
+    'no offsets': embedding(data_offsets=None),
+    'one offset': embedding(data_offsets=[0]),
+    'three offsets': embedding(data_offsets=[0, 64, 64]),
+    'offsets from behind': embedding(data_offsets=[64, 0]),
+    'negative offsets': embedding(data_offsets=[-64, 0]),
+    'offsets of text': embedding(data_offsets='ab'),
+    'offsets of floats': embedding(data_offsets=[0.0, 64.0]),
+    'offsets elsewhere': embedding(data_offsets=[8, 64]),
+    'no shape': embedding(shape=None),
+    'a shape of text': embedding(shape='abc'),
+    'a shape of lists': embedding(shape=[[1], [4], [8]]),
+    'another shape': embedding(shape=[1, 8, 4]),
+    'a shape of floats': embedding(shape=[1.0, 4, 8]),
+    'a shape that is true': embedding(shape=[True, 4, 8]),
+    'one dimension more': embedding(shape=[1, 1, 4, 8]),
+    'a shape of 2**62': embedding(shape=[2**62, 4, 8]),
+    'no kind': embedding(dtype=None),
+    'whole numbers': embedding(dtype='I16'),
+    'numbers of 8 bits': embedding(data=bytes(32), dtype='F8_E4M3'),
+    'a kind nobody knows': embedding(dtype='X' * 10_000),
+    'a kind of lists': embedding(dtype=[]),
+    'more about the tensor': embedding(offset=1),
+    'half as many numbers': embedding(data=bytes(32)),
+    'not a number': embedding(flawed(np.nan)),
+    'infinite': embedding(flawed(np.inf)),
+    'minus infinite': embedding(flawed(-np.inf)),
+    'infinite in float32': embedding(flawed(np.inf, '<f4'), dtype='F32'),
+    'not a number in bfloat16': embedding(
+        (flawed_32 := np.frombuffer(flawed(np.nan, '<f4'), '<u4') >> 16).astype('<u2').tobytes(), dtype='BF16'
+    ),
 }
 
 @pytest.mark.parametrize('name', VALID)
 def test_a_good_embedding_is_taken(name, tmp_path):
     assert find_embedding(SMALL, tmp_path / 'work/e', tmp_path, Bucket(VALID[name])) == 'bucket'
-    assert (tmp_path / 'work/e').read_bytes() == VALID[name] and find_embedding(SMALL, tmp_path / 'work/e', tmp_path, Bucket(None)) == 'here'
+    assert (tmp_path / 'work/e').read_bytes() == VALID[name]
+    assert find_embedding(SMALL, tmp_path / 'work/e', tmp_path, Bucket(None)) == 'here'
 
 @pytest.mark.parametrize('name', WRONG)
 @pytest.mark.hostile('embeddings')
@@ -288,9 +448,14 @@ def test_a_poisoned_embedding_counts_as_absent(name, tmp_path):
         (tmp_path / place / SMALL.name).write_bytes(WRONG[name])
         with pytest.raises(EmbeddingDamaged): check_embedding(tmp_path / place / SMALL.name, SMALL)
     assert find_embedding(SMALL, tmp_path / 'work' / SMALL.name, tmp_path / 'models', Bucket(WRONG[name])) is None
-    assert find_embedding(SMALL, tmp_path / 'work' / SMALL.name, tmp_path / 'models', Bucket(GOOD)) == 'bucket', 'and is replaced'
+    replaced = find_embedding(SMALL, tmp_path / 'work' / SMALL.name, tmp_path / 'models', Bucket(GOOD))
+    assert replaced == 'bucket'
 
-PLACES = [('a folder', lambda p: p.mkdir()), ('a link to itself', lambda p: p.symlink_to(p)), ('a link to nothing', lambda p: p.symlink_to(p.with_name('none')))]
+PLACES = [
+    ('a folder', lambda p: p.mkdir()),
+    ('a link to itself', lambda p: p.symlink_to(p)),
+    ('a link to nothing', lambda p: p.symlink_to(p.with_name('none'))),
+]
 @pytest.mark.parametrize('make', [m for _, m in PLACES], ids=[n for n, _ in PLACES])
 @pytest.mark.hostile('embeddings')
 def test_what_is_no_file_is_no_embedding(make, tmp_path):
@@ -301,18 +466,22 @@ def test_what_is_no_file_is_no_embedding(make, tmp_path):
 @pytest.mark.hostile('embeddings')
 def test_an_embedding_too_large_is_not_even_read(tmp_path):
     bucket = Bucket(bytes(SMALL.bytes_at_most + 1))
-    assert find_embedding(SMALL, tmp_path / 'e', tmp_path, bucket) is None and not bucket.asked
+    assert find_embedding(SMALL, tmp_path / 'e', tmp_path, bucket) is None
+    assert not bucket.asked
 
 def mutated_embedding(rng: random.Random) -> bytes:
     if rng.random() < .5: return other_bytes(rng.choice(list(VALID.values())), rng)
     header = json.loads(TEXT)
     place = rng.choice((header, header['embedding'], header['__metadata__']))
-    place[rng.choice([*place, 'more'])] = rng.choice((None, 0, -1, 64, '', 'F32', [], [0, 64], [1, 4, 8], {}, True, 1e300, [0, 2**63]))
+    place[rng.choice([*place, 'more'])] = rng.choice((
+        None, 0, -1, 64, '', 'F32', [], [0, 64], [1, 4, 8], {}, True, 1e300, [0, 2**63],
+    ))
     return embedding(rng.choice((None, bytes(64), rng.randbytes(64), bytes(128))), raw=json.dumps(header).encode())
 
 def try_embeddings(count: int, seed: int) -> tuple[Counter, int]:
     "Runs apart"
-    rng, seen = random.Random(seed), Counter()
+    rng = random.Random(seed)
+    seen = Counter()
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as d:
         for _ in range(count):
             (path := Path(d) / 'x').write_bytes(mutated_embedding(rng))
@@ -326,14 +495,19 @@ def read_back(data: bytes) -> None:
     length = int.from_bytes(data[:8], 'little')
     tensor = json.loads(data[8:8 + length])['embedding']
     begin, end = tensor['data_offsets']
-    numbers = np.frombuffer(data[8 + length:][begin:end], {'F16': '<f2', 'BF16': '<u2', 'F32': '<f4'}[tensor['dtype']]).reshape(tensor['shape'])
+    kind = {'F16': '<f2', 'BF16': '<u2', 'F32': '<f4'}[tensor['dtype']]
+    numbers = np.frombuffer(data[8 + length:][begin:end], kind).reshape(tensor['shape'])
     if tensor['dtype'] == 'BF16': numbers = (numbers.astype('<u4') << 16).view('<f4')
-    assert numbers.shape == SMALL.shape and np.isfinite(numbers).all()
+    assert numbers.shape == SMALL.shape
+    assert np.isfinite(numbers).all()
 
 @pytest.mark.hostile('embeddings', cases=2000)
 def test_2000_mutations_of_an_embedding(apart):
     seen, memory = apart.run(try_embeddings, 2000, 7, memory=LIMIT)
-    assert sum(seen.values()) == 2000 and seen['absent'] > 800 and seen['valid'] > 50 and memory < LIMIT, (seen, memory)
+    assert sum(seen.values()) == 2000, (seen, memory)
+    assert seen['absent'] > 800, (seen, memory)
+    assert seen['valid'] > 50, (seen, memory)
+    assert memory < LIMIT, (seen, memory)
 
 def test_keypoints_are_those_of_the_trackers():
     assert {g: KEYPOINTS[g] for g in GROUPS} == {g: TRACK.points[g].shape[1] for g in GROUPS}

@@ -1,4 +1,4 @@
-"""The image without a Docker engine: what the Dockerfile runs is run here, line by line, and the worker it makes does the jobs of
+"""The image without a Docker engine: the Dockerfile is run here line by line, and the worker it makes does the jobs of
 the guide, whose every command is run"""
 import base64
 import hashlib
@@ -20,7 +20,16 @@ from test_endpoint_file import STUB
 from typer.testing import CliRunner
 
 from wan_avatar.cli import app
-from wan_avatar.image import Commit, build_arguments, read_lock, read_metadata, requirement_inputs, requirement_name, requirements_file, stale_requirements
+from wan_avatar.image import (
+    Commit,
+    build_arguments,
+    read_lock,
+    read_metadata,
+    requirement_inputs,
+    requirement_name,
+    requirements_file,
+    stale_requirements,
+)
 from wan_avatar.local import up
 from wan_avatar.media import check_mp4
 
@@ -41,40 +50,57 @@ def pinned(name: str) -> dict[str, str]:
     return dict(re.findall(r'^([\w.-]+)==(\S+) \\$', requirements_file(ROOT, name).read_text(), re.M))
 
 def test_hadolint_passes():
-    done = subprocess.run([ROOT / '.venv/bin/hadolint', ROOT / 'Dockerfile'], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [ROOT / '.venv/bin/hadolint', ROOT / 'Dockerfile'], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 def test_lock_and_dockerfile_agree():
     said = instructions()
     arguments = [rest for what, rest in said if what == 'ARG']
-    assert set(arguments) == set(build_arguments(read_lock(ROOT), Commit('0' * 40, '20260101'), '1')), 'an argument has a default, or nobody gives it'
+    given = build_arguments(read_lock(ROOT), Commit('0' * 40, '20260101'), '1')
+    assert set(arguments) == set(given), 'an argument has a default, or nobody gives it'
     assert [rest.split(' AS ')[0] for what, rest in said if what == 'FROM'] == [BASE, BASE]
     dockerfile = (ROOT / 'Dockerfile').read_text()
-    assert not re.search(r'[0-9a-f]{40}|:latest|:main|git clone|huggingface-cli|hf download|\.safetensors|SECRET|TOKEN|PASSWORD', dockerfile)
+    assert not re.search(
+        r'[0-9a-f]{40}|:latest|:main|git clone|huggingface-cli|hf download|\.safetensors|SECRET|TOKEN|PASSWORD',
+        dockerfile
+    )
     last = {what: rest for what, rest in said}
-    assert int(last['USER']) > 0 and json.loads(last['CMD']) == ['python', '-m', 'wan_avatar.worker'] and json.loads(last['ENTRYPOINT'])[0].endswith('/tini')
+    assert int(last['USER']) > 0
+    assert json.loads(last['CMD']) == ['python', '-m', 'wan_avatar.worker']
+    assert json.loads(last['ENTRYPOINT'])[0].endswith('/tini')
 
 def test_lock_and_requirements_agree():
     assert stale_requirements(ROOT) == []
     metadata, (worker, comfy) = read_metadata(ROOT), (pinned('worker'), pinned('comfy'))
     for name, there in (('worker', worker), ('comfy', comfy)):
         text = requirements_file(ROOT, name).read_text()
-        assert '://' not in text and len(re.findall(r'^\S+==', text, re.M)) == len(there), 'a package without a hash, or with an address'
+        assert '://' not in text
+        assert len(re.findall(r'^\S+==', text, re.M)) == len(there), 'a package without a hash, or with an address'
         for asked in requirement_inputs(metadata)[name].wanted:
             package, _, version = asked.partition('==')
-            assert requirement_name(package) in there and (not version or there[requirement_name(package)] == version), asked
+            assert requirement_name(package) in there, asked
+            assert not version or there[requirement_name(package)] == version, asked
     asked = dict(re.findall(r'^(comfyui-[\w-]+)==(\S+)', (ROOT / '.comfy/ComfyUI/requirements.txt').read_text(), re.M))
-    assert len(asked) == 3 and asked.items() <= comfy.items(), 'not the packages that the locked commit asks for'
-    torch, cuda = metadata['image_given'].split()[0].partition('==')[2], int(BASE.partition('cu')[2][:2])
-    assert f'torch{torch.replace(".", "")}-' in BASE and cuda == 12
-    assert not {'torch', 'torchvision', 'torchaudio', 'triton', *metadata['image_without'].split()} & set(comfy) and not [p for p in comfy if p.startswith('nvidia-')]
-    assert 'torch' not in worker and int(comfy['protobuf'].partition('.')[0]) < 5 <= int(worker['protobuf'].partition('.')[0])
+    assert len(asked) == 3
+    assert asked.items() <= comfy.items(), 'not the packages that the locked commit asks for'
+    torch = metadata['image_given'].split()[0].partition('==')[2]
+    cuda = int(BASE.partition('cu')[2][:2])
+    assert f'torch{torch.replace(".", "")}-' in BASE
+    assert cuda == 12
+    assert not {'torch', 'torchvision', 'torchaudio', 'triton', *metadata['image_without'].split()} & set(comfy)
+    assert not [p for p in comfy if p.startswith('nvidia-')]
+    assert 'torch' not in worker
+    assert int(comfy['protobuf'].partition('.')[0]) < 5 <= int(worker['protobuf'].partition('.')[0])
 
 # %% ComfyUI's code has a hash
 def test_what_is_tested_is_what_the_lock_names():
     "ComfyUI here, from a package, has the code of the commit that the image is built from"
-    lock, version = read_lock(ROOT)['comfyui'], (ROOT / '.comfy/ComfyUI/comfyui_version.py').read_text()
-    assert install.code_hash(ROOT / '.comfy/ComfyUI') == lock['code_sha256'] and f'"{lock["version"]}"' in version
+    lock = read_lock(ROOT)['comfyui']
+    version = (ROOT / '.comfy/ComfyUI/comfyui_version.py').read_text()
+    assert install.code_hash(ROOT / '.comfy/ComfyUI') == lock['code_sha256']
+    assert f'"{lock["version"]}"' in version
     assert re.fullmatch('[0-9a-f]{40}', lock['commit'])
 
 CODE = {
@@ -152,16 +178,26 @@ def test_a_clone_has_the_hash_of_the_package(tmp_path, autocrlf):
 def test_context_is_small_and_has_what_is_copied():
     there = context()
     assert sum((ROOT / p).stat().st_size for p in there) < 3e6, sorted(there)
-    assert not [p for p in there if p.startswith(('.git', '.venv', '.comfy', 'runs', 'tests', 'nbs/images')) or p.endswith(('.ipynb', '.pyc'))]
+    assert not [
+        p
+        for p in there
+        if p.startswith(('.git', '.venv', '.comfy', 'runs', 'tests', 'nbs/images')) or p.endswith(('.ipynb', '.pyc'))
+    ]
     for what, rest in instructions():
         if what == 'COPY' and not rest.startswith('--from'):
-            for source in rest.split()[:-1]: assert any(p == source or p.startswith(f'{source}/') for p in there), source
+            for source in rest.split()[:-1]:
+                assert any(p == source or p.startswith(f'{source}/') for p in there), source
 
 # %% the image's tree, made by the Dockerfile's own lines
 class Tree:
     "A folder in place of / and what the Dockerfile does to it"
     def __init__(self, root: Path, context: Path, arguments: dict[str, str], env: dict[str, str]):
-        self.root, self.context, self.arguments, self.env, self.folder, self.skipped = root, context, arguments, env, root, []
+        self.root = root
+        self.context = context
+        self.arguments = arguments
+        self.env = env
+        self.folder = root
+        self.skipped = []
 
     def here(self, text: str) -> str:
         "Absolute paths of the image, under our root"
@@ -170,7 +206,11 @@ class Tree:
     def do(self, what: str, rest: str) -> None:
         if what in ('ENV', 'ARG'):
             pairs = dict(p.split('=', 1) for p in rest.split()) if what == 'ENV' else {rest: self.arguments[rest]}
-            self.env |= {k: os.path.expandvars(self.here(v).replace('$PATH', self.env['PATH']).replace('$GIT_SHA', self.arguments['GIT_SHA'])) for k, v in pairs.items()}
+            known = {'$PATH': self.env['PATH'], '$GIT_SHA': self.arguments['GIT_SHA']}
+            for k, v in pairs.items():
+                value = self.here(v)
+                for name, text in known.items(): value = value.replace(name, text)
+                self.env[k] = os.path.expandvars(value)
         elif what == 'WORKDIR':
             self.folder = Path(self.here(rest))
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +231,10 @@ class Tree:
             else: shutil.copy(origin, to)
 
     def run(self, command: str) -> None:
-        done = subprocess.run(['sh', '-ec', self.here(command)], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ['sh', '-ec', self.here(command)], cwd=self.folder, env=self.env, capture_output=True, text=True,
+            timeout=300
+        )
         assert done.returncode == 0, f'RUN {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}'
 
 def load_tool(name: str):
@@ -207,9 +250,15 @@ def make_wheel(folder: Path, name: str, version: str) -> str:
     "A package of one empty module; its line in a requirements file"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{name}-{version}-py3-none-any.whl'
-    files = {f'{name}.py': '', f'{name}-{version}.dist-info/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n',
-             f'{name}-{version}.dist-info/WHEEL': 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'}
-    record = ''.join(f'{n},sha256={base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode().rstrip("=")},{len(t)}\n' for n, t in files.items())
+    files = {
+        f'{name}.py': '',
+        f'{name}-{version}.dist-info/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n',
+        f'{name}-{version}.dist-info/WHEEL': 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
+    }
+    record = ''.join(
+        f'{n},sha256={base64.urlsafe_b64encode(hashlib.sha256(t.encode()).digest()).decode().rstrip("=")},{len(t)}\n'
+        for n, t in files.items()
+    )
     with zipfile.ZipFile(path, 'w') as z:
         for n, t in {**files, f'{name}-{version}.dist-info/RECORD': record}.items(): z.writestr(n, t)
     return f'{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n'
@@ -217,7 +266,8 @@ def make_wheel(folder: Path, name: str, version: str) -> str:
 def repository(folder: Path) -> str:
     "Put a folder under git; its commit"
     git = ['git', '-C', str(folder), '-c', 'user.name=a', '-c', 'user.email=a@b.c', '-c', 'core.autocrlf=false']
-    for args in (['init', '-q'], ['add', '-A', '-f'], ['commit', '-q', '-m', 'all']): subprocess.run([*git, *args], check=True, timeout=120)
+    for args in (['init', '-q'], ['add', '-A', '-f'], ['commit', '-q', '-m', 'all']):
+        subprocess.run([*git, *args], check=True, timeout=120)
     return subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True).stdout.strip()
 
 def copy_comfyui(folder: Path) -> None:
@@ -227,13 +277,17 @@ def copy_comfyui(folder: Path) -> None:
 
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):
-    """The image's tree: real ComfyUI and a custom node from local repositories, real environments from hashed requirements
-    (a tiny package in place of the 200; those are linked in afterwards from the environments of this checkout), the real wheel"""
+    """The image's tree: real ComfyUI and a custom node from local repositories, real environments from hashed
+    requirements (a tiny package in place of the 200; those are linked in afterwards from the environments of this
+    checkout), the real wheel"""
     base = tmp_path_factory.mktemp('image')
     copy_comfyui(base / 'ComfyUI')
     (base / 'ComfyUI/requirements.txt').write_text('tinydep>=1\n')
     (base / 'Sage').mkdir()
-    (base / 'Sage/__init__.py').write_text('NODE_CLASS_MAPPINGS = {"SageNode": type("SageNode", (), {"INPUT_TYPES": classmethod(lambda c: {"required": {}}), "RETURN_TYPES": (), "FUNCTION": "f", "CATEGORY": "x"})}\n')
+    (base / 'Sage/__init__.py').write_text(
+        'NODE_CLASS_MAPPINGS = {"SageNode": type("SageNode", (), {"INPUT_TYPES": classmethod(lambda c: {"required": '
+        '{}}), "RETURN_TYPES": (), "FUNCTION": "f", "CATEGORY": "x"})}\n',
+    )
     for name in context():
         (base / 'context' / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, base / 'context' / name)
@@ -245,11 +299,18 @@ def tree(tmp_path_factory):
     (base / 'bin').mkdir()
     (base / 'bin/python3.12').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n') # the image's Python is this one
     (base / 'bin/python3.12').chmod(0o755)
-    env = {'PATH': f'{base}/bin:{os.environ["PATH"]}', 'HOME': str(base), 'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(base / 'wheels'), 'PIP_CONFIG_FILE': os.devnull}
+    env = {
+        'PATH': f'{base}/bin:{os.environ["PATH"]}',
+        'HOME': str(base),
+        'PIP_NO_INDEX': '1',
+        'PIP_FIND_LINKS': str(base / 'wheels'),
+        'PIP_CONFIG_FILE': os.devnull,
+    }
     made = Tree(base / 'root', base / 'context', build_arguments(lock, Commit('5' * 40, '20261124'), '0.1.0'), env)
     made.root.mkdir()
     for what, rest in instructions():
-        if rest.startswith('python3.12 nbs/tools/install.py wheel'): link(made.root / 'opt/worker', ROOT / '.venv') # setuptools is one of the 200
+        if rest.startswith('python3.12 nbs/tools/install.py wheel'):
+            link(made.root / 'opt/worker', ROOT / '.venv') # setuptools is one of the 200
         made.do(what, rest)
     link(made.root / 'opt/comfy/env', ROOT / '.comfy/env')
     return made
@@ -260,28 +321,49 @@ def link(env: Path, other: Path) -> None:
     (env / site / 'others.pth').write_text(f'{(other / site).resolve()}\n')
 
 def test_what_the_dockerfile_runs_makes_the_layout(tree):
-    assert len(tree.skipped) == 1 and 'tini' in tree.skipped[0], 'only Ubuntu packages are not installed here'
+    assert len(tree.skipped) == 1
+    assert 'tini' in tree.skipped[0], 'only Ubuntu packages are not installed here'
     comfy = tree.root / 'opt/comfy'
-    assert {p.name for p in comfy.iterdir()} == {'ComfyUI', 'env', 'custom_nodes'} and not list(comfy.rglob('.git'))
-    assert not (comfy / 'ComfyUI/extra_model_paths.yaml').exists() and list((comfy / 'ComfyUI').rglob('server.*.pyc'))
-    assert tree.env['WAN_AVATAR_GIT_SHA'] == '5' * 40 and tree.env['PATH'].startswith(f'{tree.root}/opt/worker/bin:')
+    assert {p.name for p in comfy.iterdir()} == {'ComfyUI', 'env', 'custom_nodes'}
+    assert not list(comfy.rglob('.git'))
+    assert not (comfy / 'ComfyUI/extra_model_paths.yaml').exists()
+    assert list((comfy / 'ComfyUI').rglob('server.*.pyc'))
+    assert tree.env['WAN_AVATAR_GIT_SHA'] == '5' * 40
+    assert tree.env['PATH'].startswith(f'{tree.root}/opt/worker/bin:')
     for python in (tree.root / 'opt/worker/bin/python', comfy / 'env/bin/python'):
-        where = subprocess.run([python, '-c', 'import wan_avatar, tinydep; print(wan_avatar.__file__)'], env=tree.env, cwd='/', check=True, capture_output=True, text=True).stdout
+        where = subprocess.run(
+            [python, '-c', 'import wan_avatar, tinydep; print(wan_avatar.__file__)'], env=tree.env, cwd='/', check=True,
+            capture_output=True, text=True
+        ).stdout
         assert where.startswith(str(python.parents[1])), 'the wheel is not what is imported'
 
 def test_wheel_carries_graphs_lock_and_nodes(tree):
     (wheel,) = (tree.root / 'wheel').glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {p.relative_to(ROOT).as_posix() for kind in ('*.py', 'workflows/*.json', '*.lock.json') for p in (ROOT / 'wan_avatar').glob(kind)}
-    assert ours <= names and {'wan_avatar/nodes.py', 'wan_avatar/models.lock.json', 'wan_avatar/workflows/wan22-animate.json'} <= names
-    assert wheel.stat().st_size < 2e6 and not [n for n in names if n.endswith(('.ipynb', '.mp4', '.safetensors'))]
+    ours = {
+        p.relative_to(ROOT).as_posix()
+        for kind in ('*.py', 'workflows/*.json', '*.lock.json')
+        for p in (ROOT / 'wan_avatar').glob(kind)
+    }
+    assert ours <= names
+    assert {'wan_avatar/nodes.py', 'wan_avatar/models.lock.json', 'wan_avatar/workflows/wan22-animate.json'} <= names
+    assert wheel.stat().st_size < 2e6
+    assert not [n for n in names if n.endswith(('.ipynb', '.mp4', '.safetensors'))]
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    return {
+        str(p): (p.stat().st_size, p.stat().st_mtime_ns)
+        for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts
+    }
 
 def test_the_images_worker_says_what_it_lacks(tree):
-    done = subprocess.run([tree.root / 'opt/worker/bin/python', '-m', 'wan_avatar.worker'], env=tree.env, cwd='/', capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and 'MINIO_ENDPOINT: not set' in done.stderr and 'Traceback' not in done.stderr
+    done = subprocess.run(
+        [tree.root / 'opt/worker/bin/python', '-m', 'wan_avatar.worker'], env=tree.env, cwd='/', capture_output=True,
+        text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert 'MINIO_ENDPOINT: not set' in done.stderr
+    assert 'Traceback' not in done.stderr
 
 @pytest.mark.parametrize('args, words', [
     (['comfyui', '', '0' * 40, 'CODE', 'F'], 'no repository given'),
@@ -290,25 +372,43 @@ def test_the_images_worker_says_what_it_lacks(tree):
     (['comfyui', 'file://REPO', '0' * 40, 'CODE', 'F'], 'exit status 128'),
     (['comfyui', 'file://REPO', 'SHA', 'f00d', 'F'], 'ComfyUI 0.1 whose code has the hash CODE; the lock says f00d'),
     (['nodes', '', 'F'], 'when there are none, say none'),
-    (['environment', 'F', 'BADHASH'], 'DO NOT MATCH THE HASHES'), (['environment', 'F', 'NOHASH'], 'Hashes are required'), (['environment', 'F', 'GOOD', 'MORE'], 'torch-of-the-base'),
-    (['package', 'REPO'], '0 wheels')])
+    (['environment', 'F', 'BADHASH'], 'DO NOT MATCH THE HASHES'),
+    (['environment', 'F', 'NOHASH'], 'Hashes are required'),
+    (['environment', 'F', 'GOOD', 'MORE'], 'torch-of-the-base'),
+    (['package', 'REPO'], '0 wheels'),
+])
 def test_a_build_that_can_not_be_right_fails(args, words, tmp_path):
     (repo := tmp_path / 'repo').mkdir()
     (repo / 'comfyui_version.py').write_text('__version__ = "0.1"\n')
-    sha, code, line = repository(repo), install.code_hash(repo), make_wheel(tmp_path / 'wheels', 'tinydep', '1.0')
-    for name, text in {'GOOD': line, 'BADHASH': line[:-5] + 'beef\n', 'NOHASH': 'tinydep==1.0\n', 'MORE': 'torch-of-the-base>=2\n'}.items(): (tmp_path / name).write_text(text)
+    sha = repository(repo)
+    code = install.code_hash(repo)
+    line = make_wheel(tmp_path / 'wheels', 'tinydep', '1.0')
+    texts = {
+        'GOOD': line,
+        'BADHASH': line[:-5] + 'beef\n',
+        'NOHASH': 'tinydep==1.0\n',
+        'MORE': 'torch-of-the-base>=2\n',
+    }
+    for name, text in texts.items(): (tmp_path / name).write_text(text)
     files = ('GOOD', 'BADHASH', 'NOHASH', 'MORE', 'F')
     filled = [a.replace('REPO', str(repo)).replace('SHA', sha).replace('CODE', code) for a in args]
     given = [str(tmp_path / a) if a in files else a for a in filled]
     env = os.environ | {'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(tmp_path / 'wheels'), 'PIP_CONFIG_FILE': os.devnull}
-    done = subprocess.run([sys.executable, ROOT / 'nbs/tools/install.py', *given], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and words.replace('CODE', code) in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / 'nbs/tools/install.py', *given], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert words.replace('CODE', code) in done.stderr, done.stderr
     assert 'Traceback' not in done.stderr
 
 # %% the guide, with the worker of the tree above
 def blocks() -> list[str]:
     cells = json.loads((ROOT / 'nbs/guide_deploy.ipynb').read_text())['cells']
-    return [b for c in cells if c['cell_type'] == 'markdown' for b in re.findall(r'^```sh\n(.*?)^```', ''.join(c['source']), re.M | re.S)]
+    return [
+        b
+        for c in cells if c['cell_type'] == 'markdown'
+        for b in re.findall(r'^```sh\n(.*?)^```', ''.join(c['source']), re.M | re.S)
+    ]
 
 @pytest.fixture
 def checkout(tmp_path, samples):
@@ -316,13 +416,19 @@ def checkout(tmp_path, samples):
     root = tmp_path / 'checkout'
     for name in ('endpoint.toml', 'settings.ini', 'Dockerfile', '.gitignore', 'wan_avatar', 'nbs/tools'):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir(): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__'))
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__'))
         else: shutil.copy(ROOT / name, root / name)
-    (root / 'endpoint.toml').write_text((ROOT / 'endpoint.toml').read_text().replace('job_ttl_s = 3600', 'job_ttl_s = 1900').replace('execution_timeout_s = 1200', 'execution_timeout_s = 1300'))
-    for args in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '-m', 'all']): subprocess.run(['git', '-C', str(root), *args], check=True)
+    text = (ROOT / 'endpoint.toml').read_text().replace('job_ttl_s = 3600', 'job_ttl_s = 1900')
+    text = text.replace('execution_timeout_s = 1200', 'execution_timeout_s = 1300')
+    (root / 'endpoint.toml').write_text(text)
+    author = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+    for args in (['init', '-q'], ['add', '.'], [*author, 'commit', '-q', '-m', 'all']):
+        subprocess.run(['git', '-C', str(root), *args], check=True)
     (root / 'runs/samples').mkdir(parents=True)
     (root / 'runs/samples/astronaut.png').symlink_to(samples / 'astronaut.png')
-    cut(samples / 'single_face.mp4', 12, tmp_path).rename(root / 'runs/samples/single_face.mp4') # half a second, to be done sooner
+    # half a second, to be done sooner
+    cut(samples / 'single_face.mp4', 12, tmp_path).rename(root / 'runs/samples/single_face.mp4')
     (root / '.venv').symlink_to(ROOT / '.venv')
     (root / '.git/info/exclude').write_text('.venv\n') # a folder in real life
     (tmp_path / 'bin').mkdir()
@@ -331,26 +437,62 @@ def checkout(tmp_path, samples):
     return root
 
 def test_every_command_of_the_guide(tree, checkout, tmp_path):
-    """In its order and in one shell, as it stands there. Stand-ins: RunPod's control plane, and an executable called docker that only
-    writes down how it was called. Real: the shell, git, `wan-avatar`, the local endpoint under the id that `apply` printed, and the
-    image's worker with its ComfyUI, which writes nothing where the image's user may not write"""
-    script = 'set -eu\n' + ''.join(f'echo "## block {n}" >&2\n{b}' for n, b in enumerate(blocks())) + 'echo "$TAG $ENDPOINT"\n'
-    before, home = snapshot(tree.root / 'opt'), tree.root / 'var/lib/wan-avatar'
-    command = ['env', '-u', 'PYTHONPATH', *(f'{k}={v}' for k, v in tree.env.items() if not k.startswith('PIP')), str(tree.root / 'opt/worker/bin/python'), '-m', 'wan_avatar.worker']
+    """In its order and in one shell, as it stands there. Stand-ins: RunPod's control plane, and an executable called
+    docker that only writes down how it was called. Real: the shell, git, `wan-avatar`, the local endpoint under the id
+    that `apply` printed, and the image's worker with its ComfyUI, which writes nothing where the image's user may not
+    write"""
+    script = (
+        'set -eu\n'
+        + ''.join(f'echo "## block {n}" >&2\n{b}' for n, b in enumerate(blocks()))
+        + 'echo "$TAG $ENDPOINT"\n'
+    )
+    before = snapshot(tree.root / 'opt')
+    home = tree.root / 'var/lib/wan-avatar'
+    command = [
+        'env',
+        '-u',
+        'PYTHONPATH',
+        *(f'{k}={v}' for k, v in tree.env.items() if not k.startswith('PIP')),
+        str(tree.root / 'opt/worker/bin/python'),
+        '-m',
+        'wan_avatar.worker',
+    ]
     with control_plane() as plane, up(tmp_path / 'local', command, {'PROFILE': 'draft'}, endpoint_id='ep0001') as local:
         plane.key = local.endpoint.api_key
-        env = os.environ | local.bucket.environment() | {'RUNPOD_API_KEY': plane.key, 'RUNPOD_API_BASE_URL': plane.url, 'RUNPOD_ENDPOINT_BASE_URL': local.endpoint.url,
-            'BUNDLE': 'dexsync/bundle', 'STUB_LOG': str(tmp_path / 'docker.log'), 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}'}
-        done = subprocess.run(['bash', '-c', script], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + ''.join(p.read_text()[-3000:] for p in tmp_path.glob('local/logs/*.log'))
-        secret = [v for v in (local.bucket.environment()['MINIO_SECRET_KEY'], plane.key) if v in done.stdout + done.stderr]
+        env = (
+            os.environ
+            | local.bucket.environment()
+            | {
+                'RUNPOD_API_KEY': plane.key,
+                'RUNPOD_API_BASE_URL': plane.url,
+                'RUNPOD_ENDPOINT_BASE_URL': local.endpoint.url,
+                'BUNDLE': 'dexsync/bundle',
+                'STUB_LOG': str(tmp_path / 'docker.log'),
+                'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}',
+            }
+        )
+        done = subprocess.run(
+            ['bash', '-c', script], cwd=checkout, env=env, capture_output=True, text=True, timeout=300
+        )
+        logs = ''.join(p.read_text()[-3000:] for p in tmp_path.glob('local/logs/*.log'))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + logs
+        secret = [
+            v
+            for v in (local.bucket.environment()['MINIO_SECRET_KEY'], plane.key) if v in done.stdout + done.stderr
+        ]
         *_, job = local.endpoint.plane.queue.jobs.values()
     assert (job.request.ttl_s, job.request.execution_s) == (1900, 1300), 'the file\'s times do not travel with the job'
     tag, endpoint = done.stdout.split()[-2:]
     docker = (tmp_path / 'docker.log').read_text()
-    assert f'build --platform linux/amd64 --tag {tag} ' in docker and f'push {tag}' in docker and '\nlogin' in docker and not secret
-    assert endpoint == 'ep0001' and [m for m, _ in plane.writes()] == ['POST', 'POST', 'DELETE'] and not plane.endpoints # created, given its model, destroyed
-    assert plane.models[endpoint] == ['https://huggingface.co/dexsync/bundle:main'] and check_mp4(checkout / 'runs/first/avatar.mp4', 12, has_audio=True)
+    assert f'build --platform linux/amd64 --tag {tag} ' in docker
+    assert f'push {tag}' in docker
+    assert '\nlogin' in docker
+    assert not secret
+    assert endpoint == 'ep0001'
+    assert [m for m, _ in plane.writes()] == ['POST', 'POST', 'DELETE'] # created, given its model, destroyed
+    assert not plane.endpoints
+    assert plane.models[endpoint] == ['https://huggingface.co/dexsync/bundle:main']
+    assert check_mp4(checkout / 'runs/first/avatar.mp4', 12, has_audio=True)
     assert re.search(r'completed .*\n\s*[1-9]', done.stdout), 'the queue of the very endpoint the job went to'
     check_versions(job.output['worker'], tree.arguments)
     assert 'custom_nodes/Sage' in (home / 'work/comfy/comfy.log').read_text(), 'ComfyUI did not load the custom node'
@@ -358,9 +500,11 @@ def test_every_command_of_the_guide(tree, checkout, tmp_path):
 
 def check_versions(worker: dict, built: dict[str, str]) -> None:
     "What made a video can be read from its manifest"
-    assert worker['git_sha'] == built['GIT_SHA'] and worker['comfyui'] == read_lock(ROOT)['comfyui']['version']
+    assert worker['git_sha'] == built['GIT_SHA']
+    assert worker['comfyui'] == read_lock(ROOT)['comfyui']['version']
     assert worker['comfyui_source'] == f'{built["COMFYUI_REPO"]}@{built["COMFYUI_COMMIT"]}'
-    assert worker['custom_nodes'] == built['CUSTOM_NODES'] and worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]
+    assert worker['custom_nodes'] == built['CUSTOM_NODES']
+    assert worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]
 
 def test_commands_in_the_prose_exist():
     "Inline code that begins with wan-avatar names a command of ours"

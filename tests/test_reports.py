@@ -17,10 +17,16 @@ from wan_avatar.endpoint import POOLS, render_time
 from wan_avatar.metrics import JobRecord, costs, estimates, read_records, start_of, without_price, write_records
 from wan_avatar.reports import Phase, ReportError, read_phases, report_parameters, report_path
 
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
+ENV = (
+    {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))}
+    | {'COMFY_DIR': str(ROOT / '.comfy'), 'IPYTHONDIR': '/nonexistent'}
+)
 
 def report(folder, *args, timeout=400) -> subprocess.CompletedProcess:
-    return subprocess.run([ROOT / '.venv/bin/wan-avatar', 'report', *map(str, args)], cwd=folder, env=ENV, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [ROOT / '.venv/bin/wan-avatar', 'report', *map(str, args)], cwd=folder, env=ENV, capture_output=True, text=True,
+        timeout=timeout
+    )
 
 @pytest.fixture(scope='module')
 def place(samples, tmp_path_factory):
@@ -45,64 +51,118 @@ def cold_start(place):
 
 def pictures(folder) -> set[str]:
     "PNGs that hold a picture, not an empty sheet"
-    return {p.stem for p in folder.glob('*.png') if len(Image.open(p).convert('RGB').resize((200, 100)).getcolors(20000)) > 20}
+    return {
+        p.stem
+        for p in folder.glob('*.png') if len(Image.open(p).convert('RGB').resize((200, 100)).getcolors(20000)) > 20
+    }
 
 def test_smoke(smoke):
-    summary, (record,) = json.loads((smoke / 'summary.json').read_text()), read_records(smoke / 'records.jsonl')
-    assert summary['ok'] and len(summary['checks']) == 13 and all(c['ok'] for c in summary['checks'])
-    assert pictures(smoke) == {'filmstrip', 'gantt-1', 'jobs'} and start_of(record) == 'cold' and record.gpu == 'cpu' and record.frames == 24
+    summary = json.loads((smoke / 'summary.json').read_text())
+    (record,) = read_records(smoke / 'records.jsonl')
+    assert summary['ok']
+    assert len(summary['checks']) == 13
+    assert all(c['ok'] for c in summary['checks'])
+    assert pictures(smoke) == {'filmstrip', 'gantt-1', 'jobs'}
+    assert start_of(record) == 'cold'
+    assert record.gpu == 'cpu'
+    assert record.frames == 24
     page = (smoke / 'smoke.html').read_text()
-    assert 'data:video/mp4;base64' in page and page.count('data:image/png;base64') >= 3 and 'Traceback' not in page
+    assert 'data:video/mp4;base64' in page
+    assert page.count('data:image/png;base64') >= 3
+    assert 'Traceback' not in page
 
 def test_cold_start(cold_start):
-    records, summary = read_records(cold_start / 'records.jsonl'), json.loads((cold_start / 'summary.json').read_text())
-    assert [(r.group, start_of(r)) for r in records] == [('B', 'cold'), ('B', 'warm'), ('A', 'cold'), ('A', 'warm')] and len({r.worker for r in records}) == 2
-    assert all({'cached': True} == s['facts'] for r in records for s in r.stages if s['name'] == 'track'), 'tracking is no part of a start'
-    assert pictures(cold_start) == {'jobs', 'cold_starts', 'gantt', 'percentiles', 'distribution', 'costs', 'months', 'full_size_model'} | ({'download'} & pictures(cold_start))
-    assert summary['cold_starts'] == 2 and summary['cold_start_parts_s']['B']['ComfyUI'] > 0.5 and 'Model, not measured' in summary['sentences'][2]
-    assert summary['costs'] == [] and summary['without_price'] == 'not measured on a GPU: these jobs ran on a cpu'
+    records = read_records(cold_start / 'records.jsonl')
+    summary = json.loads((cold_start / 'summary.json').read_text())
+    assert [(r.group, start_of(r)) for r in records] == [('B', 'cold'), ('B', 'warm'), ('A', 'cold'), ('A', 'warm')]
+    assert len({r.worker for r in records}) == 2
+    tracked = [s['facts'] for r in records for s in r.stages if s['name'] == 'track']
+    assert all(facts == {'cached': True} for facts in tracked), 'tracking is no part of a start'
+    always = {'jobs', 'cold_starts', 'gantt', 'percentiles', 'distribution', 'costs', 'months', 'full_size_model'}
+    assert pictures(cold_start) - {'download'} == always
+    assert summary['cold_starts'] == 2
+    assert summary['cold_start_parts_s']['B']['ComfyUI'] > 0.5
+    assert 'Model, not measured' in summary['sentences'][2]
+    assert summary['costs'] == []
+    assert summary['without_price'] == 'not measured on a GPU: these jobs ran on a cpu'
     cold = records[0]
-    assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(cold.delay_s + next(s['end_s'] for s in cold.stages if s['name'] == 'render'), abs=0.05)
-    assert {f['name'] for f in summary['endpoint_figures']} >= {'jobs: completed', 'workers: idle'} and all(f['source'].startswith('/health') for f in summary['endpoint_figures'])
+    assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(
+        cold.delay_s + next(s['end_s'] for s in cold.stages if s['name'] == 'render'), abs=0.05
+    )
+    assert {f['name'] for f in summary['endpoint_figures']} >= {'jobs: completed', 'workers: idle'}
+    assert all(f['source'].startswith('/health') for f in summary['endpoint_figures'])
 
 def test_a_recorded_run_is_drawn_again_and_a_failed_assert_is_exit_code_1(cold_start, place):
-    failed = JobRecord(job_id='j1', group='B', at='2026-01-01T00:00:00+00:00', submitted_s=0, done_s=9, state='FAILED', error='no_person: nobody')
+    failed = JobRecord(
+        job_id='j1', group='B', at='2026-01-01T00:00:00+00:00', submitted_s=0, done_s=9, state='FAILED',
+        error='no_person: nobody'
+    )
     write_records(place / 'more.jsonl', [*read_records(cold_start / 'records.jsonl'), failed])
     done = report(place, 'cold-start', '-p', 'records=more.jsonl', '-p', 'out=again')
-    assert done.returncode == 1 and 'job j1 is FAILED: no_person: nobody' in done.stderr and 'Traceback' not in done.stderr
-    assert 'AssertionError' in (place / 'again/cold_start.html').read_text(), 'a report that failed is kept to be looked at'
+    assert done.returncode == 1
+    assert 'job j1 is FAILED: no_person: nobody' in done.stderr
+    assert 'Traceback' not in done.stderr
+    page = (place / 'again/cold_start.html').read_text()
+    assert 'AssertionError' in page, 'a report that failed is kept to be looked at'
     first, again = (json.loads((folder / 'summary.json').read_text()) for folder in (cold_start, place / 'again'))
-    assert {k for k in first if first[k] != again[k]} == {'jobs', 'endpoint_figures'}, 'a failed job is counted, and changes nothing else'
-    assert all((place / f'again/{name}.png').read_bytes() == (cold_start / f'{name}.png').read_bytes() for name in ('cold_starts', 'percentiles', 'costs'))
+    changed = {k for k in first if first[k] != again[k]}
+    assert changed == {'jobs', 'endpoint_figures'}, 'a failed job is counted, and changes nothing else'
+    assert all(
+        (place / f'again/{name}.png').read_bytes() == (cold_start / f'{name}.png').read_bytes()
+        for name in ('cold_starts', 'percentiles', 'costs')
+    )
 
 @pytest.mark.parametrize('args, words', [
-    (('smoke', '-p', 'jobz=2'), "no parameter 'jobz'; it takes endpoint, image, driving, jobs, profile, out"), (('cold-start', '-p', 'cold=many'), 'must be a whole number'),
-    (('smoke', '-p', 'jobs'), 'name=value'), (('compare', 'nowhere', 'nowhere'), 'can not be read')])
+    (('smoke', '-p', 'jobz=2'), "no parameter 'jobz'; it takes endpoint, image, driving, jobs, profile, out"),
+    (('cold-start', '-p', 'cold=many'), 'must be a whole number'),
+    (('smoke', '-p', 'jobs'), 'name=value'),
+    (('compare', 'nowhere', 'nowhere'), 'cannot be read'),
+])
 def test_nothing_runs_when_a_name_is_wrong(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ['report', *args])
-    assert done.exit_code == 2 and words in ' '.join(done.output.split()) and list(tmp_path.iterdir()) == []
+    assert done.exit_code == 2
+    assert words in ' '.join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
 
 def test_two_runs_side_by_side(place):
-    def run(name, execution_s): return write_records(place / f'{name}.jsonl', [JobRecord(job_id=f'j{n}', group='smoke', at='2026-01-01T00:00:00+00:00', submitted_s=0, done_s=execution_s + n / 40,
-                                                                                         state='COMPLETED', execution_s=execution_s + n / 40) for n in range(8)])
-    done = CliRunner().invoke(app, ['report', 'compare', str(run('main', 3.0)), str(run('branch', 2.0)), '--out', str(place / 'compared'), '--json'])
+    base = dict(group='smoke', at='2026-01-01T00:00:00+00:00', submitted_s=0, state='COMPLETED')
+    def run(name, execution_s):
+        times = [execution_s + n / 40 for n in range(8)]
+        jobs = [JobRecord(job_id=f'j{n}', done_s=s, execution_s=s, **base) for n, s in enumerate(times)]
+        return write_records(place / f'{name}.jsonl', jobs)
+    done = CliRunner().invoke(app, [
+        'report', 'compare', str(run('main', 3.0)), str(run('branch', 2.0)), '--out', str(place / 'compared'), '--json',
+    ])
     assert done.exit_code == 0, done.output
-    assert {d['what']: (round(d['ratio'], 2), d['verdict']) for d in json.loads(done.stdout)['differences']} == {'smoke, unknown: total': (0.68, 'faster'), 'smoke, unknown: execution': (0.68, 'faster')}
+    assert (
+        {d['what']: (round(d['ratio'], 2), d['verdict']) for d in json.loads(done.stdout)['differences']}
+        == {'smoke, unknown: total': (0.68, 'faster'), 'smoke, unknown: execution': (0.68, 'faster')}
+    )
     assert pictures(place / 'compared') == {'compare'}
 
 @pytest.mark.parametrize('name, parameters', [
-    ('smoke', {'endpoint', 'image', 'driving', 'jobs', 'profile', 'out'}), ('cold-start', {'endpoint', 'cold', 'warm', 'phases', 'prices', 'out', 'records'})])
+    ('smoke', {'endpoint', 'image', 'driving', 'jobs', 'profile', 'out'}),
+    ('cold-start', {'endpoint', 'cold', 'warm', 'phases', 'prices', 'out', 'records'}),
+])
 def test_report_notebooks_read_well_un_run(name, parameters):
     notebook = nbformat.read(report_path(name), 4)
-    assert parameters <= set(report_parameters(report_path(name))) and all(not c.get('outputs') for c in notebook.cells)
-    assert notebook.cells[0].source.startswith('# ') and sum(c.cell_type == 'markdown' for c in notebook.cells) >= 5
+    assert parameters <= set(report_parameters(report_path(name)))
+    assert all(not c.get('outputs') for c in notebook.cells)
+    assert notebook.cells[0].source.startswith('# ')
+    assert sum(c.cell_type == 'markdown' for c in notebook.cells) >= 5
 
 HERE = {'B': Phase('B'), 'A': Phase('A')}
 
 @pytest.mark.parametrize('phases, endpoint, wanted', [
-    ('B,A', '', [HERE['B'], HERE['A']]), ('A', '', [HERE['A']]), ('B', 'abc123', [Phase('B', 'abc123')]), (' B , A ', 'B=x,A=http://h/v2/y', [Phase('B', 'x'), Phase('A', 'http://h/v2/y')]),
-    ('C', '', 'phase C'), ('B,A', 'B=x', 'phase A'), ('B', 'B=x,A=y', 'phase A')])
+    ('B,A', '', [HERE['B'], HERE['A']]),
+    ('A', '', [HERE['A']]),
+    ('B', 'abc123', [Phase('B', 'abc123')]),
+    (' B , A ', 'B=x,A=http://h/v2/y', [Phase('B', 'x'), Phase('A', 'http://h/v2/y')]),
+    ('C', '', 'phase C'),
+    ('B,A', 'B=x', 'phase A'),
+    ('B', 'B=x,A=y', 'phase A'),
+])
 def test_phases_and_their_endpoints(phases, endpoint, wanted):
     if not isinstance(wanted, str): assert read_phases(phases, endpoint, HERE) == wanted
     else:
@@ -111,20 +171,26 @@ def test_phases_and_their_endpoints(phases, endpoint, wanted):
 def test_the_workflow_runs_make_test_pinned_and_without_secrets():
     text = (ROOT / '.github/workflows/test.yml').read_text()
     steps = yaml.safe_load(text)['jobs']['test']['steps']
-    assert any(str(s.get('run', '')).startswith('make test') for s in steps) and 'secrets.' not in text
+    assert any(str(s.get('run', '')).startswith('make test') for s in steps)
+    assert 'secrets.' not in text
     assert all(re.fullmatch(r'actions/[\w-]+@v\d+\.\d+\.\d+', s['uses']) for s in steps if 'uses' in s)
 
 @pytest.mark.parametrize('name', ['smoke', 'cold_start'])
 def test_the_recorded_example_is_whole(name):
     folder = ROOT / 'runs' / name
-    assert json.loads((folder / 'summary.json').read_text())['report'] == name and all(r.state == 'COMPLETED' for r in read_records(folder / 'records.jsonl')) and pictures(folder)
-    tracked = subprocess.run(['git', 'ls-files', '--', f'runs/{name}'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert tracked and all(p.endswith(('.png', '.json', '.jsonl')) for p in tracked)
+    assert json.loads((folder / 'summary.json').read_text())['report'] == name
+    assert all(r.state == 'COMPLETED' for r in read_records(folder / 'records.jsonl'))
+    assert pictures(folder)
+    command = ['git', 'ls-files', '--', f'runs/{name}']
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert tracked
+    assert all(p.endswith(('.png', '.json', '.jsonl')) for p in tracked)
 
 def test_recorded_money_is_what_is_known_today():
     "A card that was measured since shows in `runs/gpu`, and then no picture may still say at least"
     folder = ROOT / 'runs/cold_start'
-    summary, records = json.loads((folder / 'summary.json').read_text()), read_records(folder / 'records.jsonl')
+    summary = json.loads((folder / 'summary.json').read_text())
+    records = read_records(folder / 'records.jsonl')
     found = costs(records)
     assert (summary['costs'], summary['without_price']) == ([asdict(c) for c in found], without_price(records))
     now = [asdict(e) | {'usd': e.usd} for e in estimates(summary['estimates']['video_s'], found)]
@@ -141,4 +207,5 @@ def test_the_guides_table_is_what_is_known_today():
         for seconds in (3, 10):
             render = render_time(seconds, pool.types)
             cost = f'{render.least}{render.seconds * pool.dollars_per_s:.2f} USD'
-            assert f'{render}, {cost} |' in rows[name] and render.source in rows[name], again
+            assert f'{render}, {cost} |' in rows[name], again
+            assert render.source in rows[name], again

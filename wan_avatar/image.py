@@ -19,13 +19,14 @@ from collections.abc import Mapping
 from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
+
 from .files import whole_file
 
 # %% ../nbs/56_image.ipynb #1c446d7d
 REPOSITORY = 'dexsynccom/twin-avatar'
 
 class ImageError(Exception):
-    "The image can't be named, built or pushed; says what to do"
+    "The image cannot be named, built or pushed; says what to do"
 
 @dataclass(frozen=True)
 class Commit:
@@ -37,11 +38,12 @@ class Commit:
 def read_commit(
     root: Path # of the checkout
 ) -> Commit:
-    "The commit of a checkout, and what is not committed; ImageError when it is none"
+    "The commit of a checkout, and the files that are not committed; ImageError when it has no commit"
     def git(*args: str) -> str:
-        asked = subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=60, env=os.environ | {'TZ': 'UTC'})
-        if asked.returncode: raise ImageError(f'{root} is not a git checkout with a commit: {asked.stderr.strip()}')
-        return asked.stdout
+        command = ['git', '-C', str(root), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {'TZ': 'UTC'})
+        if done.returncode: raise ImageError(f'{root} is not a git checkout with a commit: {done.stderr.strip()}')
+        return done.stdout
     sha, day = git('log', '-1', '--format=%H %cd', '--date=format-local:%Y%m%d').split()
     return Commit(sha, day, tuple(line[3:] for line in git('status', '--porcelain').splitlines()))
 
@@ -51,10 +53,12 @@ def image_tag(
     dirty: bool = False # allow uncommitted files
 ) -> str:
     "`repository:wan-worker-YYYYMMDD-<gitsha>`; ImageError on uncommitted files"
-    if commit.changed and not dirty:
-        some = ', '.join(commit.changed[:3]) + (', …' if len(commit.changed) > 3 else '')
-        raise ImageError(f'{len(commit.changed)} files are not committed ({some}); commit them, or say --dirty for an image that is not to be deployed')
-    return f'{REPOSITORY}:wan-worker-{commit.day}-{commit.sha[:12]}' + ('-dirty' if commit.changed else '')
+    changed = commit.changed
+    if changed and not dirty:
+        some = ', '.join(changed[:3]) + (', …' if len(changed) > 3 else '')
+        raise ImageError(f'{len(changed)} files are not committed ({some}); '
+                         'commit them, or say --dirty for an image that is not to be deployed')
+    return f'{REPOSITORY}:wan-worker-{commit.day}-{commit.sha[:12]}' + ('-dirty' if changed else '')
 
 # %% ../nbs/56_image.ipynb #b6905c3c
 def read_lock(
@@ -65,9 +69,10 @@ def read_lock(
 
 def read_metadata(root: Path) -> Mapping[str, str]:
     "settings.ini of a checkout"
-    if not (root / 'settings.ini').exists(): raise ImageError(f'{root} has no settings.ini; run this in a checkout of wan_avatar')
+    settings = root / 'settings.ini'
+    if not settings.exists(): raise ImageError(f'{root} has no settings.ini; run this in a checkout of wan_avatar')
     cfg = ConfigParser(delimiters=['='])
-    cfg.read(root / 'settings.ini', encoding='utf-8')
+    cfg.read(settings, encoding='utf-8')
     return cfg['DEFAULT']
 
 def build_arguments(
@@ -76,20 +81,27 @@ def build_arguments(
     version: str # of the package
 ) -> dict[str, str]: # name -> value
     "Arguments of the Dockerfile"
-    comfyui, nodes = lock['comfyui'], [f'{n["repo"]}@{n["commit"]}' for n in lock['custom_nodes']]
-    return {'COMFYUI_REPO': comfyui['repo'], 'COMFYUI_COMMIT': comfyui['commit'],
-            'COMFYUI_CODE_SHA256': comfyui['code_sha256'],
-            'CUSTOM_NODES': ' '.join(nodes) or 'none', 'GIT_SHA': commit.sha + ('-dirty' if commit.changed else ''), 'VERSION': version}
+    comfyui = lock['comfyui']
+    nodes = [f'{n["repo"]}@{n["commit"]}' for n in lock['custom_nodes']]
+    return {
+        'COMFYUI_REPO': comfyui['repo'],
+        'COMFYUI_COMMIT': comfyui['commit'],
+        'COMFYUI_CODE_SHA256': comfyui['code_sha256'],
+        'CUSTOM_NODES': ' '.join(nodes) or 'none',
+        'GIT_SHA': commit.sha + ('-dirty' if commit.changed else ''),
+        'VERSION': version,
+    }
 
 # %% ../nbs/56_image.ipynb #4878985f
-PYTHON, PLATFORM = '3.12', 'x86_64-manylinux_2_39' # of the base image: Ubuntu 24.04
+PYTHON = '3.12' # of the base image: Ubuntu 24.04
+PLATFORM = 'x86_64-manylinux_2_39'
 
 @dataclass(frozen=True)
 class Inputs:
     "What one requirements file is compiled from"
     wanted: tuple[str, ...] # requirements
     given: tuple[str, ...] = () # `name==version` the base image has
-    without: tuple[str, ...] = () # names left out, whoever asks for them
+    without: tuple[str, ...] = () # names left out, whichever package asks for them
 
     @property
     def digest(self) -> str:
@@ -103,12 +115,17 @@ def requirement_name(requirement: str) -> str:
 def requirement_inputs(
     metadata: Mapping[str, str] # settings.ini
 ) -> dict[str, Inputs]: # by environment
-    "What the image's two environments hold"
-    base, worker, comfy, build, gpu, given, without = (tuple(metadata[k].split()) for k in (
-        'requirements', 'worker_requirements', 'comfy_requirements', 'image_worker_requirements', 'image_comfy_requirements', 'image_given', 'image_without'))
+    "The packages of the image's two environments"
+    def names(key: str) -> tuple[str, ...]: return tuple(metadata[key].split())
+    base = names('requirements')
+    given = names('image_given')
+    without = names('image_without')
     replaced = {requirement_name(r) for r in (*given, *without)}
-    return {'worker': Inputs(base + worker + build),
-            'comfy': Inputs(base + tuple(r for r in comfy if requirement_name(r) not in replaced) + gpu, given, without)}
+    comfy = tuple(r for r in names('comfy_requirements') if requirement_name(r) not in replaced)
+    return {
+        'worker': Inputs(base + names('worker_requirements') + names('image_worker_requirements')),
+        'comfy': Inputs(base + comfy + names('image_comfy_requirements'), given, without),
+    }
 
 # %% ../nbs/56_image.ipynb #a02c70d6
 def requirements_file(root: Path, name: str) -> Path:
@@ -116,61 +133,79 @@ def requirements_file(root: Path, name: str) -> Path:
     return root / f'nbs/tools/requirements-{name}.txt'
 
 def _header(inputs: Inputs) -> str:
-    return f'# compiled for Python {PYTHON} on {PLATFORM} by `wan-avatar image lock`; do not edit\n# from settings.ini: {inputs.digest}\n'
+    return (f'# compiled for Python {PYTHON} on {PLATFORM} by `wan-avatar image lock`; do not edit\n'
+            f'# from settings.ini: {inputs.digest}\n')
 
 def stale_requirements(root: Path) -> list[str]:
     "Files that were compiled from other settings than those that are here"
-    return [requirements_file(root, n).name for n, i in requirement_inputs(read_metadata(root)).items()
-            if not requirements_file(root, n).exists() or not requirements_file(root, n).read_text().startswith(_header(i))]
+    def stale(file: Path, inputs: Inputs) -> bool:
+        return not file.exists() or not file.read_text().startswith(_header(inputs))
+    files = {requirements_file(root, n): i for n, i in requirement_inputs(read_metadata(root)).items()}
+    return [file.name for file, inputs in files.items() if stale(file, inputs)]
 
 # %% ../nbs/56_image.ipynb #69d2f89c
 def compile_requirements(
     name: str, # of the environment
     inputs: Inputs,
     root: Path, # of the checkout
-    upgrade: bool = False # take newer versions of what settings.ini does not pin
+    upgrade: bool = False # take newer versions of requirements that settings.ini does not pin
 ) -> Path:
-    "Resolve and write a requirements file with hashes; what stays good keeps its version"
+    "Resolve and write a requirements file with hashes; a version that still fits is kept"
     target = requirements_file(root, name)
     with whole_file(target) as part, tempfile.TemporaryDirectory() as folder:
-        def put(file: str, lines) -> Path:
-            (path := Path(folder) / file).write_text('\n'.join(lines))
-            return path
         if target.exists(): part.write_text(target.read_text()) # uv keeps the versions it finds in its output
-        known = [f'[[dependency-metadata]]\nname = "{n}"\nversion = "{v}"\nrequires-dist = []' for n, v in (g.split('==') for g in inputs.given)]
-        given = put('given.txt', inputs.given)
-        done = subprocess.run([sys.executable, '-m', 'uv', 'pip', 'compile', '--quiet', '--no-header', '--generate-hashes', '--no-emit-index-url', '--python-version', PYTHON,
-            '--python-platform', PLATFORM, '--config-file', put('uv.toml', known), '--override', put('without.txt', (f'{n}; python_version < "0"' for n in inputs.without)),
-            *(['--upgrade'] if upgrade else []), *(f'--no-emit-package={requirement_name(g)}' for g in inputs.given),
-            put('settings.in', inputs.wanted), given, '--output-file', part.resolve()], cwd=folder, capture_output=True, text=True)
-        if done.returncode: raise ImageError(f'{target.name} can not be compiled: {done.stderr.strip()}')
+        command = [sys.executable, '-m', 'uv', *_compile_options(inputs, Path(folder)), *['--upgrade'] * upgrade]
+        done = subprocess.run([*command, '--output-file', part.resolve()], cwd=folder, capture_output=True, text=True)
+        if done.returncode: raise ImageError(f'{target.name} cannot be compiled: {done.stderr.strip()}')
         part.write_text(_header(inputs) + part.read_text().replace(f'{folder}/', ''))
     return target
+
+def _compile_options(inputs: Inputs, folder: Path) -> list[str | Path]: # of uv; its input files go into `folder`
+    def put(file: str, lines: list[str]) -> Path:
+        (folder / file).write_text('\n'.join(lines))
+        return folder / file
+    def known(requirement: str) -> str:
+        name, version = requirement.split('==')
+        return f'[[dependency-metadata]]\nname = "{name}"\nversion = "{version}"\nrequires-dist = []'
+    never = [f'{name}; python_version < "0"' for name in inputs.without]
+    return [
+        'pip', 'compile', '--quiet', '--no-header', '--generate-hashes', '--no-emit-index-url',
+        '--python-version', PYTHON, '--python-platform', PLATFORM,
+        '--config-file', put('uv.toml', [known(g) for g in inputs.given]),
+        '--override', put('without.txt', never),
+        *(f'--no-emit-package={requirement_name(g)}' for g in inputs.given),
+        put('settings.in', list(inputs.wanted)), put('given.txt', list(inputs.given)),
+    ]
 
 # %% ../nbs/56_image.ipynb #5e2846c0
 @dataclass(frozen=True)
 class Built:
     "An image on this machine"
     tag: str
-    digest: str # of the pushed image where there is one, else the local id
+    digest: str # of the pushed image if there is one, else the local id
     bytes: int # unpacked
 
 def docker(
     *args: str,
     show: bool = False # let Docker write to the terminal
-) -> str: # what it printed, unless shown
-    "Run Docker; ImageError says what it said"
-    try: done = subprocess.run(['docker', *args], stdout=None if show else subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True)
-    except FileNotFoundError: raise ImageError('there is no `docker` on PATH; install Docker (with BuildKit), or build on a machine that has it') from None
-    if done.returncode:
-        said = '' if show else ': ' + '\n'.join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise ImageError(f'`docker {args[0]}` ended with {done.returncode}{said or "; its lines are above"}')
-    return done.stdout or ''
+) -> str: # its output, unless shown
+    "Run Docker; ImageError has its last lines"
+    output = None if show else subprocess.PIPE
+    try: done = subprocess.run(['docker', *args], stdout=output, stderr=output, text=True)
+    except FileNotFoundError:
+        remedy = 'install Docker (with BuildKit), or build on a machine that has it'
+        raise ImageError(f'there is no `docker` on PATH; {remedy}') from None
+    if not done.returncode: return done.stdout or ''
+    ended = f'`docker {args[0]}` ended with {done.returncode}'
+    if show: raise ImageError(f'{ended}; its lines are above')
+    last = (done.stderr or done.stdout).strip().splitlines()[-5:]
+    raise ImageError(f'{ended}: ' + '\n'.join(last))
 
 def inspect(tag: str) -> Built:
-    "What Docker knows about an image"
+    "Tag, digest and size of an image on this machine"
     about = json.loads(docker('image', 'inspect', tag))[0]
-    pushed = [d for d in about.get('RepoDigests') or [] if d.startswith(tag.rpartition(':')[0] + '@')]
+    repository = tag.rpartition(':')[0]
+    pushed = [d for d in about.get('RepoDigests') or [] if d.startswith(f'{repository}@')]
     return Built(tag, pushed[0].partition('@')[2] if pushed else about['Id'], about['Size'])
 
 # %% ../nbs/56_image.ipynb #ed533851
@@ -180,8 +215,10 @@ def build_image(
 ) -> Built:
     "Build the image of a checkout under its tag"
     commit = read_commit(root)
-    tag, arguments = image_tag(commit, dirty), build_arguments(read_lock(root), commit, read_metadata(root)['version'])
-    if old := stale_requirements(root): raise ImageError(f'settings.ini has changed since {", ".join(old)} were compiled; run: wan-avatar image lock')
+    tag = image_tag(commit, dirty)
+    arguments = build_arguments(read_lock(root), commit, read_metadata(root)['version'])
+    if old := stale_requirements(root):
+        raise ImageError(f'settings.ini has changed since {", ".join(old)} were compiled; run: wan-avatar image lock')
     given = [part for k, v in arguments.items() for part in ('--build-arg', f'{k}={v}')]
     docker('build', '--platform', 'linux/amd64', '--tag', tag, *given, str(root), show=True)
     return inspect(tag)
@@ -192,9 +229,11 @@ def push_image(
 ) -> Built:
     "Push the image of a checkout; ImageError when the tag is taken by other content"
     tag = image_tag(read_commit(root), dirty)
-    here, there = inspect(tag), _in_registry(tag)
-    if there and there != here.digest and not tag.endswith('-dirty'):
-        raise ImageError(f'{tag} is in the registry already, as {there}: a tag keeps its content; commit what has changed and build that')
+    local = inspect(tag)
+    remote = _in_registry(tag)
+    if remote and remote != local.digest and not tag.endswith('-dirty'):
+        raise ImageError(f'{tag} is in the registry already, as {remote}: a tag keeps its content; '
+                         'commit what has changed and build that')
     docker('push', tag, show=True)
     return inspect(tag)
 

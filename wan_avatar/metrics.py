@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'LEAST', 'JobRecor
            'Part', 'kind_of', 'named', 'cold_parts', 'by_kind', 'download_speed', 'Price', 'PricesError', 'load_prices',
            'price_of', 'billed_s', 'Cost', 'costs', 'without_price', 'Estimate', 'estimates', 'cold_share_at',
            'monthly', 'months', 'cold_share', 'FullSize', 'full_weights', 'full_size_start', 'Difference', 'difference',
-           'figures_of', 'compare_runs', 'Sourced', 'health_figures', 'billing_figures', 'mean_parts', 'what_dominates',
-           'fetched_bytes', 'what_is_saved', 'what_full_size_saves', 'summarise']
+           'figures_of', 'compare_runs', 'Sourced', 'health_figures', 'billing_figures', 'mean_parts', 'fetched_bytes',
+           'what_dominates', 'what_is_saved', 'what_full_size_saves', 'summarise']
 
 # %% ../nbs/54_metrics.ipynb #3ffc0930
 import json
@@ -20,9 +20,11 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+
 import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from .cards import measured
 from .client import Client, Status
 from .endpoint import API, POOLS, PRICED, RenderTime, Runs, render_time, start_files
@@ -67,7 +69,7 @@ def ready_s(
 def start_of(
     record: JobRecord
 ) -> str: # cold, shared, warm, unknown
-    "How a job met its worker, by the worker's own report"
+    "Whether the job found a cold, shared or warm worker, from the worker's boot report"
     if record.boot is None: return 'unknown'
     if record.boot['job_number'] == 1: return 'cold' # the worker was started for it
     waited_from = record.boot['taken_s'] - (record.delay_s or 0)
@@ -79,46 +81,61 @@ class RecordsError(ValueError):
 
 def write_records(path: Path, records: Iterable[JobRecord]) -> Path: # `path`
     "One JSON line each"
-    with whole_file(path) as part: part.write_text(''.join(r.model_dump_json(exclude_none=True) + '\n' for r in records))
+    lines = [r.model_dump_json(exclude_none=True) + '\n' for r in records]
+    with whole_file(path) as part: part.write_text(''.join(lines))
     return path
 
 def read_records(path: Path) -> list[JobRecord]:
     "Every line; RecordsError names the line and the field that is wrong"
     records = []
     try: text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e: raise RecordsError(f'{path} can not be read: {e}') from None
+    except (OSError, UnicodeDecodeError) as e: raise RecordsError(f'{path} cannot be read: {e}') from None
     for n, line in enumerate(text.splitlines(), 1):
         try: records.append(JobRecord.model_validate_json(line))
         except ValidationError as e:
             first = e.errors()[0]
-            raise RecordsError(f'{path}, line {n}: {".".join(map(str, first["loc"])) or "the line"}: {first["msg"]}') from None
+            field = '.'.join(map(str, first['loc'])) or 'the line'
+            raise RecordsError(f'{path}, line {n}: {field}: {first["msg"]}') from None
     if not records: raise RecordsError(f'{path} holds no record')
     return records
 
 # %% ../nbs/54_metrics.ipynb #a2bfe021
-def make_record(group: str, at: str, times: tuple[float, float | None, float], status: Status, manifest: dict | None) -> JobRecord:
-    "What three sides said, as one record; times are (submitted, seen in progress, over)"
+def make_record(
+    group: str,
+    at: str, # UTC
+    times: tuple[float, float | None, float], # submitted, seen in progress, over
+    status: Status,
+    manifest: dict | None
+) -> JobRecord:
+    "The client's times, the platform's status and the worker's manifest as one record"
     made = manifest or {}
     worker = made.get('worker', {})
-    return JobRecord(job_id=status.id, group=group, at=at, submitted_s=times[0], picked_s=times[1], done_s=times[2], state=status.state, error=status.error,
-                     delay_s=status.delay_s, execution_s=status.execution_s, worker=worker.get('id'), gpu=worker.get('gpu'), boot=made.get('boot'),
-                     stages=[s for s in made.get('timeline', []) if s['end_s'] is not None], **{k: made.get(k) for k in ('profile', 'frames', 'duration_s', 'bytes')})
+    submitted, picked, done = times
+    return JobRecord(
+        job_id=status.id, group=group, at=at, submitted_s=submitted, picked_s=picked, done_s=done,
+        state=status.state, error=status.error, delay_s=status.delay_s, execution_s=status.execution_s,
+        worker=worker.get('id'), gpu=worker.get('gpu'), boot=made.get('boot'),
+        stages=[s for s in made.get('timeline', []) if s['end_s'] is not None],
+        **{k: made.get(k) for k in ('profile', 'frames', 'duration_s', 'bytes')})
 
 def measured_job(
-    client: Client, store: Store,
+    client: Client,
+    store: Store,
     job: dict, # `Job` fields
     group: str,
     clock: Callable[[], float], # seconds since the run began
     on_status: Callable[[Status], None] = lambda status: None
 ) -> tuple[JobRecord, Status]: # the status holds the answer
     "Run a job to its end, whatever that is"
-    at, submitted, picked = datetime.now(UTC).isoformat(timespec='milliseconds'), clock(), None
+    at = datetime.now(UTC).isoformat(timespec='milliseconds')
+    submitted = clock()
+    picked = None
     for status in client.follow(client.submit(job).id, every_s=0.2):
         if status.state == 'IN_PROGRESS' and picked is None: picked = clock()
         on_status(status)
-    done = clock()
+    times = (round(submitted, 3), picked and round(picked, 3), round(clock(), 3))
     manifest = store.read_json(manifest_key(status.output['minio_key'])) if status.state == 'COMPLETED' else None
-    return make_record(group, at, (round(submitted, 3), picked and round(picked, 3), round(done, 3)), status, manifest), status
+    return make_record(group, at, times, status, manifest), status
 
 # %% ../nbs/54_metrics.ipynb #c5a7ec2b
 @dataclass(frozen=True)
@@ -144,22 +161,30 @@ def percentiles(
     if not n: return []
     resampled = np.percentile(np.random.default_rng(0).choice(sample, (draws, n)), qs, axis=1)
     bounds = np.percentile(resampled, (2.5, 97.5), axis=1).T
-    return [Percentile(q, float(np.percentile(sample, q)), *(map(float, b) if n > 1 else (None, None)), n) for q, b in zip(qs, bounds, strict=True)]
+    def interval(bound: np.ndarray) -> tuple[float | None, float | None]:
+        return (float(bound[0]), float(bound[1])) if n > 1 else (None, None)
+    return [Percentile(q, float(np.percentile(sample, q)), *interval(b), n) for q, b in zip(qs, bounds, strict=True)]
 
 # %% ../nbs/54_metrics.ipynb #83213121
 def waited_for(
     stages: list[dict], # of a timeline
-    begin_s: float, end_s: float # of the stretch to be explained
+    begin_s: float, # of the stretch to be explained
+    end_s: float
 ) -> list[tuple[int | None, float]]: # (index of a stage, seconds); None: no stage ran
     "Which stage each moment waited for"
-    cuts = sorted({begin_s, end_s, *(t for s in stages for t in (s['begin_s'], s['end_s']) if begin_s < t < end_s)})
+    times = (t for s in stages for t in (s['begin_s'], s['end_s']))
+    cuts = sorted({begin_s, end_s, *(t for t in times if begin_s < t < end_s)})
     sums: dict[int | None, float] = {}
     for a, b in zip(cuts, cuts[1:], strict=False):
-        running = [i for i, s in enumerate(stages) if s['begin_s'] <= a and s['end_s'] >= b]
-        inner = [i for i in running if not any(stages[j]['name'].startswith(f'{stages[i]["name"]}/') for j in running)]
-        who = max(inner, key=lambda i: (stages[i]['end_s'], -i)) if inner else None
-        sums[who] = sums.get(who, 0.0) + b - a
-    return [(who, round(seconds, 3)) for who, seconds in sums.items()]
+        last = _last_of([i for i, s in enumerate(stages) if s['begin_s'] <= a and s['end_s'] >= b], stages)
+        sums[last] = sums.get(last, 0.0) + b - a
+    return [(i, round(seconds, 3)) for i, seconds in sums.items()]
+
+def _last_of(running: list[int], stages: list[dict]) -> int | None:
+    "Of the stages that run, the one that ends last; one that contains another of them does not count"
+    def contains(i: int) -> bool: return any(stages[j]['name'].startswith(f'{stages[i]["name"]}/') for j in running)
+    inner = [i for i in running if not contains(i)]
+    return max(inner, key=lambda i: (stages[i]['end_s'], -i), default=None)
 
 @dataclass(frozen=True)
 class Part:
@@ -170,47 +195,55 @@ class Part:
     bytes: int | None = None
 
 # %% ../nbs/54_metrics.ipynb #a620d3bc
-KINDS = ('queue', 'process', 'ComfyUI', 'weights', 'verify', 'warm-up', 'other boot', 'hand-over', 'inputs', 'first segment')
+KINDS = ('queue', 'process', 'ComfyUI', 'weights', 'verify', 'warm-up', 'other boot', 'hand-over', 'inputs',
+         'first segment')
 
 def kind_of(
     stage: dict # of a boot
 ) -> str: # one of KINDS
     "What a stage of a boot is drawn as; a file that was already on the host is only verified"
-    name, facts = stage['name'], stage.get('facts', {})
+    name = stage['name']
+    facts = stage.get('facts', {})
     if name == 'comfy': return 'ComfyUI'
     if name.startswith('warm-up'): return 'warm-up'
     if 'file' in facts: return 'weights' if facts.get('fetched') else 'verify'
     return 'other boot'
 
 def named(stage: dict) -> str:
-    "A stage by what it is about"
+    "The name of a stage in a chart: the file it is about, if there is one"
     return 'ComfyUI' if stage['name'] == 'comfy' else Path(str(stage.get('facts', {}).get('file', stage['name']))).name
 
 def cold_parts(
     record: JobRecord # a cold one
 ) -> list[Part]: # in order; they add up to the wait for the first segment
     "From submit to the first finished segment"
-    boot, until = record.boot, ready_s(record)
+    boot = record.boot
+    until = ready_s(record)
+    def part(name: str, seconds: float) -> Part: return Part(name, name, round(seconds, 3))
     known = boot['process_s'] + boot['taken_s']
-    parts = [Part('queue', 'queue', round(max((record.delay_s or 0) - known, 0), 3)), Part('process', 'process', boot['process_s'])]
-    for who, seconds in waited_for(boot['stages'], 0, until):
-        stage = boot['stages'][who] if who is not None else {'name': 'between stages'}
+    parts = [part('queue', max((record.delay_s or 0) - known, 0)), Part('process', 'process', boot['process_s'])]
+    for i, seconds in waited_for(boot['stages'], 0, until):
+        stage = boot['stages'][i] if i is not None else {'name': 'between stages'}
         parts.append(Part(named(stage), kind_of(stage), seconds, stage.get('facts', {}).get('bytes')))
-    parts.append(Part('hand-over', 'hand-over', round(max(boot['taken_s'] - until, 0), 3)))
+    parts.append(part('hand-over', max(boot['taken_s'] - until, 0)))
     first = next((s for s in record.stages if s['name'] == 'render'), None)
-    return parts + ([Part('inputs', 'inputs', first['begin_s']), Part('first segment', 'first segment', round(first['end_s'] - first['begin_s'], 3))] if first else [])
+    if first is None: return parts
+    inputs = Part('inputs', 'inputs', first['begin_s'])
+    return [*parts, inputs, part('first segment', first['end_s'] - first['begin_s'])]
 
 def by_kind(parts: Iterable[Part]) -> dict[str, float]: # seconds, in the order of KINDS
     "Parts added up by kind; a kind that did not occur is not there"
     parts = list(parts)
-    return {k: round(sum(p.seconds for p in parts if p.kind == k), 3) for k in KINDS if any(p.kind == k for p in parts)}
+    occurring = {p.kind for p in parts}
+    return {k: round(sum(p.seconds for p in parts if p.kind == k), 3) for k in KINDS if k in occurring}
 
 # %% ../nbs/54_metrics.ipynb #21616d64
 def download_speed(
     stages: list[dict] # of a boot
 ) -> list[tuple[float, float]]: # (second, bytes per second from then on)
     "Speed over time; empty when nothing was downloaded"
-    came = [(s['begin_s'], s['end_s'], s['facts']['fetched']) for s in stages if kind_of(s) == 'weights' and s['end_s'] > s['begin_s']]
+    files = [s for s in stages if kind_of(s) == 'weights' and s['end_s'] > s['begin_s']]
+    came = [(s['begin_s'], s['end_s'], s['facts']['fetched']) for s in files]
     cuts = sorted({t for begin, end, _ in came for t in (begin, end)})
     return [(t, sum(size / (end - begin) for begin, end, size in came if begin <= t < end)) for t in cuts]
 
@@ -222,20 +255,25 @@ class Price:
     gpus: tuple[str, ...] # as RunPod names them
     usd_per_s: float # flex workers
 
-PRICES_DATE, PRICES_SOURCE = PRICED, 'docs.runpod.io, serverless pricing, flex workers'
+PRICES_DATE = PRICED
+PRICES_SOURCE = 'docs.runpod.io, serverless pricing, flex workers'
 PRICES = tuple(Price(name, pool.types, pool.dollars_per_s) for name, pool in POOLS.items())
 
 class PricesError(ValueError):
-    "A price table that can not be used"
+    "A price table that cannot be used"
 
 def load_prices(
     path: str = '' # JSON: [{"pool", "gpus", "usd_per_s"}]; empty: the table of this module
 ) -> tuple[Price, ...]:
     "The price table; PricesError says what is wrong with a file"
     if not path: return PRICES
-    try: found = tuple(Price(p['pool'], tuple(p['gpus']), float(p['usd_per_s'])) for p in json.loads(Path(path).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as e: raise PricesError(f'prices {path}: {type(e).__name__}: {e}; a list of {{"pool", "gpus", "usd_per_s"}} is expected') from None
-    if not found or min(p.usd_per_s for p in found) <= 0: raise PricesError(f'prices {path}: every usd_per_s must be above 0')
+    def row(p: dict) -> Price: return Price(p['pool'], tuple(p['gpus']), float(p['usd_per_s']))
+    try: found = tuple(map(row, json.loads(Path(path).read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        wanted = 'a list of {"pool", "gpus", "usd_per_s"} is expected'
+        raise PricesError(f'prices {path}: {type(e).__name__}: {e}; {wanted}') from None
+    if not found or min(p.usd_per_s for p in found) <= 0:
+        raise PricesError(f'prices {path}: every usd_per_s must be above 0')
     return found
 
 def price_of(gpu: str | None, prices: tuple[Price, ...] = PRICES) -> Price | None: # None: not RunPod's
@@ -247,7 +285,7 @@ def billed_s(
     record: JobRecord,
     idle_s: float = 5 # the endpoint's idle timeout
 ) -> float: # seconds
-    "Worker time one job is the reason for: its execution, and for a cold one the start before and the idle time after it"
+    "Worker time a job pays for: its execution; for a cold one also the start before and the idle time after it"
     start = record.boot['process_s'] + record.boot['taken_s'] + idle_s if start_of(record) == 'cold' else 0.0
     return start + (record.execution_s or 0.0)
 
@@ -276,9 +314,10 @@ def costs(
     return [_cost(card, start, jobs, price_of(card, prices), idle_s) for (card, start), jobs in sorted(found.items())]
 
 def _cost(card: str, start: str, jobs: list[JobRecord], price: Price, idle_s: float) -> Cost:
-    usd, video = price.usd_per_s * sum(billed_s(r, idle_s) for r in jobs), sum(r.duration_s or 0 for r in jobs)
-    ran = sum(r.execution_s for r in jobs) / len(jobs)
-    return Cost(card, price.pool, start, len(jobs), usd / len(jobs), usd / video if video else None, ran)
+    usd = price.usd_per_s * sum(billed_s(r, idle_s) for r in jobs)
+    video_s = sum(r.duration_s or 0 for r in jobs)
+    execution_s = sum(r.execution_s for r in jobs) / len(jobs)
+    return Cost(card, price.pool, start, len(jobs), usd / len(jobs), usd / video_s if video_s else None, execution_s)
 
 # %% ../nbs/54_metrics.ipynb #9cd796a8
 def without_price(
@@ -298,7 +337,7 @@ def without_price(
 # %% ../nbs/54_metrics.ipynb #ac3412ac
 @dataclass(frozen=True)
 class Estimate:
-    "What rendering a video costs in a pool where no job was measured; starts, finding the person, delivery come on top"
+    "What rendering a video costs in a pool where no job was measured; starts, tracking and delivery come on top"
     pool: str
     usd_per_s: float
     render: RenderTime | None # None: not measured
@@ -314,8 +353,9 @@ def estimates(
     runs: Runs | None = None # of GPUs; default: those of this checkout
 ) -> list[Estimate]: # one for every other pool
     "A measured window's seconds or the limit's, at the price of the very pool"
-    told, runs = {c.pool for c in found}, measured() if runs is None else runs
-    others = [p for p in prices if p.pool not in told]
+    priced = {c.pool for c in found}
+    runs = measured() if runs is None else runs
+    others = [p for p in prices if p.pool not in priced]
     return [Estimate(p.pool, p.usd_per_s, render_time(video_s, p.gpus, runs=runs)) for p in others]
 
 # %% ../nbs/54_metrics.ipynb #130bb30a
@@ -328,7 +368,8 @@ def cold_share_at(
     return math.exp(-jobs_per_day / 86400 * (execution_s + idle_s))
 
 def monthly(
-    cold_usd: float, warm_usd: float, # per job
+    cold_usd: float, # per job
+    warm_usd: float,
     jobs_per_day: float,
     cold_share: float # 0 to 1: measured, or `cold_share_at`
 ) -> float: # US dollars in 30 days
@@ -383,13 +424,14 @@ def full_size_start(
 ) -> list[Part]:
     "Model: the parts of a full-size cold start"
     weights = full_weights() if weights is None else weights
-    speed, mb = min(full.link, full.disk_write, full.hashing), 1e6
-    fetch = [] if cached else [Part(name, 'weights', round(size / mb / speed, 2), size) for name, size in weights]
-    total = sum(size for _, size in weights) / mb
-    verify = [Part('verify', 'verify', round(total / min(full.hashing, full.disk_read), 2))] if cached else []
-    spent = sum(p.seconds for p in fetch + verify)
+    total_mb = sum(size for _, size in weights) / 1e6
+    speed = min(full.link, full.disk_write, full.hashing)
+    if cached: arriving = [Part('verify', 'verify', round(total_mb / min(full.hashing, full.disk_read), 2))]
+    else: arriving = [Part(name, 'weights', round(size / 1e6 / speed, 2), size) for name, size in weights]
+    spent = sum(p.seconds for p in arriving)
     comfy = [Part('ComfyUI', 'ComfyUI', round(full.comfy_s - spent, 2))] if full.comfy_s > spent else []
-    return [Part('process', 'process', full.process_s), *fetch, *verify, *comfy, Part('load', 'warm-up', round(total / full.disk_read, 2))]
+    load = Part('load', 'warm-up', round(total_mb / full.disk_read, 2))
+    return [Part('process', 'process', full.process_s), *arriving, *comfy, load]
 
 # %% ../nbs/54_metrics.ipynb #28631040
 LEAST = 5 # jobs on each side, for a verdict
@@ -408,32 +450,45 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        if min(self.n_a, self.n_b) < LEAST: return f'too few jobs to tell ({self.n_a} and {self.n_b}; {LEAST} each are needed)'
-        return 'slower' if self.low > 1 else 'faster' if self.high < 1 else 'within the noise'
+        if min(self.n_a, self.n_b) < LEAST:
+            return f'too few jobs to tell ({self.n_a} and {self.n_b}; {LEAST} each are needed)'
+        if self.low > 1: return 'slower'
+        return 'faster' if self.high < 1 else 'within the noise'
 
 def difference(what: str, a: Iterable[float], b: Iterable[float], draws: int = 2000) -> Difference:
     "Ratio of medians with its bootstrap interval"
-    a, b, draw = np.asarray(list(a), float), np.asarray(list(b), float), np.random.default_rng(0)
-    medians = [np.median(draw.choice(s, (draws, len(s))), axis=1) for s in (a, b)]
-    low, high = np.percentile(medians[1] / np.maximum(medians[0], 1e-9), (2.5, 97.5))
-    return Difference(what, float(np.median(a)), float(np.median(b)), len(a), len(b), float(np.median(b) / max(np.median(a), 1e-9)), float(low), float(high))
+    draw = np.random.default_rng(0)
+    samples = [np.asarray(list(values), float) for values in (a, b)]
+    left, right = (np.median(draw.choice(s, (draws, len(s))), axis=1) for s in samples)
+    low, high = np.percentile(right / np.maximum(left, 1e-9), (2.5, 97.5))
+    median_a, median_b = (float(np.median(s)) for s in samples)
+    ratio = median_b / max(median_a, 1e-9)
+    return Difference(what, median_a, median_b, *map(len, samples), ratio, float(low), float(high))
 
 # %% ../nbs/54_metrics.ipynb #c1ae0f47
 def figures_of(records: Iterable[JobRecord]) -> dict[str, list[float]]: # what -> one value per job
     "Everything of a run that can be compared; only completed jobs count"
     found: dict[str, list[float]] = {}
     for r in (r for r in records if r.state == 'COMPLETED'):
-        where = f'{r.group}, {start_of(r)}'
-        parts = by_kind(cold_parts(r)) if start_of(r) == 'cold' else {}
-        stages = {s['name']: sum(t['end_s'] - t['begin_s'] for t in r.stages if t['name'] == s['name']) for s in r.stages}
-        whole = {'total': r.total_s, 'delay': r.delay_s, 'execution': r.execution_s}
-        for name, value in {**whole, **{f'start: {k}': v for k, v in parts.items()}, **{f'job: {k}': v for k, v in stages.items()}}.items():
-            if value is not None: found.setdefault(f'{where}: {name}', []).append(value)
+        for name, value in _figures(r).items():
+            if value is not None: found.setdefault(f'{r.group}, {start_of(r)}: {name}', []).append(value)
     return found
 
-def compare_runs(a: list[JobRecord], b: list[JobRecord], least_s: float = 0.02) -> list[Difference]: # `least_s`: shorter ones are left out
+def _figures(record: JobRecord) -> dict[str, float | None]:
+    found = {'total': record.total_s, 'delay': record.delay_s, 'execution': record.execution_s}
+    if start_of(record) == 'cold': found |= {f'start: {k}': v for k, v in by_kind(cold_parts(record)).items()}
+    stages: dict[str, float] = {}
+    for s in record.stages: stages[s['name']] = stages.get(s['name'], 0) + s['end_s'] - s['begin_s']
+    return found | {f'job: {k}': v for k, v in stages.items()}
+
+def compare_runs(
+    a: list[JobRecord],
+    b: list[JobRecord],
+    least_s: float = 0.02 # shorter figures are left out
+) -> list[Difference]:
     "Every figure that both runs have, the largest first"
-    left, right = figures_of(a), figures_of(b)
+    left = figures_of(a)
+    right = figures_of(b)
     found = [difference(what, left[what], right[what]) for what in left if what in right]
     return sorted((d for d in found if max(d.a, d.b) >= least_s), key=lambda d: -max(d.a, d.b))
 
@@ -450,49 +505,75 @@ def health_figures(
     health: dict # `/health`
 ) -> list[Sourced]:
     "Jobs since the endpoint was made, and workers now"
-    return [Sourced(f'{what}: {name}', value, '', f'/health, {what}') for what in ('jobs', 'workers') for name, value in health.get(what, {}).items()]
+    return [Sourced(f'{what}: {name}', value, '', f'/health, {what}')
+            for what in ('jobs', 'workers') for name, value in health.get(what, {}).items()]
 
 def billing_figures(
-    endpoint_id: str, api_key: str,
+    endpoint_id: str,
+    api_key: str,
     hours: int = 24,
     base: str = API
 ) -> list[Sourced]: # empty when nothing was billed
     "What RunPod charged in the last hours, by hour"
     source = '/v2/billing/serverless'
-    r = httpx.get(base + source, params={'serverlessId': endpoint_id, 'bucketSize': 'hour', 'lastN': hours}, timeout=30, trust_env=False,
-                  headers={'Authorization': f'Bearer {api_key}', 'User-Agent': 'wan-avatar'})
+    asked = {'serverlessId': endpoint_id, 'bucketSize': 'hour', 'lastN': hours}
+    headers = {'Authorization': f'Bearer {api_key}', 'User-Agent': 'wan-avatar'}
+    r = httpx.get(base + source, params=asked, timeout=30, trust_env=False, headers=headers)
     if r.status_code != 200: raise RecordsError(f'{source} answered HTTP {r.status_code}: {r.text[:200]}')
-    return [Sourced(f'billed from {x["startTime"]}', float(x['totalAmount']), 'USD', source) for x in r.json()['records'] if float(x['totalAmount'])]
+    amounts = [(x['startTime'], float(x['totalAmount'])) for x in r.json()['records']]
+    return [Sourced(f'billed from {begin}', usd, 'USD', source) for begin, usd in amounts if usd]
 
 # %% ../nbs/54_metrics.ipynb #6c81cdde
+def _cold(records: Iterable[JobRecord], group: str) -> list[JobRecord]:
+    return [r for r in records if r.group == group and start_of(r) == 'cold']
+
 def mean_parts(records: Iterable[JobRecord], group: str) -> dict[str, float]: # seconds by kind
     "The mean cold start of a group"
-    starts = [by_kind(cold_parts(r)) for r in records if r.group == group and r.state == 'COMPLETED' and start_of(r) == 'cold']
-    return {k: round(sum(s.get(k, 0.0) for s in starts) / len(starts), 3) for k in KINDS if any(k in s for s in starts)}
+    starts = [by_kind(cold_parts(r)) for r in _cold(records, group) if r.state == 'COMPLETED']
+    occurring = {k for s in starts for k in s}
+    return {k: round(sum(s.get(k, 0.0) for s in starts) / len(starts), 3) for k in KINDS if k in occurring}
+
+def fetched_bytes(records: Iterable[JobRecord], group: str) -> float: # per cold start, mean
+    "How many bytes a cold start of a group downloads"
+    starts = _cold(records, group)
+    files = [s for r in starts for s in r.boot['stages'] if kind_of(s) == 'weights']
+    return sum(s.get('facts', {}).get('fetched', 0) for s in files) / len(starts) if starts else 0.0
 
 def what_dominates(parts: dict[str, float], group: str, n: int) -> str:
     "The largest part of a cold start, in words"
     if not parts: return f'Phase {group} has no cold start to look at.'
-    total, largest = sum(parts.values()), max(parts, key=parts.get)
-    return f'In phase {group} the first segment is there {total:.1f} s after submit (mean of {n} cold start{"s" * (n != 1)}); most of it is {largest}: {parts[largest]:.1f} s, {100 * parts[largest] / total:.0f} %.'
+    total = sum(parts.values())
+    largest = max(parts, key=parts.get)
+    share = f'{parts[largest]:.1f} s, {100 * parts[largest] / total:.0f} %'
+    return (f'In phase {group} the first segment is there {total:.1f} s after submit '
+            f'(mean of {n} cold start{"s" * (n != 1)}); most of it is {largest}: {share}.')
 
-def fetched_bytes(records: Iterable[JobRecord], group: str) -> float: # per cold start, mean
-    "What travelled during the cold starts of a group"
-    starts = [sum(s.get('facts', {}).get('fetched', 0) for s in r.boot['stages'] if kind_of(s) == 'weights') for r in records if r.group == group and start_of(r) == 'cold']
-    return sum(starts) / len(starts) if starts else 0.0
-
-def what_is_saved(parts: dict[str, dict[str, float]], fetched: float) -> str: # phase -> seconds by kind; bytes that travel in a cold start of B
+# %% ../nbs/54_metrics.ipynb #63f5dfc8
+def what_is_saved(
+    parts: dict[str, dict[str, float]], # phase -> seconds by kind
+    fetched: float # bytes that travel in a cold start of B
+) -> str:
     "Phase A against phase B, in words"
-    if not {'A', 'B'} <= set(parts) or not all(parts[p] for p in 'AB'): return 'Only one phase was measured, so nothing can be said about what phase A saves.'
-    (a, b), waited = (sum(parts[p].values()) for p in 'AB'), parts['B'].get('weights', 0.0)
-    if not fetched: return f'No weights were downloaded in phase B of this run, so its difference to phase A ({b - a:+.1f} s) is noise and says nothing about cached models.'
-    if waited < 0.05 * b: return f'The {fetched / 1e6:.0f} MB of phase B arrived while ComfyUI started, and nobody waited for them: the difference to phase A ({b - a:+.1f} s) has other reasons.'
-    return f'Phase A {"saves" if b > a else "loses"} {abs(b - a):.1f} s of {b:.1f} s ({100 * abs(b - a) / b:.0f} %): waiting for {fetched / 1e6:.0f} MB of weights falls from {waited:.1f} s to {parts["A"].get("weights", 0):.1f} s.'
+    if not all(parts.get(phase) for phase in 'AB'):
+        return 'Only one phase was measured, so nothing can be said about what phase A saves.'
+    a, b = (sum(parts[phase].values()) for phase in 'AB')
+    waited_a, waited_b = (parts[phase].get('weights', 0.0) for phase in 'AB')
+    mb = f'{fetched / 1e6:.0f} MB'
+    if not fetched:
+        return (f'No weights were downloaded in phase B of this run, so its difference to phase A ({b - a:+.1f} s) '
+                'is noise and says nothing about cached models.')
+    if waited_b < 0.05 * b:
+        return (f'The {mb} of phase B arrived while ComfyUI started, and nobody waited for them: '
+                f'the difference to phase A ({b - a:+.1f} s) has other reasons.')
+    saves = 'saves' if b > a else 'loses'
+    return (f'Phase A {saves} {abs(b - a):.1f} s of {b:.1f} s ({100 * abs(b - a) / b:.0f} %): '
+            f'waiting for {mb} of weights falls from {waited_b:.1f} s to {waited_a:.1f} s.')
 
 def what_full_size_saves(full: FullSize, price: Price, weights: tuple[tuple[str, int], ...] | None = None) -> str:
     "The model's answer, in words"
+    weights = full_weights() if weights is None else weights
     b, a = (sum(p.seconds for p in full_size_start(full, cached, weights)) for cached in (False, True))
-    size = sum(size for _, size in (full_weights() if weights is None else weights)) / 1e9
+    size = sum(size for _, size in weights) / 1e9
     return (f'Model, not measured: with {size:.1f} GB of weights and a link of {full.link:.0f} MB/s a start takes '
             f'{b:.0f} s without and {a:.0f} s with the cached model; '
             f'that is ${(b - a) * price.usd_per_s:.2f} less a start in {price.pool} at prices of {PRICES_DATE}.')
@@ -500,11 +581,23 @@ def what_full_size_saves(full: FullSize, price: Price, weights: tuple[tuple[str,
 # %% ../nbs/54_metrics.ipynb #0346cc53
 def summarise(records: list[JobRecord]) -> dict: # plain JSON values
     "A run in one object: counts, percentiles with sample sizes, cold starts"
-    def spread(values: Iterable[float | None]) -> list[dict]: return [asdict(p) | {'enough': p.enough} for p in percentiles(v for v in values if v is not None)]
     made = [r for r in records if r.state == 'COMPLETED']
-    kinds = sorted({(r.group, start_of(r)) for r in made})
-    chosen = {f'{g}, {s}': [r for r in made if (r.group, start_of(r)) == (g, s)] for g, s in kinds}
     cold, known, share = cold_share(records)
-    return {'jobs': len(records), 'completed': len(made), 'gpus': sorted({r.gpu for r in made if r.gpu}), 'cold_starts': cold, 'jobs_with_known_start': known,
-            'cold_share': None if math.isnan(share) else round(share, 4), 'percentiles': {name: {'delay_s': spread(r.delay_s for r in jobs), 'execution_s': spread(r.execution_s for r in jobs),
-            'total_s': spread(r.total_s for r in jobs)} for name, jobs in chosen.items()}, 'cold_start_parts_s': {g: mean_parts(records, g) for g in sorted({r.group for r in made}) if mean_parts(records, g)}}
+    groups = sorted({r.group for r in made})
+    kinds = sorted({(r.group, start_of(r)) for r in made})
+    return {
+        'jobs': len(records),
+        'completed': len(made),
+        'gpus': sorted({r.gpu for r in made if r.gpu}),
+        'cold_starts': cold,
+        'jobs_with_known_start': known,
+        'cold_share': None if math.isnan(share) else round(share, 4),
+        'percentiles': {f'{g}, {s}': _spreads([r for r in made if (r.group, start_of(r)) == (g, s)]) for g, s in kinds},
+        'cold_start_parts_s': {g: parts for g in groups if (parts := mean_parts(records, g))},
+    }
+
+def _spreads(jobs: list[JobRecord]) -> dict[str, list[dict]]:
+    def spread(name: str) -> list[dict]:
+        values = [v for r in jobs if (v := getattr(r, name)) is not None]
+        return [asdict(p) | {'enough': p.enough} for p in percentiles(values)]
+    return {name: spread(name) for name in ('delay_s', 'execution_s', 'total_s')}

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
 from .charts import draw_compare
 from .client import Client, EndpointError
 from .files import whole_file
@@ -32,7 +33,7 @@ from .workflow import TINY, Weight, needed_files
 
 # %% ../nbs/59_reports.ipynb #6046252a
 class ReportError(ValueError):
-    "A report that is not there, or that was asked for something it does not take"
+    "A report that is not there, or a parameter that it does not take"
 
 def project_root(start: Path | None = None) -> Path: # a folder with nbs/reports
     "The checkout around a folder (default: the current one), else the one this package is in"
@@ -45,25 +46,31 @@ def report_path(name: str) -> Path:
     "The notebook of a report"
     folder = project_root() / 'nbs/reports'
     path = folder / f'{name.replace("-", "_")}.ipynb'
-    if not path.exists(): raise ReportError(f'there is no report {name}; there are {", ".join(sorted(p.stem.replace("_", "-") for p in folder.glob("*.ipynb")))}')
-    return path
+    if path.exists(): return path
+    names = sorted(p.stem.replace('_', '-') for p in folder.glob('*.ipynb'))
+    raise ReportError(f'there is no report {name}; there are {", ".join(names)}')
 
 # %% ../nbs/59_reports.ipynb #48574810
 def report_parameters(path: Path) -> dict[str, Any]: # name -> default
-    "What a report takes; read as Python, since papermill's own reader drops a line whose comment holds a `=`"
+    "A report's parameters; read as Python, since papermill's own reader drops a line whose comment holds a `=`"
     cells = json.loads(path.read_text())['cells']
     source = ''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', ())))
     return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
 
 def read_parameters(path: Path, given: Iterable[str]) -> dict[str, Any]: # each `name=value`
-    "Check and convert; ReportError names what is wrong and what there is"
-    known, values = report_parameters(path), {}
+    "Check and convert; ReportError names what is wrong and which parameters there are"
+    known = report_parameters(path)
+    values = {}
     for text in given:
         name, sign, value = text.partition('=')
         if not sign: raise ReportError(f'{text!r} must be name=value')
-        if name not in known: raise ReportError(f'the report {path.stem} has no parameter {name!r}; it takes {", ".join(known)}')
-        try: values[name] = type(known[name])(value)
-        except ValueError: raise ReportError(f'{name}={value}: it must be {"a whole number" if isinstance(known[name], int) else "a number"}, as its default {known[name]} is') from None
+        if name not in known:
+            raise ReportError(f'the report {path.stem} has no parameter {name!r}; it takes {", ".join(known)}')
+        default = known[name]
+        try: values[name] = type(default)(value)
+        except ValueError:
+            kind = 'a whole number' if isinstance(default, int) else 'a number'
+            raise ReportError(f'{name}={value}: it must be {kind}, as its default {default} is') from None
     return values
 
 # %% ../nbs/59_reports.ipynb #7bd14159
@@ -82,12 +89,17 @@ def run_report(
     path = report_path(name)
     values = report_parameters(path) | read_parameters(path, given)
     out = Path(values['out']).absolute()
+    values['out'] = str(out)
     out.mkdir(parents=True, exist_ok=True)
-    target, values['out'] = out / path.name, str(out)
+    target = out / path.name
     say(f'{path.stem}: {target}')
     private = Config(KernelManager={'transport': 'ipc'}) # no port of the kernel that others on this machine could reach
-    try: papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3', language='python', progress_bar=False, execution_timeout=limit_s, config=private)
-    except papermill.PapermillExecutionError as e: raise ReportFailed(f'{path.stem}, cell {e.exec_count}: {e.ename}: {e.evalue or e.source.strip().splitlines()[-1]}') from None
+    try:
+        papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3', language='python',
+                                   progress_bar=False, execution_timeout=limit_s, config=private)
+    except papermill.PapermillExecutionError as e:
+        why = e.evalue or e.source.strip().splitlines()[-1]
+        raise ReportFailed(f'{path.stem}, cell {e.exec_count}: {e.ename}: {why}') from None
     finally:
         if target.exists(): _as_html(target)
     return out
@@ -106,13 +118,14 @@ def write_summary(out: Path, summary: dict) -> Path: # its path
 def endpoint_figures_of(
     records: Path # records.jsonl of an earlier run
 ) -> list[dict]: # empty: no summary lies beside it
-    "What the endpoint said of itself then, so that drawing a run again does not lose it"
+    "The endpoint's own figures of that run, so that drawing it again does not lose them"
     summary = records.parent / 'summary.json'
     return json.loads(summary.read_text()).get('endpoint_figures', []) if summary.exists() else []
 
 def markdown_table(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
     "Rows as Markdown; a `|` in a value does not break it"
-    def row(cells: Iterable[Any]) -> str: return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+    def cell(value: Any) -> str: return str(value).replace('|', '\\|').replace('\n', ' ')
+    def row(cells: Iterable[Any]) -> str: return f'| {" | ".join(map(cell, cells))} |'
     head = list(head)
     return '\n'.join([row(head), '|' + '---|' * len(head), *map(row, lines)])
 
@@ -131,27 +144,37 @@ def read_phases(
     endpoint: str, # empty, or `NAME=address` with commas, or one address for all
     here: Mapping[str, Phase] # what a phase means on this machine
 ) -> list[Phase]:
-    "What a report is to measure; ReportError when a phase is not known"
+    "The phases that a report measures; ReportError when one is not known"
     names = [n.strip() for n in phases.split(',') if n.strip()]
-    given = dict(part.strip().split('=', 1) for part in endpoint.split(',')) if '=' in endpoint else dict.fromkeys(names, endpoint)
-    if wrong := (set(names) ^ set(given) if endpoint else set(names) - set(here)): raise ReportError(f'phase {", ".join(sorted(wrong))}: phases are {phases}, endpoints {endpoint or "of this machine: " + ", ".join(here)}')
+    given = dict.fromkeys(names, endpoint)
+    if '=' in endpoint: given = dict(part.strip().split('=', 1) for part in endpoint.split(','))
+    wrong = set(names) ^ set(given) if endpoint else set(names) - set(here)
+    if wrong:
+        endpoints = endpoint or f'of this machine: {", ".join(here)}'
+        raise ReportError(f'phase {", ".join(sorted(wrong))}: phases are {phases}, endpoints {endpoints}')
     return [Phase(n, given[n]) if given[n] else here[n] for n in names]
 
 # %% ../nbs/59_reports.ipynb #531ebb88
 def tiny_phases(folder: Path, hub: ModelHub, comfy_dir: Path) -> dict[str, Phase]:
     "Phases B and A of the tiny profile, with a hub and a cached model of this machine"
-    weights, mount, embedding = folder / 'weights', folder / 'mount', Embedding(TINY.prompt, TINY.encoder_sha256)
-    subprocess.run([comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', weights, comfy_dir / 'ComfyUI'], check=True, capture_output=True)
+    weights = folder / 'weights'
+    mount = folder / 'mount'
+    make = [comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', weights, comfy_dir / 'ComfyUI']
+    subprocess.run(make, check=True, capture_output=True)
     def put(w: Weight) -> LockedFile:
         return replace(hub.put('local/tiny', w.place, weights / w.place), name=w.slot, folder=w.folder, file=w.file)
-    pinned = [put(w) for w in needed_files(TINY)]
-    shipped = f'embeddings/{embedding.name}'
-    for place in [*(f.place for f in pinned), shipped]: link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
-    lock = replace(load_lock(), profiles={TINY.name: Needs(tuple(f.name for f in pinned), prompt=TINY.prompt)}, files={f.name: f for f in pinned})
-    (folder / 'lock.json').write_text(dump_lock(lock))
-    both = {'PROFILE': TINY.name, 'MODELS_LOCK': str(folder / 'lock.json'), 'HF_TOKEN': hub.token, 'FETCH_CONNECTIONS': '2'}
-    return {'B': _phase('B', folder, both | {'HF_ENDPOINT': hub.endpoint, 'MODELS_CACHE': str(folder / 'none')}, {shipped: weights / shipped}),
-            'A': _phase('A', folder, both | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'MODELS_CACHE': str(mount)}, {})}
+    pinned = {w.slot: put(w) for w in needed_files(TINY)}
+    embedding = f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'
+    for place in [*(f.place for f in pinned.values()), embedding]:
+        link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
+    needs = Needs(tuple(pinned), prompt=TINY.prompt)
+    lock = folder / 'lock.json'
+    lock.write_text(dump_lock(replace(load_lock(), profiles={TINY.name: needs}, files=pinned)))
+    both = {'PROFILE': TINY.name, 'MODELS_LOCK': str(lock), 'HF_TOKEN': hub.token, 'FETCH_CONNECTIONS': '2'}
+    from_hub = both | {'HF_ENDPOINT': hub.endpoint, 'MODELS_CACHE': str(folder / 'none')}
+    from_mount = both | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'MODELS_CACHE': str(mount)}
+    uploaded = {embedding: weights / embedding}
+    return {'B': _phase('B', folder, from_hub, uploaded), 'A': _phase('A', folder, from_mount, {})}
 
 def _phase(name: str, folder: Path, environment: Mapping[str, str], objects: Mapping[str, Path]) -> Phase:
     models = folder / f'models-{name}'
@@ -165,14 +188,15 @@ def local_phases(
     link_mb_s: float = 0.5, # of the hub made here
     comfy_dir: Path = Path('.comfy')
 ) -> Iterator[dict[str, Phase]]:
-    "What the phases are on this machine, for the length of a block"
+    "The phases on this machine, for the length of a block"
     folder = folder.absolute()
-    if profile == TINY.name:
-        shutil.rmtree(folder / 'hub', ignore_errors=True)
-        with model_hub(folder / 'hub', speed=link_mb_s * 1e6 / 2) as hub: yield tiny_phases(folder, hub, comfy_dir.absolute())
-    else:
+    if profile != TINY.name:
         without = {'PROFILE': profile, 'MODELS_CACHE': str(folder / 'none')}
         yield {'B': _phase('B', folder, without, {}), 'A': _phase('A', folder, {'PROFILE': profile}, {})}
+        return
+    shutil.rmtree(folder / 'hub', ignore_errors=True)
+    with model_hub(folder / 'hub', speed=link_mb_s * 1e6 / 2) as hub:
+        yield tiny_phases(folder, hub, comfy_dir.absolute())
 
 # %% ../nbs/59_reports.ipynb #c54f8c7f
 def until_no_worker(client: Client, limit_s: float = 300, pause: Callable[[float], None] = time.sleep) -> None:
@@ -185,15 +209,17 @@ def until_no_worker(client: Client, limit_s: float = 300, pause: Callable[[float
     raise EndpointError(f'{client.endpoint} still has workers after {limit_s:.0f} s: {workers}; set min workers to 0')
 
 def empty(folders: Iterable[Path]) -> None:
-    "What a new worker's disk looks like"
+    "Remove folders, so that the disk is like a new worker's"
     for folder in folders: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/59_reports.ipynb #fd520df8
 def measure_phase(
-    client: Client, store: Store,
+    client: Client,
+    store: Store,
     job: dict, # `Job` fields
     phase: Phase,
-    cold: int, warm: int, # jobs
+    cold: int, # jobs
+    warm: int, # jobs
     clock: Callable[[], float], # seconds since the run began
     ahead: bool = False, # one more job first, that counts for nothing
     on_record: Callable[[JobRecord], None] = lambda record: None
@@ -213,27 +239,39 @@ def measure_phase(
 # %% ../nbs/59_reports.ipynb #4f251163
 def wrong_starts(
     records: Iterable[JobRecord],
-    cold: int, warm: int # asked for, in each phase
+    cold: int, # asked for, in each phase
+    warm: int
 ) -> list[str]: # empty when all is well
-    "What a run of cold starts did not get right"
+    "What is wrong with a run of cold starts"
     found: dict[str, list[JobRecord]] = {}
     for r in records: found.setdefault(r.group, []).append(r)
-    wrong = [f'{r.group}: job {r.job_id} is {r.state}: {r.error}' for rs in found.values() for r in rs if r.state != 'COMPLETED']
-    for group, rs in found.items():
-        starts = [start_of(r) for r in rs]
-        if (counts := (starts.count('cold'), len(starts) - starts.count('cold'))) != (cold, warm): wrong.append(f'{group}: {counts[0]} cold and {counts[1]} other starts; {cold} and {warm} were asked for: {starts}')
+    wrong = [f'{r.group}: job {r.job_id} is {r.state}: {r.error}'
+             for jobs in found.values() for r in jobs if r.state != 'COMPLETED']
+    for group, jobs in found.items():
+        starts = [start_of(r) for r in jobs]
+        n_cold = starts.count('cold')
+        others = len(starts) - n_cold
+        if (n_cold, others) == (cold, warm): continue
+        counts = f'{n_cold} cold and {others} other starts; {cold} and {warm} were asked for'
+        wrong.append(f'{group}: {counts}: {starts}')
     return wrong
 
 # %% ../nbs/59_reports.ipynb #ab885989
 def compare_folders(
-    a: Path, b: Path, # each `runs/<name>`, or a records file
+    a: Path, # `runs/<name>`, or a records file
+    b: Path,
     out: Path
 ) -> list[Difference]:
     "Two runs side by side: compare.png and summary.json in `out`"
     files = [p / 'records.jsonl' if p.is_dir() else p for p in (a, b)]
     found = compare_runs(*map(read_records, files))
-    if not found: raise ReportError(f'{a} and {b} have no figure in common: they measured other phases, or no job was completed')
+    if not found:
+        why = 'they measured other phases, or no job was completed'
+        raise ReportError(f'{a} and {b} have no figure in common: {why}')
     out.mkdir(parents=True, exist_ok=True)
-    draw_compare(found, tuple(p.parent.name if p.name == 'records.jsonl' else p.stem for p in files), out / 'compare.png')
-    write_summary(out, {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': [asdict(d) | {'verdict': d.verdict} for d in found]})
+    names = tuple(p.parent.name if p.name == 'records.jsonl' else p.stem for p in files)
+    draw_compare(found, names, out / 'compare.png')
+    differences = [asdict(d) | {'verdict': d.verdict} for d in found]
+    summary = {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': differences}
+    write_summary(out, summary)
     return found
