@@ -51,7 +51,9 @@ def test_run_to_mp4_with_the_sdk_client(local, tmp_path):
     figures = check_mp4(video, output['frames'], has_audio=True)
     assert (figures.width, figures.height, figures.frames, manifest['sha256']) == (1280, 720, 96, output['sha256'])
     status = client.status(request.job_id)
-    assert status.state == 'COMPLETED' and status.delay_s > 1 and status.execution_s > 1, 'a cold start is part of delayTime'
+    assert status.state == 'COMPLETED'
+    assert status.delay_s > 1
+    assert status.execution_s > 1, 'a cold start is part of delayTime'
 
 def test_handler_process_never_imports_torch(local):
     client = local[2]
@@ -60,7 +62,8 @@ def test_handler_process_never_imports_torch(local):
 
 def test_worker_says_how_much_memory_it_may_use(local):
     logs = [path.read_text() for path in local[0].endpoint.rules.log_folder.glob('worker-*.log')]
-    assert logs and all(f'memory: {find_memory().machine / 1e9:.1f} GB of the machine, ' in text for text in logs)
+    assert logs
+    assert all(f'memory: {find_memory().machine / 1e9:.1f} GB of the machine, ' in text for text in logs)
 
 def test_cancel_in_mid_job(local):
     client = local[2]
@@ -70,7 +73,9 @@ def test_cancel_in_mid_job(local):
     assert client.cancel(job.id).state == 'CANCELLED'
     began = time.monotonic()
     after = list(client.follow(client.submit(BRIEF).id, LIMIT_S))[-1]
-    assert after.state == 'COMPLETED' and time.monotonic() - began < 60 and client.status(job.id).state == 'CANCELLED'
+    assert after.state == 'COMPLETED'
+    assert time.monotonic() - began < 60
+    assert client.status(job.id).state == 'CANCELLED'
 
 # every open port
 
@@ -89,16 +94,49 @@ SECRET_TEXT = b'what the owner of the bucket keeps'
 FORM = {'files': {'file': ('a.txt', b'x')}, 'data': {'key': 'in/evil.txt', 'subfolder': '../base/custom_nodes'}}
 PAGE = {'Origin': 'http://page.example', 'Referer': 'http://page.example/'}
 READ = [
-    '/', '/media', '/media/', '/media/in/secret.txt', '/media?list-type=2', '/buckets', '/buckets/media/in/secret.txt',
-    '/dir/status', '/dir/assign', '/dir/lookup?volumeId=1', '/vol/status', '/cluster/status', '/metrics', '/debug/pprof/',
-    '/stats/disk', '/ui/index.html', '/1,01637037d6', '/v2/local/health', '/v2/local/status/x', '/v2/local/job-take/x',
-    '/v2/local/ping/x', '/system_stats', '/history', '/view?filename=a', '/internal/logs']
+    '/',
+    '/media',
+    '/media/',
+    '/media/in/secret.txt',
+    '/media?list-type=2',
+    '/buckets',
+    '/buckets/media/in/secret.txt',
+    '/dir/status',
+    '/dir/assign',
+    '/dir/lookup?volumeId=1',
+    '/vol/status',
+    '/cluster/status',
+    '/metrics',
+    '/debug/pprof/',
+    '/stats/disk',
+    '/ui/index.html',
+    '/1,01637037d6',
+    '/v2/local/health',
+    '/v2/local/status/x',
+    '/v2/local/job-take/x',
+    '/v2/local/ping/x',
+    '/system_stats',
+    '/history',
+    '/view?filename=a',
+    '/internal/logs',
+]
 WRITTEN = ['/media/in/evil.txt', '/buckets/media/in/evil.txt', '/evil', '/1,01637037d6']
 DELETED = ['/media/in/secret.txt', '/buckets/media/in/secret.txt', '/buckets?recursive=true', '/1,01637037d6']
 CALLED = ['/v2/local/run', '/v2/local/purge-queue', '/v2/local/job-done/x/y', '/prompt', '/free']
 FORMS = [
-    '/', '/media', '/media/in/evil.txt', '/buckets/media/in/evil.txt', '/submit', '/col/delete?collection=media',
-    '/vol/grow?count=1', '/vol/vacuum', '/1,01637037d6', '/upload/image', '/v2/local/run', '/v2/local/cancel/x']
+    '/',
+    '/media',
+    '/media/in/evil.txt',
+    '/buckets/media/in/evil.txt',
+    '/submit',
+    '/col/delete?collection=media',
+    '/vol/grow?count=1',
+    '/vol/vacuum',
+    '/1,01637037d6',
+    '/upload/image',
+    '/v2/local/run',
+    '/v2/local/cancel/x',
+]
 ASKED = [
     *(('GET', path, {}) for path in READ),
     *(('PUT', path, {'content': b'x'}) for path in WRITTEN),
@@ -137,7 +175,8 @@ def test_every_open_port_refuses_strangers(local, tmp_path):
     before = {key: store.stat(key) for key in store.list('')}
     heard = [said for port in sorted(ports) for said in answers(port)]
     assert [h for h in heard if h not in EXCEPTIONS] == []
-    assert {key: store.stat(key) for key in store.list('')} == before and 'in/secret.txt' in before
+    assert {key: store.stat(key) for key in store.list('')} == before
+    assert 'in/secret.txt' in before
     for path in of_weed - ports: assert Path(path).stat().st_mode & 0o077 == 0, f'others can speak to {path}'
 
 def test_logs_and_folders_are_for_this_user_alone(local):
@@ -145,7 +184,8 @@ def test_logs_and_folders_are_for_this_user_alone(local):
     folders = [started.endpoint.rules.log_folder, started.bucket.folder]
     names = ('weed.log', 's3.json', 'key.pem')
     files = [*folders[0].glob('worker-*.log'), *(started.bucket.folder / name for name in names)]
-    assert len(files) > 3 and {f.stat().st_mode & 0o777 for f in files} == {0o600}
+    assert len(files) > 3
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o600}
     assert {f.stat().st_mode & 0o777 for f in folders} == {0o700}
 
 def test_sigterm_finishes_the_job_and_leaves_nothing(local):
@@ -163,7 +203,9 @@ def test_sigterm_finishes_the_job_and_leaves_nothing(local):
 def test_worker_that_is_not_configured_says_so(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith('MINIO_')} | {'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(tmp_path)}
     done = subprocess.run([ROOT / '.venv/bin/python', '-m', 'wan_avatar.worker'], env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and 'MINIO_BUCKET: not set' in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 1
+    assert 'MINIO_BUCKET: not set' in done.stderr
+    assert 'Traceback' not in done.stderr
     assert (tmp_path / 'comfy/comfy.log').exists(), 'ComfyUI was started before the settings were read'
     assert not [p for p in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(p.info['cmdline'] or ())], 'and ended with the worker'
 
@@ -173,5 +215,6 @@ def test_kinds_of_folders_are_cores_or_ours_alone():
     argv = [comfy_dir() / 'env/bin/python', '-B', '-c', code]
     done = subprocess.run(argv, cwd=comfy_dir() / 'ComfyUI', check=True, capture_output=True, text=True, timeout=60)
     core = json.loads(done.stdout.splitlines()[-1])
-    assert OWN_FOLDERS and not OWN_FOLDERS.keys() & core.keys()
+    assert OWN_FOLDERS
+    assert not OWN_FOLDERS.keys() & core.keys()
     assert all('.safetensors' in core[kind] for kind in FOLDERS.keys() - OWN_FOLDERS.keys())

@@ -71,14 +71,19 @@ def test_every_field_of_the_file_is_applied_once_and_undone(control, plane, tmp_
     for edit, field, read, value in FIELDS:
         file = edited(tmp_path, edit)
         plan = look(control, file, OPERATOR)
-        assert plan.action == 'update' and field in [d.field for d in plan.differences], (field, plan.differences)
-        assert settle(control, file) == id and read(plane.endpoints[id]) == value, field
+        assert plan.action == 'update'
+        assert field in [d.field for d in plan.differences], (field, plan.differences)
+        assert settle(control, file) == id
+        assert read(plane.endpoints[id]) == value, field
         writes = len(plane.writes())
-        assert look(control, file, OPERATOR).action == 'nothing' and settle(control, file) == id and len(plane.writes()) == writes, f'{field} is applied twice'
+        assert look(control, file, OPERATOR).action == 'nothing'
+        assert settle(control, file) == id
+        assert len(plane.writes()) == writes, f'{field} is applied twice'
         settle(control, usual)
         assert json.dumps(plane.endpoints[id], sort_keys=True) == first, f'{field} is not undone'
     settle(control, edited(tmp_path, image=IMAGE.replace('8f3a', '9999')))
-    assert plane.endpoints[id]['image'].endswith('99991c2b4d5e') and len(plane.endpoints) == 1
+    assert plane.endpoints[id]['image'].endswith('99991c2b4d5e')
+    assert len(plane.endpoints) == 1
     covered = {re.match(r'\^?(\w+)', e[0] or e[1])[1] for e, *_ in FIELDS} | {'name', 'type', 'image', 'max_seconds', 'job_ttl_s'} # those three are in other tests
     assert set(re.findall(r'^(\w+) = ', (ROOT / 'endpoint.toml').read_text(), re.M)) <= covered | {'model', 'revision'}
 
@@ -112,17 +117,20 @@ def test_a_worker_gives_up_before_runpod_does(control, tmp_path, timeout, said, 
             look(control, file, OPERATOR)
     else:
         plan = look(control, file, OPERATOR)
-        assert plan.body['env']['JOB_SECONDS'] == expected and 0 < float(expected) < timeout
+        assert plan.body['env']['JOB_SECONDS'] == expected
+        assert 0 < float(expected) < timeout
         assert load_settings({k: v for k, v in plan.body['env'].items()}).job_seconds == float(expected)
 
 def test_a_worker_stops_a_job_before_the_file_would(control, plane, tmp_path):
     id = settle(control, edited(tmp_path))
     settle(control, edited(tmp_path, (r'^execution_timeout_s = .*', 'execution_timeout_s = 1500')))
-    assert plane.endpoints[id]['env']['JOB_SECONDS'] == '1440' and plane.endpoints[id]['timeout'] == 1_500_000
+    assert plane.endpoints[id]['env']['JOB_SECONDS'] == '1440'
+    assert plane.endpoints[id]['timeout'] == 1_500_000
 
 def test_a_name_is_an_endpoint(control, plane, tmp_path):
     one, two = settle(control, edited(tmp_path)), settle(control, edited(tmp_path, (r'^name = .*', 'name = "staging"')))
-    assert one != two and find(control, 'staging')['id'] == two
+    assert one != two
+    assert find(control, 'staging')['id'] == two
     plane.endpoints[two]['name'] = 'wan-avatar'
     with pytest.raises(EndpointError, match=f'2 endpoints are called wan-avatar: {one}, {two}'): look(control, edited(tmp_path), OPERATOR)
 
@@ -150,12 +158,16 @@ def test_cached_model_is_set_kept_and_removed(control, plane, tmp_path, forgetfu
     plane.forgetful, file = forgetful, edited(tmp_path, CACHED)
     id = settle(control, file)
     assert plane.models[id] == ['https://huggingface.co/dexsync/bundle:v2'] == model_references(file)
-    assert plane.order[id] == 'ADA_80_PRO,AMPERE_80,ADA_48_PRO,AMPERE_48' and look(control, file, OPERATOR).action == 'nothing'
+    assert plane.order[id] == 'ADA_80_PRO,AMPERE_80,ADA_48_PRO,AMPERE_48'
+    assert look(control, file, OPERATOR).action == 'nothing'
     before = {k: v for k, v in plane.endpoints[id].items() if k != 'workers'}
     settle(control, edited(tmp_path, CACHED, (r'^idle_s = .*', 'idle_s = 60')))
-    assert plane.models[id] == model_references(file) and {k: v for k, v in plane.endpoints[id].items() if k != 'workers'} == before
+    assert plane.models[id] == model_references(file)
+    assert {k: v for k, v in plane.endpoints[id].items() if k != 'workers'} == before
     swapped = edited(tmp_path, CACHED, (r'^order = .*', 'order = ["AMPERE_80", "ADA_80_PRO", "ADA_48_PRO", "AMPERE_48"]'))
-    assert [d.field for d in look(control, swapped, OPERATOR).by_graphql] == ['order of pools'] and settle(control, swapped) == id and plane.order[id].startswith('AMPERE_80,ADA_80')
+    assert [d.field for d in look(control, swapped, OPERATOR).by_graphql] == ['order of pools']
+    assert settle(control, swapped) == id
+    assert plane.order[id].startswith('AMPERE_80,ADA_80')
     assert look(control, swapped, OPERATOR).action == 'nothing'
     plane.models[id] = ['https://huggingface.co/somebody/else:main']
     settle(control, file)
@@ -168,20 +180,31 @@ def test_a_plan_is_possible_when_graphql_is_gone(control, plane, tmp_path, monke
     def gone(body): return 200, {'errors': [{'message': 'GraphQL is retired'}]}
     monkeypatch.setattr(plane, 'graphql', gone)
     plan = look(control, edited(tmp_path, CACHED), OPERATOR)
-    assert plan.models is None and plan.action == 'update' and any('GraphQL is retired' in n for n in plan.notes)
+    assert plan.models is None
+    assert plan.action == 'update'
+    assert any('GraphQL is retired' in n for n in plan.notes)
     assert look(control, edited(tmp_path), OPERATOR).action == 'nothing', 'a file without a cached model does without GraphQL'
 
 # %% faults
 @pytest.mark.parametrize('faults, made', [
-    ([], 1), ([('POST', 'lost')], 1), ([('POST', '503 done')], 1), ([('POST', '503')], 0), ([('POST', '429')], 1), ([('GET', '503')] * 4, 1), ([('GET', 'lost'), ('GET', '429')], 1),
-    ([('POST', 'lost'), ('GET', '503')], 1)], ids=lambda v: str(v))
+    ([], 1),
+    ([('POST', 'lost')], 1),
+    ([('POST', '503 done')], 1),
+    ([('POST', '503')], 0),
+    ([('POST', '429')], 1),
+    ([('GET', '503')] * 4, 1),
+    ([('GET', 'lost'), ('GET', '429')], 1),
+    ([('POST', 'lost'), ('GET', '503')], 1),
+], ids=lambda v: str(v))
 def test_never_created_twice(control, plane, tmp_path, faults, made):
     plane.faults += faults
     body = request_body(edited(tmp_path), OPERATOR)
     if made: assert create(control, body)['id'] in plane.endpoints
     else:
         with pytest.raises(EndpointError, match='It may still: look at `wan-avatar endpoint plan`'): create(control, body)
-    assert len(plane.endpoints) == made and len([p for p in plane.writes() if p[0] == 'POST']) == (2 if ('POST', '429') in faults else 1) and not plane.faults
+    assert len(plane.endpoints) == made
+    assert len([p for p in plane.writes() if p[0] == 'POST']) == (2 if ('POST', '429') in faults else 1)
+    assert not plane.faults
 
 def test_changes_and_deletions_are_repeated(control, plane, tmp_path):
     id = settle(control, edited(tmp_path))
@@ -189,14 +212,16 @@ def test_changes_and_deletions_are_repeated(control, plane, tmp_path):
     settle(control, edited(tmp_path, (r'^idle_s = .*', 'idle_s = 60')))
     plane.faults += [('DELETE', 'lost')]
     delete(control, id)
-    assert not plane.endpoints and not plane.faults
+    assert not plane.endpoints
+    assert not plane.faults
 
 def test_gives_up_in_the_end(plane, tmp_path):
     paused = []
     control = Control(KEY, plane.url, pause=paused.append)
     plane.faults += [('GET', '503')] * 9
     with pytest.raises(EndpointError, match='503 Service Unavailable: upstream unavailable, 5 times'): find(control, 'x')
-    assert len(plane.faults) == 4 and 0 < sum(paused) < 30
+    assert len(plane.faults) == 4
+    assert 0 < sum(paused) < 30
     with pytest.raises(EndpointError, match='ConnectError'): find(Control(KEY, 'http://127.0.0.1:9', pause=paused.append), 'x')
     with pytest.raises(EndpointError, match='ConnectError') as e: Control(KEY, 'http://127.0.0.1:9', pause=paused.append).call('POST', '/v2/serverless', {})
     assert not isinstance(e.value, Unclear), 'a connection that never was has created nothing'
@@ -211,12 +236,17 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
     body = request_body(edited(tmp_path), OPERATOR) | {'cachedModel': 'x', 'disk': OPERATOR['MINIO_SECRET_KEY']}
     with pytest.raises(EndpointError) as e: control.call('POST', '/v2/serverless', body)
     said = str(e.value)
-    assert "400 Bad Request: request body is not valid\n" in said and "additional properties 'cachedModel' not allowed" in said and '••••' in said
+    assert "400 Bad Request: request body is not valid\n" in said
+    assert "additional properties 'cachedModel' not allowed" in said
+    assert '••••' in said
     assert not [v for v in (*OPERATOR.values(), KEY) if v in said]
 
 # %% what can't work is refused before RunPod is asked
 @pytest.mark.parametrize('edits, image, words', [
-    ([], None, 'image is not set'), ([], 'dexsynccom/twin-avatar:latest', 'can mean other content'), ([], IMAGE + '-dirty', 'can mean other content'), ([], 'dexsynccom/twin-avatar', 'can mean other content'),
+    ([], None, 'image is not set'),
+    ([], 'dexsynccom/twin-avatar:latest', 'can mean other content'),
+    ([], IMAGE + '-dirty', 'can mean other content'),
+    ([], 'dexsynccom/twin-avatar', 'can mean other content'),
     ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE,
      'the weights of wan22-animate with the text encoder (29.5 GB) and 20 % need 35'),
     ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
@@ -224,10 +254,16 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
     ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 840')], IMAGE, 'take at least 789 s on AMPERE_48'),
     ([(r'^max_seconds = .*', 'max_seconds = 60')], IMAGE, 'take at least 2540 s on AMPERE_80'),
     ([(r'^job_ttl_s = .*', 'job_ttl_s = 600')], IMAGE, 'RunPod drops a job then even while it runs'),
-    ([(r'^max = .*', 'max = 2')], IMAGE, 'workers.max is 2; say why'), ([(r'^min = .*', 'min = 2')], IMAGE, 'workers.min is 2'), ([(r'^order = .*', 'order = ["H100"]')], IMAGE, "'H100'; pools are ADA_80_PRO"),
-    ([(r'^excluded_types = .*', 'excluded_types = ["NVIDIA H200"]')], IMAGE, 'in none of these pools'), ([(r'^profile = .*', 'profile = "wan"')], IMAGE, "profile 'wan' does not exist"),
-    ([(r'^OUTPUT_PREFIX', 'MINIO_SECRET_KEY')], IMAGE, 'env.MINIO_SECRET_KEY looks like a secret'), ([(r'^OUTPUT_PREFIX', 'PROFILE')], IMAGE, 'env.PROFILE is set by profile'),
-    ([(r'"MINIO_BUCKET"', '"MINIO_BUCKED"')], IMAGE, 'no worker starts without MINIO_BUCKET'), ([(r'"MINIO_BUCKET"', '"MINIO_BUCKET", "HF_TOKEN"')], IMAGE, 'HF_TOKEN of secrets.from_environment not set')])
+    ([(r'^max = .*', 'max = 2')], IMAGE, 'workers.max is 2; say why'),
+    ([(r'^min = .*', 'min = 2')], IMAGE, 'workers.min is 2'),
+    ([(r'^order = .*', 'order = ["H100"]')], IMAGE, "'H100'; pools are ADA_80_PRO"),
+    ([(r'^excluded_types = .*', 'excluded_types = ["NVIDIA H200"]')], IMAGE, 'in none of these pools'),
+    ([(r'^profile = .*', 'profile = "wan"')], IMAGE, "profile 'wan' does not exist"),
+    ([(r'^OUTPUT_PREFIX', 'MINIO_SECRET_KEY')], IMAGE, 'env.MINIO_SECRET_KEY looks like a secret'),
+    ([(r'^OUTPUT_PREFIX', 'PROFILE')], IMAGE, 'env.PROFILE is set by profile'),
+    ([(r'"MINIO_BUCKET"', '"MINIO_BUCKED"')], IMAGE, 'no worker starts without MINIO_BUCKET'),
+    ([(r'"MINIO_BUCKET"', '"MINIO_BUCKET", "HF_TOKEN"')], IMAGE, 'HF_TOKEN of secrets.from_environment not set'),
+])
 def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
     file = edited(tmp_path, *edits, image=image)
     problems = check_file(file, OPERATOR, runs={})[0]
@@ -238,8 +274,15 @@ def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
         assert plane.asked == []
 
 @pytest.mark.parametrize('edit, words', [
-    (('', 'disks = 3'), 'disks is not a key of this file'), ((r'^disk_gb = .*', 'disk_gb = "big"'), "disk_gb is 'big'"), ((r'^name = .*', 'name = "wa"'), "name is 'wa'"), ((r'^type = .*', 'type = "LOAD_BALANCER"'), 'type is'),
-    ((r'^profile = .*', ''), 'profile is missing'), ((r'^min_cuda = .*', 'min_cuda = "12"'), "gpu.min_cuda is '12'"), ((r'^name = .*', 'name ='), 'Invalid value'), ((r'^max_seconds = .*', 'max_seconds = 0'), 'max_seconds is 0')])
+    (('', 'disks = 3'), 'disks is not a key of this file'),
+    ((r'^disk_gb = .*', 'disk_gb = "big"'), "disk_gb is 'big'"),
+    ((r'^name = .*', 'name = "wa"'), "name is 'wa'"),
+    ((r'^type = .*', 'type = "LOAD_BALANCER"'), 'type is'),
+    ((r'^profile = .*', ''), 'profile is missing'),
+    ((r'^min_cuda = .*', 'min_cuda = "12"'), "gpu.min_cuda is '12'"),
+    ((r'^name = .*', 'name ='), 'Invalid value'),
+    ((r'^max_seconds = .*', 'max_seconds = 0'), 'max_seconds is 0'),
+])
 def test_a_file_with_a_mistake_names_it(tmp_path, edit, words):
     with pytest.raises(ValueError, match=re.escape(words)): edited(tmp_path, edit)
 
@@ -250,7 +293,9 @@ def test_the_file_of_this_repository(tmp_path):
     assert file.gpu.min_cuda == f'{base[1]}.{base[2]}', 'the image was built for another CUDA'
     body = request_body(file, OPERATOR)
     assert (body['timeout'], body['workers'], body['flashboot'], body['disk'], body['type']) == (1_200_000, {'min': 0, 'max': 1, 'idleTimeout': 5}, 'FLASHBOOT', 120, 'QUEUE')
-    assert body['gpu']['pools'] == ['ADA_80_PRO', 'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48'] and body['env']['RUNPOD_INIT_TIMEOUT'] == '1800' and file.job_ttl_s == 3600
+    assert body['gpu']['pools'] == ['ADA_80_PRO', 'AMPERE_80', 'ADA_48_PRO', 'AMPERE_48']
+    assert body['env']['RUNPOD_INIT_TIMEOUT'] == '1800'
+    assert file.job_ttl_s == 3600
 
 # %% how long a card renders: measured, or at least; never both
 H100, H100_PCIE, H200, A6000 = 'NVIDIA H100 80GB HBM3', 'NVIDIA H100 PCIe', 'NVIDIA H200', 'NVIDIA RTX A6000'
@@ -289,14 +334,16 @@ def test_a_time_is_measured_or_at_least(video_s, gpus, profile, runs, seconds, c
     if seconds is None: assert found is None
     else:
         assert (found.seconds, found.card, bool(found.at)) == (pytest.approx(seconds, abs=0.06), card, is_measured)
-        assert str(found).startswith('at least ') != is_measured and card in found.source
+        assert str(found).startswith('at least ') != is_measured
+        assert card in found.source
         assert ('measured on' in found.source and '2026-01-02' in found.source) == is_measured
 
 def test_no_card_of_a_pool_is_faster_than_its_at_least():
     for name, pool in POOLS.items():
         known = [t for t in pool.types if t in CARDS]
         least = render_time(10, pool.types, runs={})
-        assert known and all(CARDS[t].pool == name for t in known), 'datasheets and pools name the same cards'
+        assert known
+        assert all(CARDS[t].pool == name for t in known), 'datasheets and pools name the same cards'
         assert all(least.seconds <= render_time(10, [t], runs={}).seconds for t in known)
 
 DEADLINES_OF_POOLS = [ # order, excluded types, runs, JOB_SECONDS + 60, what is refused, what is noted
@@ -337,21 +384,34 @@ def operator(plane, tmp_path, monkeypatch):
 
 def test_from_plan_to_destroy(operator, plane):
     plan = operator('plan', '--image', IMAGE, '--exit-code')
-    assert plan.exit_code == 1 and 'wan-avatar will be created' in plan.stdout and 'MINIO_SECRET_KEY' in plan.stdout and '••••' in plan.stdout and plane.writes() == []
+    assert plan.exit_code == 1
+    assert 'wan-avatar will be created' in plan.stdout
+    assert 'MINIO_SECRET_KEY' in plan.stdout
+    assert '••••' in plan.stdout
+    assert plane.writes() == []
     made = operator('apply', '--image', IMAGE)
     (id,) = plane.endpoints
-    assert made.exit_code == 0 and made.stdout.strip() == id and 'REST v2 takes whichever has capacity' in made.stderr.replace('\n', ' ')
-    assert operator('plan', '--image', IMAGE, '--exit-code').exit_code == 0 and operator('apply', '--image', IMAGE).stdout.strip() == id and len(plane.writes()) == 1
+    assert made.exit_code == 0
+    assert made.stdout.strip() == id
+    assert 'REST v2 takes whichever has capacity' in made.stderr.replace('\n', ' ')
+    assert operator('plan', '--image', IMAGE, '--exit-code').exit_code == 0
+    assert operator('apply', '--image', IMAGE).stdout.strip() == id
+    assert len(plane.writes()) == 1
     plane.workers[id] = [{'id': 'w1', 'status': 'UNHEALTHY', 'isStale': True, 'gpuCount': 1, 'gpuTypeId': 'NVIDIA L40S', 'uptimeSeconds': 80, 'image': IMAGE}]
     plane.logs['w1'] = [{'source': 'container', 'line': 'fine'}, {'source': 'container', 'line': f'[error] [/x] this worker is not configured: {OPERATOR["MINIO_SECRET_KEY"]}'}]
     plane.health['jobs']['inQueue'] = 7
     status = operator('status')
-    assert all(t in status.stdout for t in ('UNHEALTHY (of an older release)', 'NVIDIA L40S', 'inQueue', '7', '[error] [/x] this worker is not configured: ••••')) and 'fine' not in status.stdout
+    assert all(t in status.stdout for t in ('UNHEALTHY (of an older release)', 'NVIDIA L40S', 'inQueue', '7', '[error] [/x] this worker is not configured: ••••'))
+    assert 'fine' not in status.stdout
     assert json.loads(operator('status', '--json').stdout)['errors'] == [['w1', '[error] [/x] this worker is not configured: ••••']]
     kept = operator('destroy', answer='n\n')
-    assert kept.exit_code == 3 and 'nothing was deleted' in kept.stderr and plane.endpoints
-    assert operator('destroy', answer='y\n').stdout.endswith(f'{id} deleted\n') and not plane.endpoints
-    assert operator('destroy', '--yes').exit_code == 3 and 'RunPod has no endpoint called wan-avatar' in operator('status').stderr
+    assert kept.exit_code == 3
+    assert 'nothing was deleted' in kept.stderr
+    assert plane.endpoints
+    assert operator('destroy', answer='y\n').stdout.endswith(f'{id} deleted\n')
+    assert not plane.endpoints
+    assert operator('destroy', '--yes').exit_code == 3
+    assert 'RunPod has no endpoint called wan-avatar' in operator('status').stderr
 
 ROWS = [ # profile, what `plan` says of the pool ADA_80_PRO with an H100 measured, and of AMPERE_48 with none
     ('wan22-animate', r'ADA_80_PRO +214 s +0\.25 USD +measured on NVIDIA H100 80GB HBM3, 2026-01-02',
@@ -364,32 +424,43 @@ def test_plan_says_what_a_video_takes_and_costs(operator, monkeypatch, tmp_path,
     path = tmp_path / 'endpoint.toml'
     path.write_text(path.read_text().replace('profile = "wan22-animate"', f'profile = "{profile}"'))
     said = operator('plan', '--image', IMAGE).stdout
-    assert re.search(measured_row, said) and re.search(limit_row, said) and 'rendering 10 s of video' in said, said
+    assert re.search(measured_row, said)
+    assert re.search(limit_row, said)
+    assert 'rendering 10 s of video' in said, said
 
 def test_a_damaged_run_is_a_line_with_a_remedy(operator, monkeypatch, tmp_path):
     (tmp_path / 'gpu/h100').mkdir(parents=True)
     (tmp_path / 'gpu/h100/gpu.json').write_text('{"card": 5}')
     monkeypatch.setattr('wan_avatar.endpoint.measured', lambda: measured(tmp_path / 'gpu'))
     said = operator('plan', '--image', IMAGE)
-    assert said.exit_code == 2 and 'run `wan-avatar bench gpu` again' in said.stderr
+    assert said.exit_code == 2
+    assert 'run `wan-avatar bench gpu` again' in said.stderr
 
 def test_replacing_asks_first(operator, plane):
     id = operator('apply', '--image', IMAGE).stdout.strip()
     plane.endpoints[id]['type'] = 'LOAD_BALANCER'
     assert 'DELETED' in operator('plan', '--image', IMAGE).stdout
-    assert operator('apply', '--image', IMAGE, answer='n\n').exit_code == 3 and list(plane.endpoints) == [id]
-    assert operator('apply', '--image', IMAGE).exit_code != 0 and list(plane.endpoints) == [id], 'nobody there to ask'
+    assert operator('apply', '--image', IMAGE, answer='n\n').exit_code == 3
+    assert list(plane.endpoints) == [id]
+    assert operator('apply', '--image', IMAGE).exit_code != 0
+    assert list(plane.endpoints) == [id], 'nobody there to ask'
     another = operator('apply', '--image', IMAGE, '--yes').stdout.strip()
-    assert list(plane.endpoints) == [another] and another != id
+    assert list(plane.endpoints) == [another]
+    assert another != id
 
 @pytest.mark.parametrize('args, more, code, words', [
-    (['plan', '--image', IMAGE], {'RUNPOD_API_KEY': ''}, 3, 'RUNPOD_API_KEY is not set'), (['plan', '--image', IMAGE], {'RUNPOD_API_KEY': 'rpa_wrong'}, 3, '401 Unauthorized'),
-    (['plan'], {}, 2, 'image is not set'), (['plan', '--file', 'none.toml'], {}, 2, 'there is no none.toml'), (['apply', '--image', IMAGE], {'MINIO_BUCKET': ''}, 2, 'MINIO_BUCKET of secrets.from_environment not set'),
-    (['plan', '--image', IMAGE], {'RUNPOD_API_BASE_URL': 'http://127.0.0.1:9'}, 3, 'ConnectError')])
+    (['plan', '--image', IMAGE], {'RUNPOD_API_KEY': ''}, 3, 'RUNPOD_API_KEY is not set'),
+    (['plan', '--image', IMAGE], {'RUNPOD_API_KEY': 'rpa_wrong'}, 3, '401 Unauthorized'),
+    (['plan'], {}, 2, 'image is not set'),
+    (['plan', '--file', 'none.toml'], {}, 2, 'there is no none.toml'),
+    (['apply', '--image', IMAGE], {'MINIO_BUCKET': ''}, 2, 'MINIO_BUCKET of secrets.from_environment not set'),
+    (['plan', '--image', IMAGE], {'RUNPOD_API_BASE_URL': 'http://127.0.0.1:9'}, 3, 'ConnectError'),
+])
 def test_exit_codes(operator, monkeypatch, args, more, code, words):
     monkeypatch.setattr(Control.__init__, '__defaults__', (*Control.__init__.__defaults__[:-1], lambda s: None)) # no pauses
     done = operator(*args, **more)
-    assert done.exit_code == code and words in done.output, done.output
+    assert done.exit_code == code
+    assert words in done.output, done.output
 
 # %% image
 STUB = '''#!/bin/sh
@@ -428,31 +499,41 @@ def test_tag_build_push(checkout, monkeypatch):
     assert re.fullmatch(rf'dexsynccom/twin-avatar:wan-worker-20\d{{6}}-{sha[:12]}', tag)
     assert image('build').stdout.split('\n')[:3] == [tag, 'sha256:d1', '17.00 GB']
     lock, (build, _) = json.loads((checkout / 'wan_avatar/models.lock.json').read_text()), called(checkout)
-    assert build.startswith(f'build --platform linux/amd64 --tag {tag} ') and f'COMFYUI_COMMIT={lock["comfyui"]["commit"]}' in build and f'GIT_SHA={sha} ' in build
-    assert image('push').exit_code == 0 and f'push {tag}' in called(checkout)
+    assert build.startswith(f'build --platform linux/amd64 --tag {tag} ')
+    assert f'COMFYUI_COMMIT={lock["comfyui"]["commit"]}' in build
+    assert f'GIT_SHA={sha} ' in build
+    assert image('push').exit_code == 0
+    assert f'push {tag}' in called(checkout)
     monkeypatch.setenv('REMOTE', 'sha256:d1')
     assert image('push').exit_code == 0, 'pushing what is there already'
     monkeypatch.setenv('REMOTE', 'sha256:0ther')
     taken, before = image('push'), len(called(checkout))
     monkeypatch.setenv('DENIED', '1')
-    assert 'authorization failed' in (denied := image('push')).output and denied.exit_code == 2, 'not logged in is not the same as not there'
-    assert taken.exit_code == 2 and 'a tag keeps its content' in taken.output and 'push' not in ' '.join(called(checkout)[before - 1:])
+    assert 'authorization failed' in (denied := image('push')).output
+    assert denied.exit_code == 2, 'not logged in is not the same as not there'
+    assert taken.exit_code == 2
+    assert 'a tag keeps its content' in taken.output
+    assert 'push' not in ' '.join(called(checkout)[before - 1:])
 
 def test_uncommitted_files_need_a_word(checkout):
     (checkout / 'new.py').write_text('')
     for command in ('tag', 'build', 'push'):
         done = image(command)
-        assert done.exit_code == 2 and '1 files are not committed (new.py)' in done.output
-    assert called(checkout) == [] and image('tag', '--dirty').stdout.strip().endswith('-dirty')
+        assert done.exit_code == 2
+        assert '1 files are not committed (new.py)' in done.output
+    assert called(checkout) == []
+    assert image('tag', '--dirty').stdout.strip().endswith('-dirty')
 
 def test_build_that_fails_and_settings_that_moved_on(checkout, monkeypatch):
     monkeypatch.setenv('BROKEN', '1')
     done = image('build')
-    assert done.exit_code == 2 and '`docker build` ended with 17' in done.output
+    assert done.exit_code == 2
+    assert '`docker build` ended with 17' in done.output
     settings = (checkout / 'settings.ini').read_text()
     (checkout / 'settings.ini').write_text(settings.replace('minio==7.2.20', 'minio==7.2.19'))
     done = image('build', '--dirty')
-    assert done.exit_code == 2 and 'requirements-worker.txt were compiled; run: wan-avatar image lock' in done.output
+    assert done.exit_code == 2
+    assert 'requirements-worker.txt were compiled; run: wan-avatar image lock' in done.output
     monkeypatch.setenv('PATH', str(Path('/usr/bin')))
     monkeypatch.chdir(checkout.parent)
     assert image('tag').exit_code == 2

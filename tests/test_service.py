@@ -43,9 +43,11 @@ def alone(service):
 
 def test_result_is_what_was_promised(service, alone):
     assert (alone['width'], alone['height'], alone['fps'], alone['frames'], alone['has_audio']) == (1280, 720, 24, 48, True)
-    assert alone['minio_key'] == 'avatars/alone.mp4' and service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
+    assert alone['minio_key'] == 'avatars/alone.mp4'
+    assert service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
     manifest = service.store.read_json('avatars/alone.mp4.json')
-    assert manifest['sha256'] == alone['sha256'] and [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
+    assert manifest['sha256'] == alone['sha256']
+    assert [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
     assert service.stages('alone') == ['fetch', 'track', 'render', 'upload'] or service.stages('alone') == ['fetch', 'track', 'render']
 
 def test_nothing_is_left_in_the_work_folder(service, alone):
@@ -73,7 +75,8 @@ def test_damaged_track_is_made_again(service, alone):
     good = service.store.read_bytes(key, 10**8)
     service.store.write_bytes(key, good[:len(good) // 2], 'application/octet-stream')
     answer = service.run('healed', **JOB)
-    assert answer['sha256'] == alone['sha256'] and service.store.read_bytes(key, 10**8) == good
+    assert answer['sha256'] == alone['sha256']
+    assert service.store.read_bytes(key, 10**8) == good
 
 def test_comfyui_killed_in_mid_job(service, alone):
     future = service.submit('killed', **JOB)
@@ -104,7 +107,8 @@ def test_comfyui_that_keeps_dying_fails_the_job_and_the_worker(service):
             threading.Event().wait(0.02)
         while not future.done() and service.comfy.process.child is child: threading.Event().wait(0.02)
     answer = future.result(timeout=60)
-    assert answer['error'].startswith('comfy_failed: ComfyUI died again') and answer['refresh_worker'] is True
+    assert answer['error'].startswith('comfy_failed: ComfyUI died again')
+    assert answer['refresh_worker'] is True
 
 def test_socket_dropped(service, alone):
     future = service.submit('dropped', **JOB)
@@ -123,7 +127,8 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
             service.studio.renderer.release()
         return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
     assert service.on_loop(free())
-    assert service.store.stat('avatars/cancelled.mp4') is None and service.run('after', **JOB)['sha256'] == alone['sha256']
+    assert service.store.stat('avatars/cancelled.mp4') is None
+    assert service.run('after', **JOB)['sha256'] == alone['sha256']
 
 def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
     "Cancelled when the bucket has the video already, and the worker has not heard of it yet"
@@ -136,7 +141,8 @@ def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
         return done
     monkeypatch.setattr(service.store.client, 'put_object', slow)
     future = service.submit('late', **JOB)
-    assert stored.wait(120) and service.store.stat('avatars/late.mp4')
+    assert stored.wait(120)
+    assert service.store.stat('avatars/late.mp4')
     future.cancel()
     async def heard() -> None: pass
     service.on_loop(heard()) # the cancellation has reached the job
@@ -156,7 +162,8 @@ def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
 def test_two_people_at_once_are_never_mixed(service, alone):
     other = {**JOB, 'input_image_minio_path': 'in/face.png'}
     face = service.run('face', **other)
-    assert 'error' not in face and face['sha256'] != alone['sha256']
+    assert 'error' not in face
+    assert face['sha256'] != alone['sha256']
     both = service.submit('both-a', **JOB), service.submit('both-b', **other)
     assert [f.result(timeout=120)['sha256'] for f in both] == [alone['sha256'], face['sha256']]
 
@@ -199,8 +206,23 @@ class Doomed:
             report(update)
         return await make_avatar(job_id, job, studio, count, timeline)
 
-MOMENTS = [(0, True), (1, True), (2, True), (2, False), (3, True), (4, True), (6, True), (8, False), (10, True), (12, True),
-           (15, True), (18, False), (24, True), (30, False), (1000, True)]
+MOMENTS = [
+    (0, True),
+    (1, True),
+    (2, True),
+    (2, False),
+    (3, True),
+    (4, True),
+    (6, True),
+    (8, False),
+    (10, True),
+    (12, True),
+    (15, True),
+    (18, False),
+    (24, True),
+    (30, False),
+    (1000, True),
+]
 
 @pytest.mark.parametrize('reports, cancelled', MOMENTS)
 def test_a_worker_that_is_stopped_in_mid_job_leaves_nothing(service, alone, caplog, monkeypatch, reports, cancelled):
@@ -214,8 +236,11 @@ def test_a_worker_that_is_stopped_in_mid_job_leaves_nothing(service, alone, capl
     began = time.monotonic()
     if cancelled: worker.job.cancel()
     shut_down(worker.background, worker.booted)
-    assert time.monotonic() - began < 15 and worker.job.done()
-    assert list(jobs.iterdir()) == [] and not worker.comfy.process.alive and worker.background.loop.is_closed()
+    assert time.monotonic() - began < 15
+    assert worker.job.done()
+    assert list(jobs.iterdir()) == []
+    assert not worker.comfy.process.alive
+    assert worker.background.loop.is_closed()
     del worker
     gc.collect()
     for thread in set(threading.enumerate()) - before: thread.join(5)
@@ -305,7 +330,8 @@ def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, 
         service.on_loop(settled(service))
     assert answer is None or answer.sha256 == first[0].sha256, 'the second attempt says something else'
     found = delivered(service.store, key, 0)
-    assert found == first[0] and hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
+    assert found == first[0]
+    assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
     assert service.store.read_json(manifest_key(key))['sha256'] == found.sha256
 
 async def settled(service) -> None:
@@ -413,7 +439,8 @@ def test_a_job_on_a_full_disk(service, monkeypatch, asks):
     service.reports.clear()
     (service.settings.work_dir / 'jobs').mkdir(exist_ok=True)
     for _ in mounted(service.settings.work_dir / 'jobs', '1m'): answer = service.run(f'full-{asks}', **JOB)
-    assert answer['error'].startswith('storage_failed: ') and answer['refresh_worker'] is True, answer
+    assert answer['error'].startswith('storage_failed: ')
+    assert answer['refresh_worker'] is True, answer
     assert ('needs' in answer['error'] and 'a margin of 100 MB' in answer['error']) == asks
     assert 'render' not in service.stages(f'full-{asks}')
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
@@ -422,7 +449,8 @@ def test_a_job_asks_for_its_room_before_it_starts(service, monkeypatch):
     monkeypatch.setattr('wan_avatar.avatar.VIDEO_RATE', 10**12)
     service.reports.clear()
     answer = service.run('no-room', **JOB, max_seconds=10)
-    assert answer['refresh_worker'] is True and service.stages('no-room') == []
+    assert answer['refresh_worker'] is True
+    assert service.stages('no-room') == []
     assert 'storage_failed: a job of at most 10 s needs 20,000,' in answer['error']
     assert 'a margin of 100 MB, and ' in answer['error']
     assert ' MB are free' in answer['error']
