@@ -10,8 +10,16 @@ from PIL import Image
 
 from wan_avatar import gpu_charts
 from wan_avatar.cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, measured, write_run
-from wan_avatar.gpu_charts import (UNMEASURED, fits, pool_sizes, shown_case, table_of, what_gpus_say, whole_windows,
-                                   write_report)
+from wan_avatar.gpu_charts import (
+    UNMEASURED,
+    fits,
+    pool_sizes,
+    shown_case,
+    table_of,
+    what_gpus_say,
+    whole_windows,
+    write_report,
+)
 
 H100 = 'NVIDIA H100 80GB HBM3'
 
@@ -50,7 +58,9 @@ def test_table_and_pictures_of_whatever_there_is(given, tmp_path):
     assert write_report(given, folder) == [folder / name for name in names]
     assert {p.name for p in folder.iterdir()} == set(names) # nothing half
     for name in ('window', 'memory'):
-        with Image.open(folder / f'{name}.png') as picture: assert picture.format == 'PNG' and min(picture.size) > 150
+        with Image.open(folder / f'{name}.png') as picture:
+            assert picture.format == 'PNG'
+            assert min(picture.size) > 150
     assert (folder / 'table.md').read_text() == table_of(given)
 
 def rows(text: str) -> list[list[str]]: # cells

@@ -66,7 +66,8 @@ def test_a_dry_run_times_every_network_and_a_broken_one_says_why(ran):
     assert all('toy' in v['what'] and v['parameters'] < 1e7 for v in found.values())
 
 def test_without_torch_each_says_so_and_without_time_it_is_left_out():
-    kept, least = [], max(t.least_s for t in TRIALS.values())
+    kept = []
+    least = max(t.least_s for t in TRIALS.values())
     def keep(found: dict) -> None: kept.append(len(found))
     found = measure_networks(least - 0.5, False, lambda line: None, keep) # here is no torch
     late = {k for k, t in TRIALS.items() if t.least_s == least}
@@ -74,7 +75,9 @@ def test_without_torch_each_says_so_and_without_time_it_is_left_out():
     assert late
     for name, result in found.items():
         if name in late: assert result['left_out'].endswith(f'and it may take {least:g} s')
-        else: assert result['failed'].startswith('ModuleNotFoundError') and 'torch' in result['failed']
+        else:
+            assert result['failed'].startswith('ModuleNotFoundError')
+            assert 'torch' in result['failed']
         assert result['times'] == {}
 
 @pytest.mark.parametrize('seconds, calls, counted', [

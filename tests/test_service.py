@@ -20,7 +20,16 @@ import numpy as np
 import pytest
 
 from wan_avatar.avatar import (
-    Inputs, Outrun, Studio, deadline, deliver, delivered, make_avatar, room_needed, take_cached_track, work_folder,
+    Inputs,
+    Outrun,
+    Studio,
+    deadline,
+    deliver,
+    delivered,
+    make_avatar,
+    room_needed,
+    take_cached_track,
+    work_folder,
 )
 from wan_avatar.comfy import Child, Comfy, ComfyProcess
 from wan_avatar.handler import Handler
@@ -42,13 +51,16 @@ def alone(service):
     return answer
 
 def test_result_is_what_was_promised(service, alone):
-    assert (alone['width'], alone['height'], alone['fps'], alone['frames'], alone['has_audio']) == (1280, 720, 24, 48, True)
+    figures = {k: alone[k] for k in ('width', 'height', 'fps', 'frames', 'has_audio')}
+    assert figures == {'width': 1280, 'height': 720, 'fps': 24, 'frames': 48, 'has_audio': True}
     assert alone['minio_key'] == 'avatars/alone.mp4'
     assert service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
     manifest = service.store.read_json('avatars/alone.mp4.json')
     assert manifest['sha256'] == alone['sha256']
     assert [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
-    assert service.stages('alone') == ['fetch', 'track', 'render', 'upload'] or service.stages('alone') == ['fetch', 'track', 'render']
+    stages = service.stages('alone')
+    assert stages[:3] == ['fetch', 'track', 'render']
+    assert stages[3:] in ([], ['upload']), 'a report of the end may come too late'
 
 def test_nothing_is_left_in_the_work_folder(service, alone):
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
@@ -59,8 +71,10 @@ def test_a_delivered_job_answers_from_its_manifest(service, alone):
     assert again == alone
 
 def test_same_id_twice_at_once_renders_once(service, alone):
-    first, second = service.submit('twice', **JOB), service.submit('twice', **JOB)
-    a, b = first.result(timeout=120), second.result(timeout=120)
+    first = service.submit('twice', **JOB)
+    second = service.submit('twice', **JOB)
+    a = first.result(timeout=120)
+    b = second.result(timeout=120)
     assert a['sha256'] == b['sha256'] == alone['sha256']
     done = [u['done'] for i, u in service.reports if i == 'twice' and u['stage'] == 'render' and 'done' in u]
     assert done == sorted(done), 'rendering began again'
@@ -132,7 +146,9 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
 
 def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
     "Cancelled when the bucket has the video already, and the worker has not heard of it yet"
-    put, stored, go_on = service.store.client.put_object, threading.Event(), threading.Event()
+    put = service.store.client.put_object
+    stored = threading.Event()
+    go_on = threading.Event()
     def slow(**asked):
         done = put(**asked)
         if asked['object_name'] == 'avatars/late.mp4':
@@ -147,8 +163,9 @@ def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
     async def heard() -> None: pass
     service.on_loop(heard()) # the cancellation has reached the job
     go_on.set()
+    jobs = service.settings.work_dir / 'jobs'
     until = time.monotonic() + 60
-    while list((service.settings.work_dir / 'jobs').iterdir()) and time.monotonic() < until: threading.Event().wait(0.05)
+    while list(jobs.iterdir()) and time.monotonic() < until: threading.Event().wait(0.05)
     assert service.store.list('avatars/late') == []
 
 def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
@@ -177,14 +194,18 @@ class Borrowed(ComfyProcess):
 
     async def start(self, http) -> None:
         self.child = Child(subprocess.Popen(['sleep', '600'], start_new_session=True))
-        self.port, self.secret, self.log = self.lender.port, self.lender.secret, self.lender.log
+        self.port = self.lender.port
+        self.secret = self.lender.secret
+        self.log = self.lender.log
 
 BRIEF = JOB | {'driving_video_path': 'in/brief.mp4'}
 
 class Doomed:
     "A worker with one job in hand, and word of when that has reported so often"
     def __init__(self, service, reports: int, monkeypatch):
-        self.background, self.told, self.reached = Background(), 0, threading.Event()
+        self.background = Background()
+        self.told = 0
+        self.reached = threading.Event()
         monkeypatch.setattr('wan_avatar.handler.make_avatar', partial(self.make, reports))
         self.comfy = Comfy(Borrowed(service.comfy.process))
         self.booted = self.background.submit(self.boot(service))
@@ -229,7 +250,8 @@ def test_a_worker_that_is_stopped_in_mid_job_leaves_nothing(service, alone, capl
     """When the job has reported so often: at once, in its inputs, its track, its windows, its delivery, after its end;
     and when the SDK has cancelled the job just before, as it does at SIGTERM"""
     gc.collect()
-    before, jobs = set(threading.enumerate()), service.settings.work_dir / 'jobs'
+    before = set(threading.enumerate())
+    jobs = service.settings.work_dir / 'jobs'
     assert list(jobs.iterdir()) == []
     worker = Doomed(service, reports, monkeypatch)
     assert worker.reached.wait(60)
@@ -304,8 +326,11 @@ SECOND = {
 @pytest.mark.parametrize('name', SECOND)
 def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, monkeypatch, name):
     which, frames, upload, cancelled, conditions = SECOND[name]
-    key, second, first = f'avatars/{name}.mp4', Store(service.settings), []
-    begun, go_on = threading.Event(), threading.Event()
+    key = f'avatars/{name}.mp4'
+    first = [] # the result of the first attempt
+    second = Store(service.settings)
+    begun = threading.Event()
+    go_on = threading.Event()
     put = second.client.put_object
     def hooked(**asked):
         if asked['object_name'] != key: return put(**asked)
@@ -355,7 +380,8 @@ def test_what_a_killed_attempt_left_is_replaced(service, made, manifest):
     assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == result.sha256
 
 def test_a_manifest_of_other_bytes_is_no_delivery(service, made):
-    key, result = 'avatars/swapped.mp4', service.on_loop(delivery(service, 'avatars/swapped.mp4', made(0)))
+    key = 'avatars/swapped.mp4'
+    result = service.on_loop(delivery(service, key, made(0)))
     other = bytes(result.bytes)
     service.store.write_bytes(key, other, 'video/mp4', {'sha256': hashlib.sha256(other).hexdigest()})
     assert delivered(service.store, key, 0) is None
@@ -404,7 +430,8 @@ def tracked(service, disk, source):
     with pytest.raises(OSError), filler.open('wb', buffering=0) as out:
         while True: out.write(bytes(1 << 16))
     made = load_track(TRACK)
-    take_cached_track(service.store, 'disk/track', disk / 'x.track', SimpleNamespace(frames=len(made), size=made.size), made.tracker)
+    clip = SimpleNamespace(frames=len(made), size=made.size)
+    take_cached_track(service.store, 'disk/track', disk / 'x.track', clip, made.tracker)
 def encoded(service, disk, source):
     with Encoder(disk / 'avatar.mp4', (640, 360)) as encoder:
         for n in range(48): encoder.write(np.random.default_rng(n).integers(0, 255, (360, 640, 3), dtype=np.uint8))
@@ -439,7 +466,7 @@ def test_a_job_on_a_full_disk(service, monkeypatch, asks):
     service.reports.clear()
     (service.settings.work_dir / 'jobs').mkdir(exist_ok=True)
     for _ in mounted(service.settings.work_dir / 'jobs', '1m'): answer = service.run(f'full-{asks}', **JOB)
-    assert answer['error'].startswith('storage_failed: ')
+    assert answer['error'].startswith('storage_failed: '), answer
     assert answer['refresh_worker'] is True, answer
     assert ('needs' in answer['error'] and 'a margin of 100 MB' in answer['error']) == asks
     assert 'render' not in service.stages(f'full-{asks}')
