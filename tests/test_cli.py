@@ -12,7 +12,9 @@ from conftest import ROOT, cut
 from wan_avatar.media import check_mp4
 
 WAN_AVATAR = str(ROOT / '.venv/bin/wan-avatar')
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))} | {'COMFY_DIR': str(ROOT / '.comfy')}
+OTHERS = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))}
+ENV = OTHERS | {'COMFY_DIR': str(ROOT / '.comfy')}
+SUBMIT = ('submit', '--image', 'ana.png', '--driving', 'cut.mp4')
 
 def run(folder, *args, timeout=180) -> subprocess.CompletedProcess:
     return subprocess.run([WAN_AVATAR, *args], cwd=folder, env=ENV, capture_output=True, text=True, timeout=timeout)
@@ -27,11 +29,14 @@ def place(samples, tmp_path_factory):
     folder = tmp_path_factory.mktemp('cli')
     cut(samples / 'pexels.mp4', 30, folder)
     (folder / 'ana.png').write_bytes((samples / 'astronaut.png').read_bytes())
-    def heed() -> None: signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background jobs ignore Ctrl-C, and these tests may be one
-    with (folder / 'up.log').open('wb') as log: child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log, preexec_fn=heed)
+    def heed() -> None: # a shell's background jobs ignore Ctrl-C, and these tests may be one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with (folder / 'up.log').open('wb') as log:
+        child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log, preexec_fn=heed)
     until = time.monotonic() + 60
     while not (folder / 'runs/local/up.json').exists():
-        assert child.poll() is None and time.monotonic() < until, (folder / 'up.log').read_text()
+        assert child.poll() is None, (folder / 'up.log').read_text()
+        assert time.monotonic() < until, (folder / 'up.log').read_text()
         time.sleep(0.05)
     yield folder, child
     child.kill()
@@ -39,47 +44,63 @@ def place(samples, tmp_path_factory):
 
 def test_from_submit_to_fetch(place):
     folder, _ = place
-    done = run(folder, 'submit', '--image', 'ana.png', '--driving', 'cut.mp4', '--user-id', 'u1', '--presign', '60', '--out', 'mine', '--json')
+    done = run(folder, *SUBMIT, '--user-id', 'u1', '--presign', '60', '--out', 'mine', '--json')
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said['status'] == 'COMPLETED' and said['output']['minio_key'] == f'avatars/u1/{said["id"]}.mp4' and said['output']['presigned_url'].startswith('http')
-    assert 'rendering' in done.stderr and check_mp4(folder / 'mine/avatar.mp4', 30, has_audio=True).frames == 30
+    assert said['status'] == 'COMPLETED'
+    assert said['output']['minio_key'] == f'avatars/u1/{said["id"]}.mp4'
+    assert said['output']['presigned_url'].startswith('http')
+    assert 'rendering' in done.stderr
+    assert check_mp4(folder / 'mine/avatar.mp4', 30, has_audio=True).frames == 30
     status = run(folder, 'status', said['id'])
-    assert status.returncode == 0 and said['output']['minio_key'] in status.stdout
+    assert status.returncode == 0
+    assert said['output']['minio_key'] in status.stdout
     for what in (said['id'], said['output']['minio_key']):
         fetched = json.loads(run(folder, 'fetch', what, '--json').stdout)
-        assert (folder / fetched['video']).stat().st_size == said['output']['bytes'] and fetched['manifest']['sha256'] == said['output']['sha256']
+        assert (folder / fetched['video']).stat().st_size == said['output']['bytes']
+        assert fetched['manifest']['sha256'] == said['output']['sha256']
 
 @pytest.mark.parametrize('args, code, words', [
-    (['submit', '--image', 'people/nobody.png', '--driving', 'cut.mp4'], 1, 'input_missing'), (['submit', '--image', '../ana', '--driving', 'cut.mp4'], 1, 'bad_input'),
-    (['submit'], 2, '--image'), (['status', 'no-such-job'], 3, '404'), (['fetch', 'avatars/none.mp4'], 1, 'input_missing'),
-    (['status', 'x', '--endpoint', 'abc'], 3, 'RUNPOD_API_KEY'), (['demo', '--image', 'nobody.png'], 2, 'nobody.png')])
+    (['submit', '--image', 'people/nobody.png', '--driving', 'cut.mp4'], 1, 'input_missing'),
+    (['submit', '--image', '../ana', '--driving', 'cut.mp4'], 1, 'bad_input'),
+    (['submit'], 2, '--image'),
+    (['status', 'no-such-job'], 3, '404'),
+    (['fetch', 'avatars/none.mp4'], 1, 'input_missing'),
+    (['status', 'x', '--endpoint', 'abc'], 3, 'RUNPOD_API_KEY'),
+    (['demo', '--image', 'nobody.png'], 2, 'nobody.png'),
+])
 def test_exit_codes(place, args, code, words):
     done = run(place[0], *args)
-    assert done.returncode == code and words in done.stdout + done.stderr and 'Traceback' not in done.stderr, done
+    assert done.returncode == code, done
+    assert words in done.stdout + done.stderr, done
+    assert 'Traceback' not in done.stderr, done
 
 def test_detach_then_cancel(place):
     folder, _ = place
-    job = json.loads(run(folder, 'submit', '--image', 'ana.png', '--driving', 'cut.mp4', '--detach', '--json').stdout)['id']
+    job = json.loads(run(folder, *SUBMIT, '--detach', '--json').stdout)['id']
     assert json.loads(run(folder, 'cancel', job, '--json').stdout) == {'id': job, 'status': 'CANCELLED'}
     assert run(folder, 'status', job).returncode == 1
 
 def test_ctrl_c_leaves_nothing(place):
     folder, child = place
     said = (folder / 'up.log').read_text()
-    assert 'endpoint  http://127.0.0.1:' in said and 'wan-avatar submit' in said
+    assert 'endpoint  http://127.0.0.1:' in said
+    assert 'wan-avatar submit' in said
     assert json.loads((folder / 'runs/local/up.json').read_text())['api_key'] not in said
     def children(): return psutil.Process(child.pid).children(recursive=True)
     def comfy(): return any('main.py' in ' '.join(p.cmdline()) for p in children())
-    if not comfy(): run(folder, 'submit', '--image', 'ana.png', '--driving', 'cut.mp4') # the tests before this one may not have run
+    if not comfy(): run(folder, *SUBMIT) # the tests before this one may not have run
     assert comfy(), 'the worker and its ComfyUI should be idle, not gone'
     family = children()
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=30) == 130 and left_behind(family) == [] and not (folder / 'runs/local/up.json').exists()
+    assert child.wait(timeout=30) == 130
+    assert left_behind(family) == []
+    assert not (folder / 'runs/local/up.json').exists()
     assert run(folder, 'status', 'x').returncode == 3
 
 def test_demo(samples, place, tmp_path):
     done = run(tmp_path, 'demo', '--image', str(place[0] / 'ana.png'), '--driving', str(place[0] / 'cut.mp4'))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-3:] == ['runs/demo/avatar.mp4', 'runs/demo/filmstrip.png', 'runs/demo/timeline.png']
-    assert all((tmp_path / p).stat().st_size > 1000 for p in done.stdout.split()[-3:]) and 'render' in done.stdout
+    assert all((tmp_path / p).stat().st_size > 1000 for p in done.stdout.split()[-3:])
+    assert 'render' in done.stdout

@@ -10,8 +10,16 @@ from PIL import Image
 
 from wan_avatar import gpu_charts
 from wan_avatar.cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, measured, write_run
-from wan_avatar.gpu_charts import (UNMEASURED, fits, pool_sizes, shown_case, table_of, what_gpus_say, whole_windows,
-                                   write_report)
+from wan_avatar.gpu_charts import (
+    UNMEASURED,
+    fits,
+    pool_sizes,
+    shown_case,
+    table_of,
+    what_gpus_say,
+    whole_windows,
+    write_report,
+)
 
 H100 = 'NVIDIA H100 80GB HBM3'
 
@@ -50,7 +58,9 @@ def test_table_and_pictures_of_whatever_there_is(given, tmp_path):
     assert write_report(given, folder) == [folder / name for name in names]
     assert {p.name for p in folder.iterdir()} == set(names) # nothing half
     for name in ('window', 'memory'):
-        with Image.open(folder / f'{name}.png') as picture: assert picture.format == 'PNG' and min(picture.size) > 150
+        with Image.open(folder / f'{name}.png') as picture:
+            assert picture.format == 'PNG'
+            assert min(picture.size) > 150
     assert (folder / 'table.md').read_text() == table_of(given)
 
 def rows(text: str) -> list[list[str]]: # cells
@@ -77,15 +87,19 @@ def test_every_reason_is_told_and_breaks_no_table():
         '* tracker, person: left out: no time']
     assert len({len(row) for row in rows(text)}) == 1
 
-@pytest.mark.parametrize('cap, told', [(48, '| 48 | fits, the VAE in tiles |'),
-                                       (None, '* a window: the VAE went on in tiles, for want of memory')])
+@pytest.mark.parametrize('cap, told', [
+    (48, '| 48 | fits, the VAE in tiles |'),
+    (None, '* a window: the VAE went on in tiles, for want of memory'),
+])
 def test_a_decode_in_tiles_is_told(cap, told):
-    assert told in table_of(run(whole(cap_gb=cap, tiled=True))) and told not in table_of(run(whole(cap_gb=cap)))
+    assert told in table_of(run(whole(cap_gb=cap, tiled=True)))
+    assert told not in table_of(run(whole(cap_gb=cap)))
 
 def test_an_emulated_card_has_no_seconds():
     text = table_of(run(whole(), CAPPED))
     line, = [r for r in rows(text) if r[0] == '24']
-    assert line[:2] == ['24', 'does not fit'] and 'never how fast' in text
+    assert line[:2] == ['24', 'does not fit']
+    assert 'never how fast' in text
     assert not [figure for figure in ('31.4', '2.71', '2.72', '31.41') if figure in text]
     assert CAPPED.name not in [r[0] for r in rows(text)]
 
@@ -105,8 +119,10 @@ def test_which_cases_are_shown():
     cold, window, long = whole('cold', 2), whole(PRODUCTION), whole('121 frames', frames=121)
     cut = whole('cut off', failed='Interrupted')
     given = run(cold, cut, whole('capped', cap_gb=48), window, long)
-    assert [c.name for c in whole_windows(given)] == [PRODUCTION, '121 frames'] and shown_case(given) == window
-    assert shown_case(run(cold, cut)) == cold and shown_case(run(cut, CAPPED)) is None
+    assert [c.name for c in whole_windows(given)] == [PRODUCTION, '121 frames']
+    assert shown_case(given) == window
+    assert shown_case(run(cold, cut)) == cold
+    assert shown_case(run(cut, CAPPED)) is None
 
 def test_a_pool_has_as_much_memory_as_its_smallest_card():
     sizes = {pool: gb for gb, pools in pool_sizes().items() for pool in pools}
@@ -115,14 +131,17 @@ def test_a_pool_has_as_much_memory_as_its_smallest_card():
 
 def test_a_card_is_unmeasured_until_its_folder_is_there(tmp_path):
     before = what_gpus_say(measured(tmp_path), tmp_path)
-    assert [r[0] for r in rows(before)[2:]] == list(CARDS) and before.count(UNMEASURED) == 2 * len(CARDS)
+    assert [r[0] for r in rows(before)[2:]] == list(CARDS)
+    assert before.count(UNMEASURED) == 2 * len(CARDS)
     assert 'runs/gpu' not in before
     (folder := tmp_path / 'h100').mkdir()
     write_run(given := run(whole(PRODUCTION), CAPPED), folder / 'gpu.json')
     told = what_gpus_say(measured(tmp_path), tmp_path)
     line, = [r for r in rows(told) if r[0] == H100]
     assert line == [H100, '`ADA_80_PRO`', '12.0 s', '6.0 s', '50 %', '77 s', '56 GB', '2000-01-02']
-    assert told.count(UNMEASURED) == 2 * (len(CARDS) - 1) and '24 GB: does not fit' in told and 'runs/gpu' not in told
+    assert told.count(UNMEASURED) == 2 * (len(CARDS) - 1)
+    assert '24 GB: does not fit' in told
+    assert 'runs/gpu' not in told
     write_report(given, folder)
     links = re.findall(r'\]\((.*)\)', what_gpus_say(measured(tmp_path), tmp_path))
     assert links == [f'../runs/gpu/h100/{name}' for name in ('table.md', 'window.png', 'memory.png')]

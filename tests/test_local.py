@@ -1,10 +1,10 @@
-"""The local endpoint: its state machine with a clock of our own, then the SDK's worker and the SDK's client against it"""
+"""The local endpoint: its state machine with a clock of our own, then the SDK's worker and the SDK's client"""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import socket
 import threading
 import time
 from collections import deque
@@ -16,7 +16,18 @@ import psutil
 import pytest
 
 from wan_avatar.job import JobError
-from wan_avatar.local import MB, Bucket, JobQueue, JobRequest, LocalEndpoint, RateLimit, Refused, bucket_server, parse_request, worker_environment
+from wan_avatar.local import (
+    MB,
+    Bucket,
+    JobQueue,
+    JobRequest,
+    LocalEndpoint,
+    RateLimit,
+    Refused,
+    bucket_server,
+    parse_request,
+    worker_environment,
+)
 
 # ---- the state machine
 
@@ -38,9 +49,12 @@ def running(queue, worker='w', **request):
 
 def test_jobs_are_given_once_oldest_first_low_priority_last(queue):
     low = queue.submit(JobRequest({}, low_priority=True))
-    a, b = queue.submit(JobRequest({})), queue.submit(JobRequest({}))
+    a = queue.submit(JobRequest({}))
+    b = queue.submit(JobRequest({}))
     assert queue.waiting() == [a, b], 'low priority starts no worker'
-    assert queue.take('w1', 1) == [a] and queue.take('w2', 5) == [b, low] and queue.take('w1', 5) == []
+    assert queue.take('w1', 1) == [a]
+    assert queue.take('w2', 5) == [b, low]
+    assert queue.take('w1', 5) == []
 
 def test_delay_and_execution_are_milliseconds_from_submission_and_pick_up(queue, clock):
     job = queue.submit(JobRequest({}))
@@ -49,16 +63,29 @@ def test_delay_and_execution_are_milliseconds_from_submission_and_pick_up(queue,
     queue.take('w')
     clock.now += 2
     assert queue.done('w', job.id, {'output': 1})
-    assert queue.status(job.id) == {'id': job.id, 'status': 'COMPLETED', 'delayTime': 3000, 'executionTime': 2000, 'workerId': 'w', 'output': 1}
+    assert queue.status(job.id) == {
+        'id': job.id,
+        'status': 'COMPLETED',
+        'delayTime': 3000,
+        'executionTime': 2000,
+        'workerId': 'w',
+        'output': 1,
+    }
 
 @pytest.mark.parametrize('body,state,output,error', [
-    ({'output': {'a': 1}}, 'COMPLETED', {'a': 1}, None), ({}, 'COMPLETED', None, None), ({'output': False}, 'COMPLETED', False, None),
-    ({'error': 'boom'}, 'FAILED', None, 'boom'), ({'error': {'x': 1}, 'output': 2, 'stopPod': True}, 'FAILED', 2, '{"x": 1}')])
+    ({'output': {'a': 1}}, 'COMPLETED', {'a': 1}, None),
+    ({}, 'COMPLETED', None, None),
+    ({'output': False}, 'COMPLETED', False, None),
+    ({'error': 'boom'}, 'FAILED', None, 'boom'),
+    ({'error': {'x': 1}, 'output': 2, 'stopPod': True}, 'FAILED', 2, '{"x": 1}'),
+])
 def test_how_results_end_a_job(queue, body, state, output, error):
     job = running(queue)
     queue.done('w', job.id, body)
-    said = queue.status(job.id)
-    assert (said['status'], said.get('output'), said.get('error')) == (state, output, error)
+    status = queue.status(job.id)
+    assert status['status'] == state
+    assert status.get('output') == output
+    assert status.get('error') == error
 
 @pytest.mark.parametrize('passed,state', [(59.9, 'IN_QUEUE'), (60, None)])
 def test_ttl_of_a_waiting_job(queue, clock, passed, state):
@@ -67,14 +94,18 @@ def test_ttl_of_a_waiting_job(queue, clock, passed, state):
     if state: assert queue.status(job.id)['status'] == state
     else:
         with pytest.raises(Refused) as e: queue.status(job.id)
-        assert e.value.status == 404 and queue.take('w') == [] and queue.kept == 0
+        assert e.value.status == 404
+        assert queue.take('w') == []
+        assert queue.kept == 0
 
 def test_ttl_removes_a_running_job_and_tells_its_worker(queue, clock):
     job = running(queue, ttl_s=60)
     clock.now += 60
     assert queue.take('w') == []
-    assert queue.stop_signals('w') == [job.id] and queue.stop_signals('w') == []
-    assert not queue.done('w', job.id, {'output': 1}) and job.id not in queue.jobs
+    assert queue.stop_signals('w') == [job.id]
+    assert queue.stop_signals('w') == []
+    assert not queue.done('w', job.id, {'output': 1})
+    assert job.id not in queue.jobs
 
 def test_execution_timeout(queue, clock):
     job = queue.submit(JobRequest({}, execution_s=5))
@@ -83,33 +114,44 @@ def test_execution_timeout(queue, clock):
     clock.now += 4.9
     assert queue.status(job.id)['status'] == 'IN_PROGRESS'
     clock.now += 0.2
-    assert queue.status(job.id)['status'] == 'TIMED_OUT' and queue.stop_signals('w') == [job.id]
-    assert not queue.done('w', job.id, {'output': 1}) and queue.status(job.id)['status'] == 'TIMED_OUT'
+    assert queue.status(job.id)['status'] == 'TIMED_OUT'
+    assert queue.stop_signals('w') == [job.id]
+    assert not queue.done('w', job.id, {'output': 1})
+    assert queue.status(job.id)['status'] == 'TIMED_OUT'
 
 @pytest.mark.parametrize('sync,kept', [(False, 1800), (True, 60)])
 def test_results_are_kept_and_forgotten(queue, clock, sync, kept):
     job = running(queue, sync=sync, size=10)
     queue.done('w', job.id, {'output': 'x'}, size=5)
     clock.now += kept - 0.1
-    assert queue.status(job.id)['output'] == 'x' and queue.kept == 15
+    assert queue.status(job.id)['output'] == 'x'
+    assert queue.kept == 15
     clock.now += 0.1
     with pytest.raises(Refused): queue.status(job.id)
-    assert queue.kept == 0 and not queue.jobs
+    assert queue.kept == 0
+    assert not queue.jobs
 
 def test_progress_is_shown_while_running_only_and_only_from_the_holder(queue):
     job = running(queue)
-    assert queue.progress('w', job.id, {'p': 1}) and queue.status(job.id)['output'] == {'p': 1}
-    assert not queue.progress('other', job.id, 2) and not queue.done('other', job.id, {'output': 2})
+    assert queue.progress('w', job.id, {'p': 1})
+    assert queue.status(job.id)['output'] == {'p': 1}
+    assert not queue.progress('other', job.id, 2)
+    assert not queue.done('other', job.id, {'output': 2})
     queue.done('w', job.id, {'output': 'end'})
-    assert not queue.progress('w', job.id, 3) and not queue.done('w', job.id, {'output': 4}) and queue.status(job.id)['output'] == 'end'
+    assert not queue.progress('w', job.id, 3)
+    assert not queue.done('w', job.id, {'output': 4})
+    assert queue.status(job.id)['output'] == 'end'
 
 def test_cancel(queue):
-    waiting, held = queue.submit(JobRequest({})), None
-    assert queue.cancel(waiting.id) == {'id': waiting.id, 'status': 'CANCELLED'} and queue.take('w') == []
+    waiting = queue.submit(JobRequest({}))
+    assert queue.cancel(waiting.id) == {'id': waiting.id, 'status': 'CANCELLED'}
+    assert queue.take('w') == []
     held = running(queue)
     queue.cancel(held.id)
-    assert queue.stop_signals('w') == [held.id] and not queue.done('w', held.id, {'output': 1})
-    assert queue.cancel(held.id)['status'] == 'CANCELLED' and queue.stop_signals('w') == []
+    assert queue.stop_signals('w') == [held.id]
+    assert not queue.done('w', held.id, {'output': 1})
+    assert queue.cancel(held.id)['status'] == 'CANCELLED'
+    assert queue.stop_signals('w') == []
 
 def test_a_retry_waits_until_the_first_run_has_let_go(queue, clock):
     job = running(queue, execution_s=5)
@@ -119,7 +161,8 @@ def test_a_retry_waits_until_the_first_run_has_let_go(queue, clock):
     queue.seen('w', {job.id})
     assert queue.take('w2') == []
     queue.seen('w', set())
-    assert queue.take('w2') == [job] and queue.health()['retried'] == 1
+    assert queue.take('w2') == [job]
+    assert queue.health()['retried'] == 1
 
 @pytest.mark.parametrize('end', ['COMPLETED', 'CANCELLED', 'IN_QUEUE', 'IN_PROGRESS'])
 def test_what_cannot_be_retried(queue, end):
@@ -131,19 +174,25 @@ def test_what_cannot_be_retried(queue, end):
     assert e.value.status == 400
 
 def test_a_worker_that_dies_gives_its_job_back_twice(queue):
-    job, later = running(queue), queue.submit(JobRequest({}))
+    job = running(queue)
+    later = queue.submit(JobRequest({}))
     for n in (1, 2):
         queue.gone('w', 'exit status 3')
-        assert queue.status(job.id)['status'] == 'IN_QUEUE' and queue.health()['retried'] == n
+        assert queue.status(job.id)['status'] == 'IN_QUEUE'
+        assert queue.health()['retried'] == n
         assert queue.take('w') == [job], 'at the front of the line'
     queue.gone('w', 'exit status 3')
-    assert queue.status(job.id)['status'] == 'FAILED' and 'exit status 3' in queue.status(job.id)['error'] and queue.take('w') == [later]
+    assert queue.status(job.id)['status'] == 'FAILED'
+    assert 'exit status 3' in queue.status(job.id)['error']
+    assert queue.take('w') == [later]
 
 def test_purge_leaves_running_jobs(queue):
     held = running(queue)
     waiting = [queue.submit(JobRequest({})) for _ in range(3)]
-    assert queue.purge() == {'removed': 3, 'status': 'completed'} and queue.take('w', 9) == []
-    assert queue.status(held.id)['status'] == 'IN_PROGRESS' and {queue.status(j.id)['status'] for j in waiting} == {'CANCELLED'}
+    assert queue.purge() == {'removed': 3, 'status': 'completed'}
+    assert queue.take('w', 9) == []
+    assert queue.status(held.id)['status'] == 'IN_PROGRESS'
+    assert {queue.status(j.id)['status'] for j in waiting} == {'CANCELLED'}
 
 def test_memory_is_bounded(clock):
     queue = JobQueue(clock, max_bytes=100)
@@ -152,12 +201,14 @@ def test_memory_is_bounded(clock):
     assert e.value.status == 429
     job = queue.take('w')[0]
     for n in range(5000): queue.chunk('w', job.id, {'output': n})
-    assert len(queue.stream(job.id)['stream']) == 1000 and queue.stream(job.id)['stream'] == []
+    assert len(queue.stream(job.id)['stream']) == 1000
+    assert queue.stream(job.id)['stream'] == []
 
 def test_a_result_beyond_the_limit_fails_the_job(queue):
     job = running(queue)
     queue.done('w', job.id, {'output': 'x'}, size=10 * MB + 1)
-    assert queue.status(job.id)['status'] == 'FAILED' and '10 MB' in queue.status(job.id)['error']
+    assert queue.status(job.id)['status'] == 'FAILED'
+    assert '10 MB' in queue.status(job.id)['error']
 
 def test_webhooks_are_noted_when_a_job_ends(queue):
     job = running(queue, webhook='http://h/')
@@ -166,18 +217,37 @@ def test_webhooks_are_noted_when_a_job_ends(queue):
     assert [(u, s['status']) for u, s in queue.webhooks] == [('http://h/', 'COMPLETED')]
 
 @pytest.mark.parametrize('body,status', [
-    (b'', 400), (b'[]', 400), (b'\xff', 400), (b'{"input": NaN}', 400), (b'[' * 100_000, 400), (b'{}', 400), (b'{"input": []}', 400),
-    (b'{"input": {}, "policy": 3}', 400), (b'{"input": {}, "policy": {"ttl": 0}}', 400), (b'{"input": {}, "policy": {"ttl": true}}', 400),
-    (b'{"input": {}, "policy": {"executionTimeout": 604800001}}', 400), (b'{"input": {}, "webhook": "file:///x"}', 400),
-    (b'{"input": {"x": "' + b'x' * 10 * MB + b'"}}', 413)])
+    (b'', 400),
+    (b'[]', 400),
+    (b'\xff', 400),
+    (b'{"input": NaN}', 400),
+    (b'[' * 100_000, 400),
+    (b'{}', 400),
+    (b'{"input": []}', 400),
+    (b'{"input": {}, "policy": 3}', 400),
+    (b'{"input": {}, "policy": {"ttl": 0}}', 400),
+    (b'{"input": {}, "policy": {"ttl": true}}', 400),
+    (b'{"input": {}, "policy": {"executionTimeout": 604800001}}', 400),
+    (b'{"input": {}, "webhook": "file:///x"}', 400),
+    (b'{"input": {"x": "' + b'x' * 10 * MB + b'"}}', 413),
+])
 def test_bodies_that_are_refused(body, status):
     with pytest.raises(Refused) as e: parse_request(body)
     assert e.value.status == status
 
 def test_policy_and_defaults():
     assert parse_request(b'{"input": {}}') == JobRequest({}, 13)
-    asked = parse_request(json.dumps({'input': {'a': 1}, 'webhook': 'http://h/', 'policy': {'ttl': 3_600_000, 'executionTimeout': 5000, 'lowPriority': True}}).encode(), True)
-    assert (asked.ttl_s, asked.execution_s, asked.low_priority, asked.webhook, asked.sync) == (3600, 5, True, 'http://h/', True)
+    policy = {'ttl': 3_600_000, 'executionTimeout': 5000, 'lowPriority': True}
+    body = json.dumps({'input': {'a': 1}, 'webhook': 'http://h/', 'policy': policy}).encode()
+    assert parse_request(body, sync=True) == JobRequest(
+        input={'a': 1},
+        size=len(body),
+        sync=True,
+        webhook='http://h/',
+        ttl_s=3600,
+        execution_s=5,
+        low_priority=True,
+    )
     assert parse_request(b'{"input": {"x": "' + b'x' * 15 * MB + b'"}}', sync=True).size > 15 * MB
 
 def test_rate_limit(clock):
@@ -222,10 +292,14 @@ QUIET = {'RUNPOD_SKIP_AUTO_SYSTEM_CHECKS': 'true', 'RUNPOD_SKIP_GPU_CHECK': 'tru
 class Site:
     "An endpoint with its events and a plain HTTP client"
     def __init__(self, folder: Path, env=None, command=None, **more):
-        self.folder, self.events, self.heard = folder, [], threading.Condition()
+        self.folder = folder
+        self.events: list[tuple[str, dict]] = []
+        self.heard = threading.Condition()
         (folder / 'worker.py').write_text(WORKER)
-        self.endpoint = LocalEndpoint(command or [sys.executable, str(folder / 'worker.py')], QUIET | (env or {}), folder / 'logs', on_event=self.hear, **more)
-        self.http = httpx.Client(base_url=f'{self.endpoint.url}/local', headers={'Authorization': f'Bearer {self.endpoint.api_key}'}, timeout=30)
+        command = command or [sys.executable, str(folder / 'worker.py')]
+        self.endpoint = LocalEndpoint(command, QUIET | (env or {}), folder / 'logs', on_event=self.hear, **more)
+        key = {'Authorization': f'Bearer {self.endpoint.api_key}'}
+        self.http = httpx.Client(base_url=f'{self.endpoint.url}/local', headers=key, timeout=30)
 
     def hear(self, kind: str, details: dict) -> None:
         with self.heard:
@@ -234,18 +308,24 @@ class Site:
 
     def wait_event(self, kind: str, n: int = 1) -> dict:
         "The n-th event of a kind, within 20 s"
-        with self.heard: assert self.heard.wait_for(lambda: sum(k == kind for k, _ in self.events) >= n, 20), (kind, self.events)
+        with self.heard: came = self.heard.wait_for(lambda: self.count(kind) >= n, 20)
+        assert came, (kind, self.events)
         return [d for k, d in self.events if k == kind][n - 1]
 
     def count(self, kind: str) -> int: return sum(k == kind for k, _ in self.events)
 
-    def run(self, _policy=None, **given) -> str: return self.http.post('/run', json={'input': given or {'do': ''}, 'policy': _policy or {}}).raise_for_status().json()['id']
+    def run(self, _policy=None, **given) -> str: # job id
+        answer = self.http.post('/run', json={'input': given or {'do': ''}, 'policy': _policy or {}})
+        return answer.raise_for_status().json()['id']
 
     def status(self, job: str) -> dict: return self.http.get(f'/status/{job}').json()
 
     def until(self, job: str, *states: str, **values) -> dict:
         "Poll until the job is in one of these states and shows these values"
-        return poll(lambda: (s := self.status(job))['status'] in states and all(s.get(k) == v for k, v in values.items()) and s, lambda: self.status(job))
+        def shown() -> dict | None:
+            status = self.status(job)
+            if status['status'] in states and all(status.get(k) == v for k, v in values.items()): return status
+        return poll(shown, lambda: self.status(job))
 
 def poll(check, why=lambda: ''):
     until = time.monotonic() + 20
@@ -269,8 +349,10 @@ def test_the_sdk_client(site, client):
     said = client.run_sync({'input': {'echo': 'héllo'}})
     assert said['echo'] == 'héllo'
     request = client.run({'input': {'echo': 2}})
-    assert request.output(timeout=20)['echo'] == 2 and request.status() == 'COMPLETED'
-    assert client.health()['jobs']['completed'] >= 2 and client.health()['workers']['ready'] == 1
+    assert request.output(timeout=20)['echo'] == 2
+    assert request.status() == 'COMPLETED'
+    assert client.health()['jobs']['completed'] >= 2
+    assert client.health()['workers']['ready'] == 1
     assert site.count('worker_started') == 1
     assert client.run({'input': {'do': 'error'}}).output(timeout=20) is None
 
@@ -305,25 +387,49 @@ def test_execution_timeout_and_ttl_reach_the_handler(site):
     slow.touch()
     assert site.until(a, 'COMPLETED')
 
-def test_refusals(site):
-    assert httpx.post(f'{site.endpoint.url}/local/run', json={'input': {}}).status_code == 401
-    assert httpx.get(f'{site.endpoint.url}/local/health', headers={'Authorization': 'Bearer no'}).status_code == 401
-    for path in ('job-take/w', 'job-take-batch/w', 'job-stop/w', 'ping/w'): assert site.http.get(path).status_code == 401, path
-    assert site.http.post('job-done/w/j', json={}).status_code == 401
-    assert site.http.get('/status/nobody').status_code == site.http.post('/cancel/nobody').status_code == site.http.post('/retry/nobody').status_code == 404
-    assert site.http.get(f'{site.endpoint.url}/other/health').status_code == 404
-    assert site.http.post('/run', content=b'{').status_code == site.http.post('/run', json={}).status_code == 400
-    assert site.http.post('/runsync?wait=5', json={'input': {}}).status_code == 400
+STRANGERS = [ # without a key, or with another's
+    ('POST', '/local/run', {}),
+    ('GET', '/local/health', {'Authorization': 'Bearer no'}),
+    ('GET', '/local/job-take/w', {}),
+]
+
+@pytest.mark.parametrize('method, path, headers', STRANGERS)
+def test_a_stranger_is_refused(site, method, path, headers):
+    answer = httpx.request(method, site.endpoint.url + path, json={'input': {}}, headers=headers)
+    assert answer.status_code == 401
+
+REFUSALS = [ # with a caller's key
+    ('GET', '/local/job-take/w', None, 401),
+    ('GET', '/local/job-take-batch/w', None, 401),
+    ('GET', '/local/job-stop/w', None, 401),
+    ('GET', '/local/ping/w', None, 401),
+    ('POST', '/local/job-done/w/j', b'{}', 401),
+    ('GET', '/local/status/nobody', None, 404),
+    ('POST', '/local/cancel/nobody', None, 404),
+    ('POST', '/local/retry/nobody', None, 404),
+    ('GET', '/other/health', None, 404),
+    ('POST', '/local/run', b'{', 400),
+    ('POST', '/local/run', b'{}', 400),
+    ('POST', '/local/runsync?wait=5', b'{"input": {}}', 400),
+]
+
+@pytest.mark.parametrize('method, path, body, status', REFUSALS)
+def test_refusals(site, method, path, body, status):
+    assert site.http.request(method, site.endpoint.url + path, content=body).status_code == status
+
+def test_a_body_may_be_larger_for_runsync(site):
     big = json.dumps({'input': {'x': 'x' * 11 * MB}}).encode()
     answer = site.http.post('/run', content=big)
-    assert answer.status_code == 413 and '10 MB' in answer.json()['error']
+    assert answer.status_code == 413
+    assert '10 MB' in answer.json()['error']
     assert site.http.post('/runsync', content=big).json()['status'] == 'COMPLETED'
 
 def test_runsync_waits_no_longer_than_asked(site):
     go = site.folder / 'go-sync'
     began = time.monotonic()
     said = site.http.post('/runsync?wait=1000', json={'input': {'do': 'wait', 'until': str(go)}}).json()
-    assert said['status'] in ('IN_QUEUE', 'IN_PROGRESS') and time.monotonic() - began < 3
+    assert said['status'] in ('IN_QUEUE', 'IN_PROGRESS')
+    assert time.monotonic() - began < 3
     go.touch()
     site.until(said['id'], 'COMPLETED')
 
@@ -332,12 +438,14 @@ def test_purge_queue(site, client):
     held = site.run(do='wait', until=str(go))
     site.until(held, 'IN_PROGRESS')
     waiting = [site.run(echo=n) for n in range(2)]
-    assert client.purge_queue() == {'removed': 2, 'status': 'completed'} and site.status(waiting[0])['status'] == 'CANCELLED'
+    assert client.purge_queue() == {'removed': 2, 'status': 'completed'}
+    assert site.status(waiting[0])['status'] == 'CANCELLED'
     go.touch()
     site.until(held, 'COMPLETED')
 
 def test_webhook_is_tried_three_times(site):
-    got, answers = [], iter([500, 404, 200])
+    got = []
+    answers = iter([500, 404, 200])
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self):
             got.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
@@ -346,17 +454,20 @@ def test_webhook_is_tried_three_times(site):
         def log_message(self, *a): pass
     server = HTTPServer(('127.0.0.1', 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    job = site.http.post('/run', json={'input': {'echo': 1}, 'webhook': f'http://127.0.0.1:{server.server_port}/'}).json()['id']
+    asked = {'input': {'echo': 1}, 'webhook': f'http://127.0.0.1:{server.server_port}/'}
+    job = site.http.post('/run', json=asked).json()['id']
     poll(lambda: len(got) == 3)
     server.shutdown()
     server.server_close()
-    assert {g['id'] for g in got} == {job} and got[0] == site.status(job)
+    assert {g['id'] for g in got} == {job}
+    assert got[0] == site.status(job)
 
 def test_refresh_worker_replaces_the_worker(site):
     first = site.until(site.run(), 'COMPLETED')['output']['pid']
     started = site.count('worker_started')
     assert site.until(site.run(do='refresh'), 'FAILED')['error'] == 'storage_failed: full'
-    assert site.until(site.run(), 'COMPLETED')['output']['pid'] != first and site.count('worker_started') == started + 1
+    assert site.until(site.run(), 'COMPLETED')['output']['pid'] != first
+    assert site.count('worker_started') == started + 1
     assert not psutil.pid_exists(first)
 
 def test_a_crash_is_tried_again_then_fails(site):
@@ -386,33 +497,44 @@ def test_two_at_once_then_idle_and_nothing_is_left(tmp_path):
         assert ends[0]['delayTime'] > 300, 'a cold start'
         pid = ends[0]['output']['pid']
         site.wait_event('worker_gone')
-        assert not psutil.pid_exists(pid) and site.http.get('/health').json()['workers']['ready'] == 0
+        assert not psutil.pid_exists(pid)
+        assert site.http.get('/health').json()['workers']['ready'] == 0
         job = site.run(do='progress', until=str(tmp_path / 'never'))
         second = site.until(job, 'IN_PROGRESS', output={'stage': 'render'})
         tree = [p for p in psutil.Process().children(recursive=True) if 'worker.py' in ' '.join(p.cmdline())]
-        assert tree and second['workerId'] != ends[0]['workerId']
+        assert tree
+        assert second['workerId'] != ends[0]['workerId']
         began = time.monotonic()
-    assert time.monotonic() - began < 8 and not [p for p in tree if p.is_running()], 'closing with a job in hand'
+    assert time.monotonic() - began < 8, 'closing with a job in hand'
+    assert not [p for p in tree if p.is_running()], 'closing with a job in hand'
 
 def test_streams(tmp_path):
     site = Site(tmp_path, {'STREAM': '1'})
     with site.endpoint:
         assert site.until(job := site.run(), 'COMPLETED')['output'] == [0, 1, 2]
         said = site.http.get(f'/stream/{job}').json()
-        assert [c['output'] for c in said['stream']] == [0, 1, 2] and site.http.get(f'/stream/{job}').json()['stream'] == []
+        assert [c['output'] for c in said['stream']] == [0, 1, 2]
+        assert site.http.get(f'/stream/{job}').json()['stream'] == []
 
-@pytest.mark.parametrize('how,why', [('unfit', 'no disk'), ('slow', 'not ready within'), ('dead', 'status 7'), ('missing', 'does not start')])
+@pytest.mark.parametrize('how,why', [
+    ('unfit', 'no disk'),
+    ('slow', 'not ready within'),
+    ('dead', 'status 7'),
+    ('missing', 'does not start'),
+])
 def test_a_worker_that_never_gets_ready_is_unhealthy(tmp_path, how, why):
     command = {'slow': ['sleep', '60'], 'dead': ['sh', '-c', 'exit 7'], 'missing': ['/nowhere/worker']}.get(how)
     site = Site(tmp_path, {'UNFIT': '1'}, command, init_timeout_s=0.5 if how == 'slow' else 30)
     with site.endpoint:
         job = site.run()
         assert why in site.wait_event('worker_unhealthy')['why']
-        assert site.status(job)['status'] == 'IN_QUEUE' and site.http.get('/health').json()['workers']['unhealthy'] == 1
+        assert site.status(job)['status'] == 'IN_QUEUE'
+        assert site.http.get('/health').json()['workers']['unhealthy'] == 1
 
 def test_what_a_worker_is_told():
     env = worker_environment('http://127.0.0.1:1/v2/ep', 'pod', 'key')
-    assert env['RUNPOD_WEBHOOK_GET_JOB'].startswith('http://127.0.0.1:1/v2/ep/job-take/$ID?') and env['RUNPOD_ENDPOINT_ID'] == 'ep'
+    assert env['RUNPOD_WEBHOOK_GET_JOB'].startswith('http://127.0.0.1:1/v2/ep/job-take/$ID?')
+    assert env['RUNPOD_ENDPOINT_ID'] == 'ep'
 
 # ---- bucket, and what a kill leaves
 
@@ -423,12 +545,14 @@ def test_bucket_keeps_data_and_ports_over_an_outage(tmp_path):
     with bucket_server(tmp_path / 'b') as bucket:
         store = Store(load_settings(bucket.environment()))
         store.upload(source, 'in/a.txt', 'text/plain')
-        before, ports = bucket.pid, bucket.ports
+        before = bucket.pid
+        ports = bucket.ports
         bucket.stop()
         starter = threading.Thread(target=bucket.start) # a thread that ends must not take SeaweedFS with it
         starter.start()
         starter.join()
-        assert bucket.pid != before and bucket.ports == ports
+        assert bucket.pid != before
+        assert bucket.ports == ports
         store.download('in/a.txt', tmp_path / 'again.txt', 'a', MB)
         assert (tmp_path / 'again.txt').read_text() == 'kept'
         assert (tmp_path / 'b/s3.json').stat().st_mode & 0o777 == 0o600
@@ -442,7 +566,8 @@ def test_a_port_that_is_taken_before_the_bucket_listens(tmp_path):
         taken = bucket.ports
         try:
             bucket.start()
-            assert bucket.ports != taken and str(bucket.ports[3]) in bucket.environment()['MINIO_ENDPOINT']
+            assert bucket.ports != taken
+            assert str(bucket.ports[3]) in bucket.environment()['MINIO_ENDPOINT']
         finally: bucket.stop()
 
 def test_a_bucket_that_cannot_start_says_why(tmp_path):
@@ -457,7 +582,8 @@ from pathlib import Path
 from wan_avatar.local import up
 with up(Path(sys.argv[1]), [sys.executable, sys.argv[2]]) as local:
     assert 'runpod' not in sys.modules
-    ask = urllib.request.Request(local.endpoint.url + '/local/runsync', b'{"input": {"a": 1}}', {'Authorization': 'Bearer ' + local.endpoint.api_key})
+    key = {'Authorization': 'Bearer ' + local.endpoint.api_key}
+    ask = urllib.request.Request(local.endpoint.url + '/local/runsync', b'{"input": {"a": 1}}', key)
     urllib.request.urlopen(ask).read()
     print('ready', flush=True)
     sys.stdin.read()
@@ -465,14 +591,17 @@ with up(Path(sys.argv[1]), [sys.executable, sys.argv[2]]) as local:
 
 def test_sigkill_of_the_parent_leaves_nothing(tmp_path):
     (tmp_path / 'worker.py').write_text(WORKER)
-    parent = subprocess.Popen([sys.executable, '-c', PARENT, str(tmp_path / 'up'), str(tmp_path / 'worker.py')], env=os.environ | QUIET,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    argv = [sys.executable, '-c', PARENT, str(tmp_path / 'up'), str(tmp_path / 'worker.py')]
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen(argv, env=os.environ | QUIET, stdin=pipe, stdout=pipe, text=True)
     assert parent.stdout.readline() == 'ready\n'
     below = psutil.Process(parent.pid).children(recursive=True)
     lines = [' '.join(p.cmdline()) for p in below]
-    assert sum('weed' in c for c in lines) >= 1 and sum('worker.py' in c for c in lines) >= 2, lines # a worker and its ping process
+    assert sum('weed' in c for c in lines) >= 1, lines
+    assert sum('worker.py' in c for c in lines) >= 2, lines # a worker and its ping process
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(below, timeout=10)
     assert not alive
-    parent.stdin.close(), parent.stdout.close()
+    parent.stdin.close()
+    parent.stdout.close()

@@ -50,31 +50,43 @@ def ran(tmp_path_factory) -> tuple[dict, dict]: # what was counted, what was mea
 def test_a_network_is_as_large_as_its_file(ran, network, file, bytes_apart, gflop, answer):
     size, flops, shape = ran[0][network]
     wanted = next(f.bytes for f in load_lock().files.values() if f.name == file)
-    assert abs(size / wanted - 1) < bytes_apart and abs(flops / 1e9 - gflop) < 0.01 * gflop + 1 and shape == answer
+    assert abs(size / wanted - 1) < bytes_apart
+    assert abs(flops / 1e9 - gflop) < 0.01 * gflop + 1
+    assert shape == answer
 
 def test_a_dry_run_times_every_network_and_a_broken_one_says_why(ran):
     found = dict(ran[1])
     broken = found.pop('broken')
-    assert broken['failed'] == 'ValueError: on purpose' and broken['times'] == {'before': {'ms': 1.0}}
-    assert list(found) == list(TRIALS) and {k: v for k, v in found.items() if 'failed' in v or 'left_out' in v} == {}
+    assert broken['failed'] == 'ValueError: on purpose'
+    assert broken['times'] == {'before': {'ms': 1.0}}
+    assert list(found) == list(TRIALS)
+    assert {k: v for k, v in found.items() if 'failed' in v or 'left_out' in v} == {}
     assert all(v['times'] for v in found.values())
     assert all(t['ms'] > 0 for v in found.values() for t in v['times'].values())
     assert all('toy' in v['what'] and v['parameters'] < 1e7 for v in found.values())
 
 def test_without_torch_each_says_so_and_without_time_it_is_left_out():
-    kept, least = [], max(t.least_s for t in TRIALS.values())
+    kept = []
+    least = max(t.least_s for t in TRIALS.values())
     def keep(found: dict) -> None: kept.append(len(found))
     found = measure_networks(least - 0.5, False, lambda line: None, keep) # here is no torch
     late = {k for k, t in TRIALS.items() if t.least_s == least}
-    assert kept == list(range(1, len(TRIALS) + 1)) and late
+    assert kept == list(range(1, len(TRIALS) + 1))
+    assert late
     for name, result in found.items():
         if name in late: assert result['left_out'].endswith(f'and it may take {least:g} s')
-        else: assert result['failed'].startswith('ModuleNotFoundError') and 'torch' in result['failed']
+        else:
+            assert result['failed'].startswith('ModuleNotFoundError')
+            assert 'torch' in result['failed']
         assert result['times'] == {}
 
-@pytest.mark.parametrize('seconds, calls, counted', [(-1, 1, 1), (60, 7, 5)], ids=['time is over', 'time enough'])
+@pytest.mark.parametrize('seconds, calls, counted', [
+    (-1, 1, 1),
+    (60, 7, 5),
+], ids=['time is over', 'time enough'])
 def test_calls_that_warm_up_do_not_count(monkeypatch, seconds, calls, counted):
     monkeypatch.setattr('wan_avatar.networks._settle', lambda: None) # here is no torch
     made = []
     found = timed(lambda: made.append(1), time.perf_counter() + seconds, 5)
-    assert (len(made), found['calls']) == (calls, counted) and found['ms'] >= found['least_ms'] >= 0
+    assert (len(made), found['calls']) == (calls, counted)
+    assert found['ms'] >= found['least_ms'] >= 0

@@ -20,7 +20,16 @@ import numpy as np
 import pytest
 
 from wan_avatar.avatar import (
-    Inputs, Outrun, Studio, deadline, deliver, delivered, make_avatar, room_needed, take_cached_track, work_folder,
+    Inputs,
+    Outrun,
+    Studio,
+    deadline,
+    deliver,
+    delivered,
+    make_avatar,
+    room_needed,
+    take_cached_track,
+    work_folder,
 )
 from wan_avatar.comfy import Child, Comfy, ComfyProcess
 from wan_avatar.handler import Handler
@@ -42,11 +51,16 @@ def alone(service):
     return answer
 
 def test_result_is_what_was_promised(service, alone):
-    assert (alone['width'], alone['height'], alone['fps'], alone['frames'], alone['has_audio']) == (1280, 720, 24, 48, True)
-    assert alone['minio_key'] == 'avatars/alone.mp4' and service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
+    figures = {k: alone[k] for k in ('width', 'height', 'fps', 'frames', 'has_audio')}
+    assert figures == {'width': 1280, 'height': 720, 'fps': 24, 'frames': 48, 'has_audio': True}
+    assert alone['minio_key'] == 'avatars/alone.mp4'
+    assert service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
     manifest = service.store.read_json('avatars/alone.mp4.json')
-    assert manifest['sha256'] == alone['sha256'] and [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
-    assert service.stages('alone') == ['fetch', 'track', 'render', 'upload'] or service.stages('alone') == ['fetch', 'track', 'render']
+    assert manifest['sha256'] == alone['sha256']
+    assert [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
+    stages = service.stages('alone')
+    assert stages[:3] == ['fetch', 'track', 'render']
+    assert stages[3:] in ([], ['upload']), 'a report of the end may come too late'
 
 def test_nothing_is_left_in_the_work_folder(service, alone):
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
@@ -57,8 +71,10 @@ def test_a_delivered_job_answers_from_its_manifest(service, alone):
     assert again == alone
 
 def test_same_id_twice_at_once_renders_once(service, alone):
-    first, second = service.submit('twice', **JOB), service.submit('twice', **JOB)
-    a, b = first.result(timeout=120), second.result(timeout=120)
+    first = service.submit('twice', **JOB)
+    second = service.submit('twice', **JOB)
+    a = first.result(timeout=120)
+    b = second.result(timeout=120)
     assert a['sha256'] == b['sha256'] == alone['sha256']
     done = [u['done'] for i, u in service.reports if i == 'twice' and u['stage'] == 'render' and 'done' in u]
     assert done == sorted(done), 'rendering began again'
@@ -73,7 +89,8 @@ def test_damaged_track_is_made_again(service, alone):
     good = service.store.read_bytes(key, 10**8)
     service.store.write_bytes(key, good[:len(good) // 2], 'application/octet-stream')
     answer = service.run('healed', **JOB)
-    assert answer['sha256'] == alone['sha256'] and service.store.read_bytes(key, 10**8) == good
+    assert answer['sha256'] == alone['sha256']
+    assert service.store.read_bytes(key, 10**8) == good
 
 def test_comfyui_killed_in_mid_job(service, alone):
     future = service.submit('killed', **JOB)
@@ -104,7 +121,8 @@ def test_comfyui_that_keeps_dying_fails_the_job_and_the_worker(service):
             threading.Event().wait(0.02)
         while not future.done() and service.comfy.process.child is child: threading.Event().wait(0.02)
     answer = future.result(timeout=60)
-    assert answer['error'].startswith('comfy_failed: ComfyUI died again') and answer['refresh_worker'] is True
+    assert answer['error'].startswith('comfy_failed: ComfyUI died again')
+    assert answer['refresh_worker'] is True
 
 def test_socket_dropped(service, alone):
     future = service.submit('dropped', **JOB)
@@ -123,11 +141,14 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
             service.studio.renderer.release()
         return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
     assert service.on_loop(free())
-    assert service.store.stat('avatars/cancelled.mp4') is None and service.run('after', **JOB)['sha256'] == alone['sha256']
+    assert service.store.stat('avatars/cancelled.mp4') is None
+    assert service.run('after', **JOB)['sha256'] == alone['sha256']
 
 def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
     "Cancelled when the bucket has the video already, and the worker has not heard of it yet"
-    put, stored, go_on = service.store.client.put_object, threading.Event(), threading.Event()
+    put = service.store.client.put_object
+    stored = threading.Event()
+    go_on = threading.Event()
     def slow(**asked):
         done = put(**asked)
         if asked['object_name'] == 'avatars/late.mp4':
@@ -136,13 +157,15 @@ def test_cancel_during_delivery_leaves_nothing(service, alone, monkeypatch):
         return done
     monkeypatch.setattr(service.store.client, 'put_object', slow)
     future = service.submit('late', **JOB)
-    assert stored.wait(120) and service.store.stat('avatars/late.mp4')
+    assert stored.wait(120)
+    assert service.store.stat('avatars/late.mp4')
     future.cancel()
     async def heard() -> None: pass
     service.on_loop(heard()) # the cancellation has reached the job
     go_on.set()
+    jobs = service.settings.work_dir / 'jobs'
     until = time.monotonic() + 60
-    while list((service.settings.work_dir / 'jobs').iterdir()) and time.monotonic() < until: threading.Event().wait(0.05)
+    while list(jobs.iterdir()) and time.monotonic() < until: threading.Event().wait(0.05)
     assert service.store.list('avatars/late') == []
 
 def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
@@ -156,7 +179,8 @@ def test_bucket_gone_for_ten_seconds_during_delivery(service, bucket, alone):
 def test_two_people_at_once_are_never_mixed(service, alone):
     other = {**JOB, 'input_image_minio_path': 'in/face.png'}
     face = service.run('face', **other)
-    assert 'error' not in face and face['sha256'] != alone['sha256']
+    assert 'error' not in face
+    assert face['sha256'] != alone['sha256']
     both = service.submit('both-a', **JOB), service.submit('both-b', **other)
     assert [f.result(timeout=120)['sha256'] for f in both] == [alone['sha256'], face['sha256']]
 
@@ -170,14 +194,18 @@ class Borrowed(ComfyProcess):
 
     async def start(self, http) -> None:
         self.child = Child(subprocess.Popen(['sleep', '600'], start_new_session=True))
-        self.port, self.secret, self.log = self.lender.port, self.lender.secret, self.lender.log
+        self.port = self.lender.port
+        self.secret = self.lender.secret
+        self.log = self.lender.log
 
 BRIEF = JOB | {'driving_video_path': 'in/brief.mp4'}
 
 class Doomed:
     "A worker with one job in hand, and word of when that has reported so often"
     def __init__(self, service, reports: int, monkeypatch):
-        self.background, self.told, self.reached = Background(), 0, threading.Event()
+        self.background = Background()
+        self.told = 0
+        self.reached = threading.Event()
         monkeypatch.setattr('wan_avatar.handler.make_avatar', partial(self.make, reports))
         self.comfy = Comfy(Borrowed(service.comfy.process))
         self.booted = self.background.submit(self.boot(service))
@@ -199,23 +227,42 @@ class Doomed:
             report(update)
         return await make_avatar(job_id, job, studio, count, timeline)
 
-MOMENTS = [(0, True), (1, True), (2, True), (2, False), (3, True), (4, True), (6, True), (8, False), (10, True), (12, True),
-           (15, True), (18, False), (24, True), (30, False), (1000, True)]
+MOMENTS = [
+    (0, True),
+    (1, True),
+    (2, True),
+    (2, False),
+    (3, True),
+    (4, True),
+    (6, True),
+    (8, False),
+    (10, True),
+    (12, True),
+    (15, True),
+    (18, False),
+    (24, True),
+    (30, False),
+    (1000, True),
+]
 
 @pytest.mark.parametrize('reports, cancelled', MOMENTS)
 def test_a_worker_that_is_stopped_in_mid_job_leaves_nothing(service, alone, caplog, monkeypatch, reports, cancelled):
     """When the job has reported so often: at once, in its inputs, its track, its windows, its delivery, after its end;
     and when the SDK has cancelled the job just before, as it does at SIGTERM"""
     gc.collect()
-    before, jobs = set(threading.enumerate()), service.settings.work_dir / 'jobs'
+    before = set(threading.enumerate())
+    jobs = service.settings.work_dir / 'jobs'
     assert list(jobs.iterdir()) == []
     worker = Doomed(service, reports, monkeypatch)
     assert worker.reached.wait(60)
     began = time.monotonic()
     if cancelled: worker.job.cancel()
     shut_down(worker.background, worker.booted)
-    assert time.monotonic() - began < 15 and worker.job.done()
-    assert list(jobs.iterdir()) == [] and not worker.comfy.process.alive and worker.background.loop.is_closed()
+    assert time.monotonic() - began < 15
+    assert worker.job.done()
+    assert list(jobs.iterdir()) == []
+    assert not worker.comfy.process.alive
+    assert worker.background.loop.is_closed()
     del worker
     gc.collect()
     for thread in set(threading.enumerate()) - before: thread.join(5)
@@ -279,8 +326,11 @@ SECOND = {
 @pytest.mark.parametrize('name', SECOND)
 def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, monkeypatch, name):
     which, frames, upload, cancelled, conditions = SECOND[name]
-    key, second, first = f'avatars/{name}.mp4', Store(service.settings), []
-    begun, go_on = threading.Event(), threading.Event()
+    key = f'avatars/{name}.mp4'
+    first = [] # the result of the first attempt
+    second = Store(service.settings)
+    begun = threading.Event()
+    go_on = threading.Event()
     put = second.client.put_object
     def hooked(**asked):
         if asked['object_name'] != key: return put(**asked)
@@ -305,7 +355,8 @@ def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, 
         service.on_loop(settled(service))
     assert answer is None or answer.sha256 == first[0].sha256, 'the second attempt says something else'
     found = delivered(service.store, key, 0)
-    assert found == first[0] and hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
+    assert found == first[0]
+    assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
     assert service.store.read_json(manifest_key(key))['sha256'] == found.sha256
 
 async def settled(service) -> None:
@@ -329,7 +380,8 @@ def test_what_a_killed_attempt_left_is_replaced(service, made, manifest):
     assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == result.sha256
 
 def test_a_manifest_of_other_bytes_is_no_delivery(service, made):
-    key, result = 'avatars/swapped.mp4', service.on_loop(delivery(service, 'avatars/swapped.mp4', made(0)))
+    key = 'avatars/swapped.mp4'
+    result = service.on_loop(delivery(service, key, made(0)))
     other = bytes(result.bytes)
     service.store.write_bytes(key, other, 'video/mp4', {'sha256': hashlib.sha256(other).hexdigest()})
     assert delivered(service.store, key, 0) is None
@@ -378,7 +430,8 @@ def tracked(service, disk, source):
     with pytest.raises(OSError), filler.open('wb', buffering=0) as out:
         while True: out.write(bytes(1 << 16))
     made = load_track(TRACK)
-    take_cached_track(service.store, 'disk/track', disk / 'x.track', SimpleNamespace(frames=len(made), size=made.size), made.tracker)
+    clip = SimpleNamespace(frames=len(made), size=made.size)
+    take_cached_track(service.store, 'disk/track', disk / 'x.track', clip, made.tracker)
 def encoded(service, disk, source):
     with Encoder(disk / 'avatar.mp4', (640, 360)) as encoder:
         for n in range(48): encoder.write(np.random.default_rng(n).integers(0, 255, (360, 640, 3), dtype=np.uint8))
@@ -413,7 +466,8 @@ def test_a_job_on_a_full_disk(service, monkeypatch, asks):
     service.reports.clear()
     (service.settings.work_dir / 'jobs').mkdir(exist_ok=True)
     for _ in mounted(service.settings.work_dir / 'jobs', '1m'): answer = service.run(f'full-{asks}', **JOB)
-    assert answer['error'].startswith('storage_failed: ') and answer['refresh_worker'] is True, answer
+    assert answer['error'].startswith('storage_failed: '), answer
+    assert answer['refresh_worker'] is True, answer
     assert ('needs' in answer['error'] and 'a margin of 100 MB' in answer['error']) == asks
     assert 'render' not in service.stages(f'full-{asks}')
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
@@ -422,7 +476,8 @@ def test_a_job_asks_for_its_room_before_it_starts(service, monkeypatch):
     monkeypatch.setattr('wan_avatar.avatar.VIDEO_RATE', 10**12)
     service.reports.clear()
     answer = service.run('no-room', **JOB, max_seconds=10)
-    assert answer['refresh_worker'] is True and service.stages('no-room') == []
+    assert answer['refresh_worker'] is True
+    assert service.stages('no-room') == []
     assert 'storage_failed: a job of at most 10 s needs 20,000,' in answer['error']
     assert 'a margin of 100 MB, and ' in answer['error']
     assert ' MB are free' in answer['error']

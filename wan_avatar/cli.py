@@ -410,7 +410,7 @@ Ctrl-C stops it.'''
 
 @app.command(name='worker')
 def _worker() -> None:
-    "Serve jobs of a RunPod endpoint: what the image runs."
+    "Serve jobs of a RunPod endpoint; the image runs this command."
     os.execv(sys.executable, [sys.executable, '-m', 'wan_avatar.worker'])
 
 # %% ../nbs/60_cli.ipynb #302d4454
@@ -455,7 +455,7 @@ def _demo(
     out: Annotated[Path, typer.Option(help='where the results go')] = Path('runs/demo'),
     folder: Folder = LOCAL
 ) -> None:
-    "Make an avatar video on this machine, and show what was made."
+    "Make an avatar video on this machine, and draw its film strip and timeline."
     for name, text in (('--image', image), ('--driving', driving)):
         if not Path(text).is_file(): _leave(f'{name} {shorten(text)} is not a file here', Code.USAGE)
     with told(), JobScreen() as screen:
@@ -792,7 +792,7 @@ def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
 @models.command(name='verify')
 def _models_verify(
     profile: OfProfile = None, text_encoder: WithEncoder = False, as_json: AsJson = False,
-    deep: Annotated[bool, typer.Option(help='hash also what was hashed before')] = False,
+    deep: Annotated[bool, typer.Option(help='hash every file again, also those verified before')] = False,
     online: Annotated[bool, typer.Option(help='compare the lock with the hub: every row, of any profile')] = False
 ) -> None:
     "Compare the files in MODELS_DIR with the lock, or the lock with the hub."
@@ -839,7 +839,7 @@ def _bundle_build(
 # %% ../nbs/60_cli.ipynb #ad0a8a9c
 @bundle.command(name='push')
 def _bundle_push(
-    folder: Annotated[Path, typer.Argument(help='what `bundle build` made')],
+    folder: Annotated[Path, typer.Argument(help='folder that `bundle build` made')],
     repo: Annotated[str, typer.Argument(help='owner/name')],
     public: Annotated[bool, typer.Option('--public', help='create the repository public; default: private')] = False,
     as_json: AsJson = False

@@ -52,7 +52,7 @@ class Refused(Exception):
     "A request the endpoint does not take"
     def __init__(self,
         status: int, # HTTP status
-        message: str): # what was wrong and what to do
+        message: str): # the fault and its remedy
         super().__init__(message)
         self.status = status
 
