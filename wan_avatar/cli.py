@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import typer
 from rich.console import Console
@@ -184,7 +184,7 @@ class Screen:
         self.tasks: dict[str, TaskID] = {} # by row
         self.printed: set[str] = set()
 
-    def __enter__(self) -> 'Screen':
+    def __enter__(self) -> Self:
         self.bars.start()
         return self
 
@@ -393,7 +393,7 @@ def _up(
     def plain(text: str) -> None: console.print(text, markup=False, highlight=False)
     def event(kind: str, details: dict) -> None:
         plain(f'{time.strftime("%H:%M:%S")} {kind.replace("_", " ")} {" ".join(str(v) for v in details.values())}')
-    limits = {'port': port, 'idle_timeout_s': idle, 'max_workers': workers}
+    limits: dict[str, Any] = {'port': port, 'idle_timeout_s': idle, 'max_workers': workers}
     with told(), local_site(folder, event, **limits) as (local, site):
         plain(_instructions(local, site, folder))
         signal.pause()
@@ -662,7 +662,7 @@ def _tiny_weights(
     if not python.exists():
         _leave(f'no ComfyUI environment in {comfy}; run make setup, or set COMFY_DIR', Code.USAGE)
     argv = [python, '-m', 'wan_avatar.tiny', folder, comfy / 'ComfyUI', *(['face'] if face else [])]
-    raise typer.Exit(subprocess.run(argv, check=False).returncode)
+    raise typer.Exit(subprocess.run([str(a) for a in argv], check=False).returncode)
 
 # %% ../nbs/60_cli.ipynb #428fe8db
 class FetchBars:

@@ -130,7 +130,7 @@ def fetch_result(
     output: dict, # of a COMPLETED job
     folder: Path,
     store: Store
-) -> tuple[Path, dict]: # the MP4, and its manifest
+) -> tuple[Path, dict | None]: # the MP4, and its manifest; None: it is gone
     "Download the video of a job and its manifest"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / 'avatar.mp4'

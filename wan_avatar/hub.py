@@ -84,11 +84,10 @@ class Shelf:
         **more: Any # of the repository: `gated`, `private`
     ) -> LockedFile: # as a lock would pin it
         "Add a file"
-        source = data if isinstance(data, Path) else None
-        sha256 = sha256_of(source) if source else hashlib.sha256(data).hexdigest()
+        sha256 = sha256_of(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest()
         blob = self.blob(sha256)
         if not blob.exists():
-            if source: os.link(source, blob)
+            if isinstance(data, Path): os.link(data, blob)
             else:
                 with whole_file(blob) as part: part.write_bytes(data)
         size = blob.stat().st_size
@@ -286,13 +285,14 @@ class _Hub(_Answers):
         held = self.hub.repos.get(repo)
         token = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if token and token != self.hub.token:
-            return self.reply(401, _BAD_TOKEN, {'X-Error-Message': _BAD_TOKEN['error']})
-        if held is None or (held.private and not token):
+            self.reply(401, _BAD_TOKEN, {'X-Error-Message': _BAD_TOKEN['error']})
+        elif held is None or (held.private and not token):
             missing = {'error': 'Repository not found'}
-            return self.reply(404 if token else 401, missing, {'X-Error-Code': 'RepoNotFound'})
-        if held.gated and not token:
-            return self.reply(401, {'error': f'Access to model {repo} is restricted'}, {'X-Error-Code': 'GatedRepo'})
-        return held
+            self.reply(404 if token else 401, missing, {'X-Error-Code': 'RepoNotFound'})
+        elif held.gated and not token:
+            self.reply(401, {'error': f'Access to model {repo} is restricted'}, {'X-Error-Code': 'GatedRepo'})
+        else: return held
+        return None
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         if (held := self.may_read(repo)) is None: return

@@ -110,7 +110,8 @@ class Inputs:
 
 def requirement_name(requirement: str) -> str:
     "`name` of `name==1.2; marker`"
-    return re.match(r'[\w.-]+', requirement)[0].lower().replace('_', '-')
+    name, = re.findall(r'^[\w.-]+', requirement)
+    return name.lower().replace('_', '-')
 
 def requirement_inputs(
     metadata: Mapping[str, str] # settings.ini

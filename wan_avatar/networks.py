@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -169,9 +170,11 @@ def network(
     small: bool = False # a toy of the same inputs and outputs, for a dry run
 ) -> Module: # in evaluation mode
     "One of the three, ready to answer"
-    makers = {'vitpose': (vitpose, (64, 2, 2)), 'yolox': (yolox, (8, 1)), 'sam2': (sam2, (16, (1, 1, 1, 1), 1, ()))}
+    makers: dict[str, tuple[Callable[..., Module], tuple]] = {
+        'vitpose': (vitpose, (64, 2, 2)), 'yolox': (yolox, (8, 1)), 'sam2': (sam2, (16, (1, 1, 1, 1), 1, ()))}
     make, toy = makers[name]
-    return make(*toy if small else ()).eval()
+    net: Module = make(*(toy if small else ()))
+    return net.eval()
 
 # %% ../nbs/36_networks.ipynb #13d71f33
 def _has_gpu() -> bool:
@@ -253,7 +256,7 @@ def _twin(name: str, shape: tuple[int, ...], batches: tuple[int, ...]) -> Callab
             net = net.to(dtype)
             seen = torch.randn(batch, *shape, dtype=dtype, device=place.device)
             with torch.inference_mode(), _tf32(tf32):
-                found['times'][f'{kind}, {batch} at once'] = place.timed(lambda net=net, seen=seen: net(seen))
+                found['times'][f'{kind}, {batch} at once'] = place.timed(partial(net, seen))
     return measure
 
 # %% ../nbs/36_networks.ipynb #b7451955
