@@ -325,7 +325,7 @@ def test_real_flag_does_not_leak(real):
 
 @pytest.fixture(scope='module')
 def company(samples, tmp_path_factory) -> dict:
-    "name -> middles of the face found (nan: none), of his and of hers in each frame; or the verdict on a picture of five"
+    "name -> middles of the face found (nan: none), of his and of hers; or the verdict on a picture of five"
     out = tmp_path_factory.mktemp('company')
     script = '''
 import sys, cv2, json, numpy as np, av

@@ -230,7 +230,6 @@ class Plain:
             bucket_name=self.settings.minio_bucket, object_name=key, data=io.BytesIO(data), length=len(data)
         )
 
-# %% ../nbs/55_bench.ipynb #201d10e8
 def plain_s(
     plain: Plain,
     inputs: tuple[str, ...], # keys: picture, driving video, its track
@@ -295,7 +294,6 @@ def _beside_check_s(
     both = timed_call(lambda: asyncio.run(upload))
     return max(both - check, 0.0)
 
-# %% ../nbs/55_bench.ipynb #d0a2a434
 def handler_figures(spent: dict[str, list[float]], size: int) -> list[Figure]: # seconds of each round; bytes in and out
     "Medians of the rounds, and our part against the plain worker's"
     m = {k: statistics.median(v) for k, v in spent.items()}
@@ -731,7 +729,6 @@ async def _window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # by
         await comfy.close()
         server.close()
 
-# %% ../nbs/55_bench.ipynb #d0892b40
 def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Figure]:
     "Conditioning pictures a second, and bytes moved for a window"
     with _prepared(77) as (place, job):

@@ -1677,7 +1677,8 @@ def _label_row(sheet: Image.Image, row: int, label: str) -> None:
 # %% ../nbs/20_media.ipynb #a3316d0a
 def find_ffmpeg() -> str | None: # None: there is none
     "The ffmpeg command, for comparison only"
-    try: import imageio_ffmpeg
+    try:
+        import imageio_ffmpeg
     except ImportError: return shutil.which('ffmpeg')
     return imageio_ffmpeg.get_ffmpeg_exe()
 

@@ -313,14 +313,12 @@ GPU_MEMORY = 6 * 2**30 # bytes asked of ComfyUI: 1.4 GB of weights and their wor
 @contextmanager
 def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of frames, boxes, points, the first mask
     import torch
-    from transformers import (
-        Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
-    )
+    import transformers as hf
     kind, device = (torch.bfloat16, 'cuda') if gpu else (torch.float32, 'cpu')
-    config = Sam2VideoConfig.from_pretrained(path.parent)
-    model = Sam2VideoModel.from_pretrained(path.parent, config=config, dtype=kind, local_files_only=True)
+    config = hf.Sam2VideoConfig.from_pretrained(path.parent)
+    model = hf.Sam2VideoModel.from_pretrained(path.parent, config=config, dtype=kind, local_files_only=True)
     model = model.to(device).eval()
-    processor = Sam2VideoProcessor(Sam2ImageProcessor(), Sam2VideoVideoProcessor())
+    processor = hf.Sam2VideoProcessor(hf.Sam2ImageProcessor(), hf.Sam2VideoVideoProcessor())
     def masks(frames: list[np.ndarray], boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Masks:
         with torch.inference_mode():
             session = processor.init_video_session(inference_device=device, video_storage_device='cpu', dtype=kind)
