@@ -815,10 +815,12 @@ def _to_bt709(frame: Any) -> str: # what follows in the chain of filters
     kept = coded is not None and (coded != 'bt709' or full) # matrix and range, until the size is right
     scaled = '' if kept else ':out_color_matrix=bt709:out_range=tv'
     if not kept and not wide: return scaled
-    numbers = f'ispace={coded if kept else "bt709"}:irange={"pc" if kept and full else "tv"}'
-    light = f'iprimaries={wide or "bt709"}:itrc={curve if wide else "bt709"}'
+    matrix = coded if kept else 'bt709'
+    levels = 'pc' if kept and full else 'tv'
+    if not wide: curve = 'bt709'
+    numbers = f'ispace={matrix}:irange={levels}:iprimaries={wide or "bt709"}:itrc={curve}'
     between = 'yuv420p' if frame.format.name in ('yuv420p', 'yuvj420p', 'nv12') and not wide else 'yuv420p10le'
-    return f'{scaled},format={between},colorspace={numbers}:{light}:all=bt709:range=tv:format=yuv420p'
+    return f'{scaled},format={between},colorspace={numbers}:all=bt709:range=tv:format=yuv420p'
 
 # %% ../nbs/20_media.ipynb #69174b6a
 class _Fit:
