@@ -24,6 +24,7 @@ from wan_avatar.job import Job, JobError
 from wan_avatar.media import draw_test_video, normalise_video
 from wan_avatar.timeline import Timeline
 
+
 def children(apart: Apart) -> list[psutil.Process]: return psutil.Process(apart.process.pid).children(recursive=True)
 
 def gone(pid: int, seconds: float = 10) -> bool:
@@ -64,8 +65,14 @@ def count(n: int, progress) -> str:
     for i in range(n): progress(i + 1, n)
     return 'counted'
 def about() -> dict:
-    return {'environment': dict(os.environ), 'limit': resource.getrlimit(resource.RLIMIT_DATA)[0], 'core': resource.getrlimit(resource.RLIMIT_CORE)[0],
-            'files': len(os.listdir('/proc/self/fd')), 'score': Path('/proc/self/oom_score_adj').read_text().strip(), 'threads': threading.active_count()}
+    return {
+        'environment': dict(os.environ),
+        'limit': resource.getrlimit(resource.RLIMIT_DATA)[0],
+        'core': resource.getrlimit(resource.RLIMIT_CORE)[0],
+        'files': len(os.listdir('/proc/self/fd')),
+        'score': Path('/proc/self/oom_score_adj').read_text().strip(),
+        'threads': threading.active_count(),
+    }
 
 FAULTS = [
     (fill, (), 'input_unreadable', 'the video needs more than 300 MB of memory to be read, the limit for one file'),
@@ -82,7 +89,9 @@ FAULTS = [
 @pytest.mark.hostile('processes that read')
 def test_what_a_file_can_do(apart, function, args, code, words):
     with pytest.raises(JobError) as e: apart.run(function, *args, what='the video', memory=300_000_000)
-    assert e.value.code == code and words in e.value.message and e.value.worker_unfit == (function is refuse)
+    assert e.value.code == code
+    assert words in e.value.message
+    assert e.value.worker_unfit == (function is refuse)
     assert apart.run(pow, 2, 3) == 8 and not children(apart), 'the next call, and nothing left'
 
 ERRORS = [
@@ -101,7 +110,9 @@ def test_other_errors_come_back_as_they_are(apart, function, args, kind, words):
 def test_progress_comes_in_order_and_ends_with_the_last(apart):
     seen = []
     assert apart.run(count, 5000, progress=lambda *p: seen.append(p)) == 'counted'
-    assert seen[-1] == (5000, 5000) and seen == sorted(seen) and len(seen) < 1000
+    assert seen[-1] == (5000, 5000)
+    assert seen == sorted(seen)
+    assert len(seen) < 1000
 
 def test_what_the_child_is_given(apart, monkeypatch):
     for name in (
@@ -114,8 +125,12 @@ def test_what_the_child_is_given(apart, monkeypatch):
     fresh = Apart('gc:collect')
     told = fresh.run(about)
     fresh.close()
-    assert 'secret' not in told['environment'].values() and set(told['environment']) <= set(bare_environment(os.environ)) | {'LC_CTYPE'}
-    assert told['limit'] == MEMORY < 10**9 and told['core'] == 0 and told['score'] == '1000' and told['threads'] == 1
+    assert 'secret' not in told['environment'].values()
+    assert set(told['environment']) <= set(bare_environment(os.environ)) | {'LC_CTYPE'}
+    assert told['limit'] == MEMORY < 10**9
+    assert told['core'] == 0
+    assert told['score'] == '1000'
+    assert told['threads'] == 1
     assert told['files'] <= 12, 'no socket of the worker is open over there'
 
 def test_stacks_of_threads_do_not_eat_the_limit(apart):
@@ -124,13 +139,19 @@ def test_stacks_of_threads_do_not_eat_the_limit(apart):
 @pytest.mark.parametrize('function', [endless, deaf])
 @pytest.mark.hostile('processes that read')
 def test_a_cancelled_call_ends_its_process_at_once(apart, function):
-    begun, asked = time.monotonic(), iter([False] * 3)
-    with pytest.raises(JobError, match='cancelled while the video was read') as e: apart.run(function, what='the video', cancelled=lambda: next(asked, True))
-    assert e.value.code == 'cancelled' and time.monotonic() - begun < 5 and not children(apart)
+    begun = time.monotonic()
+    asked = iter([False] * 3)
+    with pytest.raises(JobError, match='cancelled while the video was read') as e:
+        apart.run(function, what='the video', cancelled=lambda: next(asked, True))
+    assert e.value.code == 'cancelled'
+    assert time.monotonic() - begun < 5
+    assert not children(apart)
 
 def test_a_call_has_a_longest_time(apart):
-    with pytest.raises(JobError, match='the picture takes longer than 0.2 s') as e: apart.run(endless, what='the picture', seconds=0.2)
-    assert e.value.code == 'input_unreadable' and not children(apart)
+    with pytest.raises(JobError, match='the picture takes longer than 0.2 s') as e:
+        apart.run(endless, what='the picture', seconds=0.2)
+    assert e.value.code == 'input_unreadable'
+    assert not children(apart)
 
 def test_a_caller_that_fails_ends_the_process(apart):
     def fails(*progress): raise ZeroDivisionError
@@ -143,7 +164,8 @@ def test_calls_beside_each_other_never_notice(apart):
         try: return apart.run((pow, segfault, ask_at_once)[i % 3], *((i, 2) if i % 3 == 0 else ()))
         except JobError as e: return e.code
     with ThreadPoolExecutor(8) as pool: got = list(pool.map(one, range(30)))
-    assert got == [i * i if i % 3 == 0 else 'input_unreadable' for i in range(30)] and not children(apart)
+    assert got == [i * i if i % 3 == 0 else 'input_unreadable' for i in range(30)]
+    assert not children(apart)
 
 def test_the_waiting_process_may_die():
     apart = Apart('gc:collect')
@@ -155,8 +177,10 @@ def test_the_waiting_process_may_die():
         child = children(apart)[0].pid
         os.kill(first, signal.SIGKILL)
         with pytest.raises(JobError, match='the process that reads files ended') as e: call.result(timeout=10)
-    assert e.value.code == 'internal' and gone(child)
-    assert apart.run(pow, 2, 2) == 4 and apart.process.pid != first
+    assert e.value.code == 'internal'
+    assert gone(child)
+    assert apart.run(pow, 2, 2) == 4
+    assert apart.process.pid != first
     last = apart.process.pid
     apart.close()
     assert gone(last)
@@ -177,7 +201,8 @@ def test_nothing_outlives_the_worker(number):
     with subprocess.Popen([sys.executable, '-c', WORKER], stdout=subprocess.PIPE, text=True) as worker:
         pids = [int(pid) for pid in worker.stdout.readline().split()]
         worker.send_signal(number)
-        assert len(pids) == 2 and all(gone(pid) for pid in pids)
+        assert len(pids) == 2
+        assert all(gone(pid) for pid in pids)
 
 def test_a_forgotten_one_ends_by_itself():
     apart = Apart('gc:collect')
@@ -201,12 +226,14 @@ def test_what_it_costs(apart):
 def drawn(path: Path, codec: str, size: tuple[int, int], frames: int, **options: str) -> Path:
     "A video of 10 bits in which something moves"
     with av.open(str(path), 'w') as out:
-        video = out.add_stream(codec, rate=24, width=size[0], height=size[1], pix_fmt='yuv420p10le', options={'preset': 'ultrafast', **options})
+        options = {'preset': 'ultrafast', **options}
+        video = out.add_stream(codec, rate=24, width=size[0], height=size[1], pix_fmt='yuv420p10le', options=options)
         picture = np.zeros((size[1], size[0], 3), np.uint8)
         for i in range(frames):
             picture[:, i * 40:i * 40 + 40] = 50 + 8 * i
             frame = av.VideoFrame.from_ndarray(picture, 'rgb24')
-            frame.pts, frame.time_base = i, Fraction(1, 24)
+            frame.pts = i
+            frame.time_base = Fraction(1, 24)
             out.mux(video.encode(frame))
         out.mux(video.encode())
     return path
@@ -220,16 +247,20 @@ FOUR_K = [('libx265', 6, {'x265-params': 'log-level=none'}), ('libx264', 18, {'r
 @pytest.mark.parametrize('codec, frames, options', FOUR_K, ids=[f[0] for f in FOUR_K])
 def test_4k_of_ten_bits_is_read_within_the_limit(apart, tmp_path, codec, frames, options):
     "H.264 with as many reference frames as there can be"
-    source, seen = drawn(tmp_path / 'x.mp4', codec, (3840, 2160), frames, **options), []
+    source = drawn(tmp_path / 'x.mp4', codec, (3840, 2160), frames, **options)
+    seen = []
     clip, peak = apart.run(normalise, source, tmp_path, progress=lambda *p: seen.append(p))
-    assert (clip.frames, clip.source.width, clip.source.pixel_format) == (frames, 3840, 'yuv420p10le') and clip.path.exists()
-    assert seen[-1] == (frames, frames) and peak < 10**9
+    assert (clip.frames, clip.source.width, clip.source.pixel_format) == (frames, 3840, 'yuv420p10le')
+    assert clip.path.exists()
+    assert seen[-1] == (frames, frames)
+    assert peak < 10**9
 
 @pytest.mark.hostile('processes that read')
 def test_a_video_that_needs_more_is_refused(apart, tmp_path):
     source = drawn(tmp_path / 'x.mp4', 'libx264', (1920, 1080), 8, refs='16')
     with pytest.raises(JobError) as e: apart.run(normalise, source, tmp_path, memory=130_000_000, progress=print)
-    assert e.value.code == 'input_unreadable' and apart.run(pow, 2, 2) == 4
+    assert e.value.code == 'input_unreadable'
+    assert apart.run(pow, 2, 2) == 4
 
 # in a job
 
@@ -241,7 +272,8 @@ def sabotage() -> None:
 class Shelf:
     "A store of files on this disk"
     def __init__(self, folder: Path): self.folder = folder
-    def download(self, key: str, target: Path, *rest, **more) -> int: return target.write_bytes((self.folder / key).read_bytes())
+    def download(self, key: str, target: Path, *rest, **more) -> int:
+        return target.write_bytes((self.folder / key).read_bytes())
 
 JOB = Job(input_image_minio_path='picture', driving_video_path='video')
 
@@ -252,24 +284,29 @@ def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
     "Two jobs in hand share the waiting process"
     draw_test_video(tmp_path / 'video', size=(320, 240), seconds=2, container='mp4')
     Image.new('RGB', (64, 64)).save(tmp_path / 'picture', 'PNG')
-    reading, folders = Apart('wan_avatar.media:load_decoders', f'{__name__}:sabotage'), [tmp_path / name for name in ('a', 'b')]
+    reading = Apart('wan_avatar.media:load_decoders', f'{__name__}:sabotage')
+    folders = [tmp_path / name for name in ('a', 'b')]
     for folder in folders: folder.mkdir()
     with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(take_video, JOB, shop(tmp_path, reading), folders[0], lambda *p: None, Timeline(), lambda: False)
-        crashed = pool.submit(take_image, JOB, shop(tmp_path, reading), folders[1], lambda: False)
+        studio = shop(tmp_path, reading)
+        whole = pool.submit(take_video, JOB, studio, folders[0], lambda *p: None, Timeline(), lambda: False)
+        crashed = pool.submit(take_image, JOB, studio, folders[1], lambda: False)
         with pytest.raises(JobError) as e: crashed.result(timeout=60)
         assert whole.result(timeout=60)[0].frames == 48
     reading.close()
-    assert e.value.code == 'input_unreadable' and 'the decoder of the picture crashed (by SIGSEGV)' in e.value.message
+    assert e.value.code == 'input_unreadable'
+    assert 'the decoder of the picture crashed (by SIGSEGV)' in e.value.message
 
 def test_a_cancelled_job_leaves_no_process(apart, tmp_path):
     "Its thread is told, and the process that reads its video is gone when the job is"
     draw_test_video(tmp_path / 'video', size=(320, 240), seconds=20, container='mp4')
     moving = threading.Event()
     async def job() -> None:
-        task = asyncio.create_task(in_thread(take_video, JOB, shop(tmp_path, apart), tmp_path, lambda *p: moving.set(), Timeline()))
+        reading = in_thread(take_video, JOB, shop(tmp_path, apart), tmp_path, lambda *p: moving.set(), Timeline())
+        task = asyncio.create_task(reading)
         await asyncio.to_thread(moving.wait, 30)
-        assert children(apart) and task.cancel()
+        assert children(apart)
+        assert task.cancel()
         with pytest.raises(asyncio.CancelledError): await task
         assert not children(apart)
     asyncio.run(job())

@@ -21,7 +21,8 @@ from wan_avatar.worker import BareFormatter
 
 pytestmark = pytest.mark.hostile('requests and inputs of whole jobs')
 
-IMAGE, VIDEO = {'input_image_minio_path': 'in/astronaut.png'}, {'driving_video_path': 'in/single_face.mp4'}
+IMAGE = {'input_image_minio_path': 'in/astronaut.png'}
+VIDEO = {'driving_video_path': 'in/single_face.mp4'}
 
 def refused(service, files: dict[str, bytes], code: str, words: str, **job) -> None:
     "Run a job that must fail with this code and these words"
@@ -30,7 +31,8 @@ def refused(service, files: dict[str, bytes], code: str, words: str, **job) -> N
     answer = service.run('bad', **job)
     assert set(answer) == {'error'}, answer
     assert answer['error'].startswith(f'{code}: ') and words in answer['error'], answer['error']
-    assert 'render' not in service.stages('bad') and service.store.list('avatars/bad') == []
+    assert 'render' not in service.stages('bad')
+    assert service.store.list('avatars/bad') == []
     assert not list((service.settings.work_dir / 'jobs').iterdir())
 
 REQUESTS = {
@@ -55,7 +57,8 @@ REQUESTS = {
 def test_request(service, name):
     job, words = REQUESTS[name]
     answer = service.background.submit(service.handler({'id': 'bad', 'input': job})).result(timeout=30)
-    assert answer['error'].startswith('bad_input: ') and words in answer['error']
+    assert answer['error'].startswith('bad_input: ')
+    assert words in answer['error']
 
 def test_request_in_the_store_sense(service):
     refused(service, {}, 'input_missing', 'input_image_minio_path', input_image_minio_path='in/nobody.png', **VIDEO)
@@ -69,11 +72,14 @@ def test_store_that_refuses(service, bucket, tmp_path, variable, value, words):
     settings = make_settings(bucket, tmp_path, **{variable: value})
     handler = Handler(type(service.studio)(settings, Store(settings), service.comfy, {}), service.note)
     answer = service.background.submit(handler({'id': 'bad', 'input': {**IMAGE, **VIDEO}})).result(timeout=60)
-    assert answer['error'].startswith('storage_failed: ') and words in answer['error'] and 'wrong' not in answer['error']
+    assert answer['error'].startswith('storage_failed: ')
+    assert words in answer['error']
+    assert 'wrong' not in answer['error']
 
 def png_header(width: int, height: int) -> bytes:
     "A PNG that claims a size and holds next to nothing"
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) +
             chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
 
@@ -96,10 +102,13 @@ IMAGES = {
 @pytest.mark.parametrize('name', IMAGES)
 def test_image(service, name):
     data, code = IMAGES[name]
-    refused(service, {'bad/picture': data}, code, 'image' if code == 'no_person' else '', input_image_minio_path='bad/picture', **VIDEO)
+    words = 'image' if code == 'no_person' else ''
+    refused(service, {'bad/picture': data}, code, words, input_image_minio_path='bad/picture', **VIDEO)
 
 def test_a_picture_of_five_people(service, samples):
-    refused(service, {'bad/group': (samples / 'group.jpg').read_bytes()}, 'bad_input', 'the picture shows 5 people', input_image_minio_path='bad/group', **VIDEO)
+    files = {'bad/group': (samples / 'group.jpg').read_bytes()}
+    words = 'the picture shows 5 people'
+    refused(service, files, 'bad_input', words, input_image_minio_path='bad/group', **VIDEO)
 
 def odd_pictures(path) -> dict[str, bytes]:
     "The astronaut in forms that must work: the same person each time"
@@ -109,9 +118,15 @@ def odd_pictures(path) -> dict[str, bytes]:
     deep = np.asarray(person.convert('L')).astype(np.uint16) * 257
     transparent = person.convert('RGBA')
     transparent.putalpha(Image.new('L', person.size, 255))
-    return {'animated': encoded(person.quantize(), 'GIF', save_all=True, append_images=[grey(person.size).quantize()]),
-            'CMYK': encoded(person.convert('CMYK'), 'JPEG'), '16-bit': encoded(Image.fromarray(deep), 'PNG'),
-            'EXIF-rotated': encoded(person.transpose(Image.Transpose.ROTATE_90), 'JPEG', exif=exif), 'transparent': encoded(transparent, 'PNG')}
+    turned = person.transpose(Image.Transpose.ROTATE_90)
+    more = [grey(person.size).quantize()]
+    return {
+        'animated': encoded(person.quantize(), 'GIF', save_all=True, append_images=more),
+        'CMYK': encoded(person.convert('CMYK'), 'JPEG'),
+        '16-bit': encoded(Image.fromarray(deep), 'PNG'),
+        'EXIF-rotated': encoded(turned, 'JPEG', exif=exif),
+        'transparent': encoded(transparent, 'PNG'),
+    }
 
 @pytest.mark.parametrize('name', ['animated', 'CMYK', '16-bit', 'EXIF-rotated', 'transparent'])
 def test_odd_pictures_work(service, samples, name):
@@ -125,17 +140,21 @@ def video(frames: int, size=(320, 240), rate=24, audio=False) -> bytes:
     with av.open(out, 'w', format='mp4') as container:
         if size:
             stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
-            stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+            stream.width, stream.height = size
+            stream.pix_fmt = 'yuv420p'
             rng = np.random.default_rng(0)
             for _ in range(frames):
-                picture = av.VideoFrame.from_ndarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8) if frames < 100 else np.zeros((size[1], size[0], 3), np.uint8))
+                pixels = np.zeros((size[1], size[0], 3), np.uint8)
+                if frames < 100: pixels = rng.integers(0, 255, pixels.shape, dtype=np.uint8)
+                picture = av.VideoFrame.from_ndarray(pixels)
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
         if audio:
             track = container.add_stream('aac', rate=48000)
             for n in range(20):
                 sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format='fltp', layout='mono')
-                sound.sample_rate, sound.pts = 48000, n * 1024
+                sound.sample_rate = 48000
+                sound.pts = n * 1024
                 container.mux(track.encode(sound))
             container.mux(track.encode(None))
     return out.getvalue()
@@ -153,8 +172,12 @@ VIDEOS = {
     'one frame of noise': (lambda: video(1), 'no_person', 'driving'),
     'five minutes': (endless_video, 'too_long', '60'),
     'empty': (lambda: b'', 'input_unreadable', ''),
-    'vast frames behind a small header': (lambda: written_by(with_larger_frames, 'a.mov', 'png', 'rgb24', 12000, (3,)), 'input_unreadable', '4K'),
-    'sound packets at one instant': (lambda: written_by(at_one_instant, 'a.mkv', 20_000), 'input_unreadable', 'more sound'),
+    'vast frames behind a small header': (
+        lambda: written_by(with_larger_frames, 'a.mov', 'png', 'rgb24', 12000, (3,)), 'input_unreadable', '4K'
+    ),
+    'sound packets at one instant': (
+        lambda: written_by(at_one_instant, 'a.mkv', 20_000), 'input_unreadable', 'more sound'
+    ),
 }
 
 @pytest.mark.parametrize('name', VIDEOS)
@@ -168,7 +191,8 @@ def test_video_without_a_person(service):
 def with_spatial_sound(source, target):
     "A video as a phone makes it: beside plain sound a track that nothing here decodes"
     with av.open(str(source)) as i, av.open(str(target.with_suffix('.two')), 'w', format='mp4') as o:
-        track, sounds = o.add_stream_from_template(i.streams.video[0]), [o.add_stream('aac', rate=48000, layout='mono') for _ in range(2)]
+        track = o.add_stream_from_template(i.streams.video[0])
+        sounds = [o.add_stream('aac', rate=48000, layout='mono') for _ in range(2)]
         for packet in i.demux(video=0):
             if packet.dts is None: continue
             packet.stream = track
@@ -178,10 +202,13 @@ def with_spatial_sound(source, target):
 
 def test_one_frame_with_a_person_works(service, samples, tmp_path):
     from conftest import cut
-    service.store.upload(with_spatial_sound(cut(samples / 'pexels.mp4', 1, tmp_path), tmp_path / 'phone.mov'), 'in/one.mp4', 'video/mp4')
+    source = with_spatial_sound(cut(samples / 'pexels.mp4', 1, tmp_path), tmp_path / 'phone.mov')
+    service.store.upload(source, 'in/one.mp4', 'video/mp4')
     answer = service.run('one', driving_video_path='in/one.mp4', **IMAGE)
     assert answer.get('frames') == 1, answer
-    assert answer['has_audio'] and len(answer['notes']) == 1 and 'nothing here decodes' in answer['notes'][0]
+    assert answer['has_audio']
+    assert len(answer['notes']) == 1
+    assert 'nothing here decodes' in answer['notes'][0]
     assert json.loads(service.store.read_bytes(answer['minio_key'] + '.json', 10**6))['notes'] == answer['notes']
 
 URLS = {
@@ -230,7 +257,10 @@ def fetching(service, bucket, trouble, tmp_path_factory):
     port = trouble.rpartition(':')[2]
     settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true', URL_PORTS=port)
     handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
-    return lambda path: service.background.submit(handler({'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}))
+    def start(path):
+        event = {'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}
+        return service.background.submit(handler(event))
+    return start
 
 @pytest.fixture(scope='module', autouse=True)
 def slow(fetching): return fetching('/slow') # its 30 s pass while other tests run
@@ -298,10 +328,13 @@ def test_the_operators_own_default_may_lie_anywhere(limited, service):
 def test_a_signed_address_shows_up_nowhere(limited, service, caplog):
     caplog.set_level('DEBUG')
     service.reports.clear()
-    picture, brief = f'{limited.web}/ana.png', {'driving_video_path': 'in/brief.mp4', 'presign': True}
+    picture = f'{limited.web}/ana.png'
+    brief = {'driving_video_path': 'in/brief.mp4', 'presign': True}
     answer = limited('signed', input_image_url=f'{picture}?X-Amz-Signature=hidden', **brief)
     refusal = limited('unsigned', input_image_url=f'{picture}?X-Amz-Sig=hidden', **brief)
-    assert answer.pop('presigned_url') and 'input_missing' in refusal['error'] and 'HTTP 403' in refusal['error']
+    assert answer.pop('presigned_url')
+    assert 'input_missing' in refusal['error']
+    assert 'HTTP 403' in refusal['error']
     manifest = service.store.read_bytes('avatars/signed.mp4.json', 10**7).decode()
     lines = [BareFormatter('%(message)s').format(r) for r in caplog.records]
     assert lines

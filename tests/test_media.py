@@ -18,9 +18,26 @@ from PIL import Image
 from wan_avatar import media
 from wan_avatar.job import JobError
 from wan_avatar.media import (
-    Encoder, Part, Reading, Rectangle, check_mp4, decoder_threads, draw_test_video, extract_audio, filmstrip, nearest,
-    normalise_image, normalise_video, pictures_at, pictures_kept, probe, read_frames, read_image, read_test_picture,
-    sound_on_one_clock, whole_file,
+    Encoder,
+    Part,
+    Reading,
+    Rectangle,
+    check_mp4,
+    decoder_threads,
+    draw_test_video,
+    extract_audio,
+    filmstrip,
+    nearest,
+    normalise_image,
+    normalise_video,
+    pictures_at,
+    pictures_kept,
+    probe,
+    read_frames,
+    read_image,
+    read_test_picture,
+    sound_on_one_clock,
+    whole_file,
 )
 
 SMALL = (320, 180)

@@ -1,4 +1,4 @@
-"What stands beside a picture's pixels is no reason to refuse it; pixels that are missing are. Nothing but `input_unreadable` comes out"
+"Broken metadata is no reason to refuse a picture, missing pixels are; no error but `input_unreadable` comes out"
 import hashlib
 import io
 import random
@@ -36,7 +36,14 @@ def exif(orientation: int) -> Image.Exif:
 
 def chunk(kind: bytes, data: bytes, check: int | None = None) -> bytes:
     "Of a PNG"
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data) if check is None else check)
+    if check is None: check = zlib.crc32(kind + data)
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', check)
+
+def png_with(*chunks: bytes, at: int = 33) -> bytes:
+    "The sample with chunks behind its header, or elsewhere"
+    return PNG[:at] + b''.join(chunks) + PNG[at:]
+
+def text(data: bytes) -> bytes: return chunk(b'zTXt', b'workflow\0\0' + zlib.compress(data))
 
 def segment(marker: int, data: bytes) -> bytes:
     "Of a JPEG"
@@ -44,7 +51,8 @@ def segment(marker: int, data: bytes) -> bytes:
 
 def riff(*chunks: tuple[bytes, bytes], said: int | None = None) -> bytes:
     "A WebP of these chunks; `said`: the size in its header"
-    body = b'WEBP' + b''.join(kind + struct.pack('<I', len(data)) + data + b'\0' * (len(data) % 2) for kind, data in chunks)
+    def packed(kind, data): return kind + struct.pack('<I', len(data)) + data + b'\0' * (len(data) % 2)
+    body = b'WEBP' + b''.join(packed(*each) for each in chunks)
     return b'RIFF' + struct.pack('<I', len(body) if said is None else said) + body
 
 def tiff_with(*entries: tuple[int, int, int, int], second: int = 0) -> bytes:
@@ -52,15 +60,21 @@ def tiff_with(*entries: tuple[int, int, int, int], second: int = 0) -> bytes:
     data = bytearray(encoded('TIFF'))
     at, = struct.unpack('<I', data[4:8])
     count, = struct.unpack('<H', data[at:at + 2])
-    tags = sorted([bytes(data[at + 2 + 12 * i:at + 14 + 12 * i]) for i in range(count)] + [struct.pack('<HHII', *e) for e in entries],
-                  key=lambda tag: int.from_bytes(tag[:2], 'little'))
+    there = [bytes(data[at + 2 + 12 * i:at + 14 + 12 * i]) for i in range(count)]
+    more = [struct.pack('<HHII', *entry) for entry in entries]
+    tags = sorted(there + more, key=lambda tag: int.from_bytes(tag[:2], 'little'))
     data[4:8] = struct.pack('<I', len(data))
     return bytes(data) + struct.pack('<H', len(tags)) + b''.join(tags) + struct.pack('<I', second)
 
-PNG, JPEG, STEPS = encoded('PNG'), encoded('JPEG', quality=90), encoded('JPEG', quality=90, progressive=True)
-WEBP, TIFF, GIF = encoded('WEBP', lossless=True), encoded('TIFF'), encoded('GIF', PICTURE.quantize(32))
+PNG = encoded('PNG')
+JPEG = encoded('JPEG', quality=90)
+STEPS = encoded('JPEG', quality=90, progressive=True)
+WEBP = encoded('WEBP', lossless=True)
+TIFF = encoded('TIFF')
+GIF = encoded('GIF', PICTURE.quantize(32))
 VP8L = WEBP[20:]
-VP8X = struct.pack('<I', 0x2c) + struct.pack('<I', SIZE[0] - 1)[:3] + struct.pack('<I', SIZE[1] - 1)[:3] # says: profile, EXIF, XMP
+# its flags say: profile, EXIF, XMP
+VP8X = struct.pack('<I', 0x2c) + struct.pack('<I', SIZE[0] - 1)[:3] + struct.pack('<I', SIZE[1] - 1)[:3]
 AVIF = encoded('AVIF', exif=b'MM\0*' + exif(1).tobytes()[10:] + b'0123456789')
 BROKEN = b'\0\x08\0\x02\x01\x12\0\x03'
 
@@ -70,28 +84,37 @@ SHOWN = {
     'PNG, broken eXIf': (PNG[:33] + chunk(b'eXIf', BROKEN) + PNG[33:], PNG),
     'PNG, eXIf of nothing': (PNG[:33] + chunk(b'eXIf', b'') + PNG[33:], PNG),
     'PNG, eXIf that points outside': (PNG[:33] + chunk(b'eXIf', b'II*\0' + b'\xff' * 8) + PNG[33:], PNG),
-    'PNG, a workflow of 1.5 MB in zTXt': (PNG[:33] + chunk(b'zTXt', b'workflow\0\0' + zlib.compress(BIG)) + PNG[33:], PNG),
-    'PNG, a workflow of 1.5 MB in compressed iTXt': (PNG[:33] + chunk(b'iTXt', b'workflow\0\1\0\0\0' + zlib.compress(BIG)) + PNG[33:], PNG),
+    'PNG, a workflow of 1.5 MB in zTXt': (png_with(text(BIG)), PNG),
+    'PNG, a workflow of 1.5 MB in compressed iTXt': (
+        png_with(chunk(b'iTXt', b'workflow\0\1\0\0\0' + zlib.compress(BIG))),
+        PNG,
+    ),
     'PNG, 3 MB of plain text': (PNG[:33] + chunk(b'tEXt', b'prompt\0' + BIG * 2) + PNG[33:], PNG),
-    'PNG, a hundred texts of 1 MB': (PNG[:33] + chunk(b'zTXt', b'workflow\0\0' + zlib.compress(bytes(10**6))) * 100 + PNG[33:], PNG),
+    'PNG, a hundred texts of 1 MB': (png_with(text(bytes(10**6)) * 100), PNG),
     'PNG, a text that does not unpack': (PNG[:33] + chunk(b'zTXt', b'workflow\0\0not deflated') + PNG[33:], PNG),
     'PNG, a text with a wrong checksum': (PNG[:33] + chunk(b'tEXt', b'a\0b', check=7) + PNG[33:], PNG),
-    'PNG, a text behind the pixels': (PNG[:-12] + chunk(b'zTXt', b'workflow\0\0' + zlib.compress(BIG)) + PNG[-12:], PNG),
+    'PNG, a text behind the pixels': (png_with(text(BIG), at=-12), PNG),
     'PNG, a profile of 1.5 MB that is none': (PNG[:33] + chunk(b'iCCP', b'p\0\0' + zlib.compress(BIG)) + PNG[33:], PNG),
     'PNG, a profile of 100 MB': (PNG[:33] + chunk(b'iCCP', b'p\0\0' + zlib.compress(bytes(10**8))) + PNG[33:], PNG),
     'PNG, a profile that does not unpack': (PNG[:33] + chunk(b'iCCP', b'p\0\0not deflated') + PNG[33:], PNG),
-    'PNG, a profile cut in the middle': (PNG[:33] + chunk(b'iCCP', b'p\0\0' + zlib.compress(PROFILE[:200])) + PNG[33:], PNG),
+    'PNG, a profile cut in the middle': (png_with(chunk(b'iCCP', b'p\0\0' + zlib.compress(PROFILE[:200]))), PNG),
     'PNG, density of three bytes': (PNG[:33] + chunk(b'pHYs', b'abc') + PNG[33:], PNG),
     'PNG, time of three bytes': (PNG[:33] + chunk(b'tIME', b'abc') + PNG[33:], PNG),
     'PNG, no IEND': (PNG[:-12], PNG),
     'PNG, half an IEND': (PNG[:-5], PNG),
     'PNG, junk behind its end': (PNG + b'junk' * 100, PNG),
-    'PNG, animated, second frame broken': (PNG[:33] + chunk(b'acTL', struct.pack('>II', 2, 0)) + PNG[33:-12] + chunk(b'fdAT', b'??') + PNG[-12:], PNG),
+    'PNG, animated, second frame broken': (
+        PNG[:33] + chunk(b'acTL', struct.pack('>II', 2, 0)) + PNG[33:-12] + chunk(b'fdAT', b'??') + PNG[-12:],
+        PNG,
+    ),
     'JPEG, an empty EXIF block': (JPEG[:2] + segment(0xe1, b'Exif\0\0') + JPEG[2:], JPEG),
     'JPEG, broken EXIF': (JPEG[:2] + segment(0xe1, b'Exif\0\0MM\0*' + BROKEN) + JPEG[2:], JPEG),
     'JPEG, orientation 99': (JPEG[:2] + segment(0xe1, b'Exif\0\0' + exif(99).tobytes()[6:]) + JPEG[2:], JPEG),
     'JPEG, a broken list of more pictures': (JPEG[:2] + segment(0xe2, b'MPF\0MM\0*' + BROKEN) + JPEG[2:], JPEG),
-    'JPEG, a broken block of an image editor': (JPEG[:2] + segment(0xed, b'Photoshop 3.0\0008BIM\x03\xed\0') + JPEG[2:], JPEG),
+    'JPEG, a broken block of an image editor': (
+        JPEG[:2] + segment(0xed, b'Photoshop 3.0\0008BIM\x03\xed\0') + JPEG[2:],
+        JPEG,
+    ),
     'JPEG, half a profile': (JPEG[:2] + segment(0xe2, b'ICC_PROFILE\0\1\2' + PROFILE[:200]) + JPEG[2:], JPEG),
     'JPEG, 3 MB of EXIF thumbnails': (JPEG[:2] + segment(0xe1, b'Exif\0\0' + bytes(60_000)) * 50 + JPEG[2:], JPEG),
     'JPEG, without its end': (JPEG[:-2], JPEG),
@@ -111,7 +134,10 @@ SHOWN = {
     'TIFF, a profile outside the file': (tiff_with((34675, 7, 500, 10**8)), TIFF),
     'TIFF, a second picture outside the file': (tiff_with(second=10**8), TIFF),
     'TIFF, a second picture that is the first': (tiff_with(second=len(TIFF)), TIFF),
-    'AVIF, broken EXIF': (AVIF.replace(b'0123456789', b'\xff' * 10).replace(b'MM\0*', b'\xff\xff\xff\xff'), encoded('AVIF')),
+    'AVIF, broken EXIF': (
+        AVIF.replace(b'0123456789', b'\xff' * 10).replace(b'MM\0*', b'\xff\xff\xff\xff'),
+        encoded('AVIF'),
+    ),
     'GIF, without its end': (GIF[:-1], GIF),
     'GIF, a comment of 1 MB': (GIF[:-1] + b'!\xfe' + (b'\xff' + b'c' * 255) * 4000 + b'\0;', GIF),
 }
@@ -136,15 +162,18 @@ TURNED = {
 @pytest.mark.parametrize('name', TURNED)
 def test_orientation_is_read(name, tmp_path):
     (tmp_path / 'x').write_bytes(TURNED[name])
-    got, upright = read_image(tmp_path / 'x'), np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
-    assert got.shape == upright.shape and np.abs(got.astype(int) - upright).mean() < 12
+    got = read_image(tmp_path / 'x')
+    upright = np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
+    assert got.shape == upright.shape
+    assert np.abs(got.astype(int) - upright).mean() < 12
 
 @pytest.mark.parametrize('turn', range(1, 9))
 def test_every_orientation(turn, tmp_path):
     "Against Pillow's own reading of the same number"
     from PIL import ImageOps
     (tmp_path / 'x').write_bytes(png_with(b'eXIf', exif(turn).tobytes().removeprefix(b'Exif\0\0')))
-    with Image.open(tmp_path / 'x') as image: assert np.array_equal(read_image(tmp_path / 'x'), ImageOps.exif_transpose(image))
+    with Image.open(tmp_path / 'x') as image:
+        assert np.array_equal(read_image(tmp_path / 'x'), ImageOps.exif_transpose(image))
 
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP', 'TIFF'])
 def test_a_profile_is_read(kind, tmp_path):
@@ -197,9 +226,13 @@ def pixels(data: bytes, folder: Path) -> str | None: # None: refused
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.hostile('pictures')
 def test_a_file_cut_anywhere_shows_all_its_pixels_or_is_refused(kind, tmp_path):
-    whole, size = KINDS[kind], len(KINDS[kind])
-    seen = {pixels(whole[:cut], tmp_path) for cut in {*range(size - 14, size), *range(0, size, max(1, size // 24))}}
-    assert seen <= {None, pixels(whole, tmp_path)} and pixels(whole, tmp_path) and pixels(whole[:size // 3], tmp_path) is None
+    whole = KINDS[kind]
+    size = len(KINDS[kind])
+    cuts = {*range(size - 14, size), *range(0, size, max(1, size // 24))}
+    seen = {pixels(whole[:cut], tmp_path) for cut in cuts}
+    assert seen <= {None, pixels(whole, tmp_path)}
+    assert pixels(whole, tmp_path)
+    assert pixels(whole[:size // 3], tmp_path) is None
 
 SCANS = [i for i in range(len(STEPS)) if STEPS[i:i + 2] == b'\xff\xda'][1:]
 @pytest.mark.parametrize('at', SCANS)
@@ -214,18 +247,22 @@ def test_stripping_is_done_once():
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
     "Cut, shortened, lengthened, or with other bytes, often in its header"
-    kind, changed = rng.randrange(6), bytearray(data)
-    at, some = rng.randrange(len(data)), rng.randrange(1, 64)
+    kind = rng.randrange(6)
+    changed = bytearray(data)
+    at = rng.randrange(len(data))
+    some = rng.randrange(1, 64)
     if kind == 0: return data[:at]
     if kind == 1: return data[:at] + data[at + some:]
     if kind == 2: return data[:at] + rng.randbytes(some) + data[at:]
     for _ in range(rng.choice((1, 1, 2, 8, 30))):
-        changed[rng.randrange(len(data) if kind < 5 else min(200, len(data)))] = rng.choice((0, 1, 0x7f, 0x80, 0xff, rng.randrange(256)))
+        value = rng.choice((0, 1, 0x7f, 0x80, 0xff, rng.randrange(256)))
+        changed[rng.randrange(len(data) if kind < 5 else min(200, len(data)))] = value
     return bytes(changed)
 
 def try_mutations(kind: str, count: int) -> Counter:
     "Runs apart: how many were read, how many refused, and what else came out"
-    rng, seen = random.Random(kind), Counter()
+    rng = random.Random(kind)
+    seen = Counter()
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as d:
         for _ in range(count):
             (path := Path(d) / 'x').write_bytes(mutated(KINDS[kind], rng))
@@ -252,11 +289,13 @@ def test_the_largest_picture_stays_under_a_gigabyte(apart, tmp_path):
     "WebP's decoder takes more than any other: 800 MB of 50 megapixels"
     Image.new('RGB', (8000, 6250), (200, 30, 30)).save(tmp_path / 'x', 'WEBP', method=0, quality=0)
     size, peak = apart.run(take, tmp_path / 'x', tmp_path / 'y', what='the picture')
-    assert size == (1536, 1200) and peak < 10**9
+    assert size == (1536, 1200)
+    assert peak < 10**9
 
 @pytest.mark.hostile('pictures')
 def test_a_picture_beyond_the_limit_is_told_the_limit(apart, tmp_path):
     Image.new('RGB', (4000, 4000)).save(tmp_path / 'x', 'PNG', compress_level=1)
     with pytest.raises(JobError, match='the picture needs more than 100 MB of memory') as e:
         apart.run(normalise_image, tmp_path / 'x', tmp_path / 'y', what='the picture', memory=100_000_000)
-    assert e.value.code == 'input_unreadable' and not (tmp_path / 'y').exists()
+    assert e.value.code == 'input_unreadable'
+    assert not (tmp_path / 'y').exists()

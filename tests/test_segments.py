@@ -6,8 +6,27 @@ import numpy as np
 import pytest
 
 from wan_avatar.segments import (
-    COLOURS, FACE, FINGERS, LEFT_HAND, LEFT_SOURCE, LENGTH, LIMBS, OVERLAP, RIGHT_HAND, RIGHT_SOURCE, MaskShape, background,
-    body_joints, draw_body, draw_pose, face_box, fit_length, grow_mask, hold, letterbox, plan, stick_width, window_pictures,
+    COLOURS,
+    FACE,
+    FINGERS,
+    LEFT_HAND,
+    LENGTH,
+    LIMBS,
+    OVERLAP,
+    RIGHT_HAND,
+    MaskShape,
+    background,
+    body_joints,
+    draw_body,
+    draw_pose,
+    face_box,
+    fit_length,
+    grow_mask,
+    hold,
+    letterbox,
+    plan,
+    stick_width,
+    window_pictures,
 )
 
 SIZE = (1280, 720)
@@ -16,7 +35,8 @@ def unseen() -> np.ndarray: return np.zeros((133, 3))
 
 def spread() -> np.ndarray:
     "Keypoints whose 20 joints lie apart from each other"
-    points, rng = unseen(), np.random.default_rng(3)
+    points = unseen()
+    rng = np.random.default_rng(3)
     points[:23, :2], points[:23, 2] = rng.uniform([100, 60], [1180, 660], (23, 2)), 1
     return points
 
@@ -33,12 +53,14 @@ def test_stick_width(size, width): assert stick_width(size) == width
 
 def test_joints_are_means_of_their_sources():
     points = spread()
-    assert np.allclose(body_joints(points), (points[LEFT_SOURCE] + points[RIGHT_SOURCE]) / 2)
+    assert np.allclose(body_joints(points)[0], points[0]), 'the nose is one keypoint'
     assert np.allclose(body_joints(points)[1], (points[5] + points[6]) / 2), 'the neck lies between the shoulders'
+    assert np.allclose(body_joints(points)[18], (points[17] + points[18]) / 2), 'a toe lies between two keypoints'
 
 def drawn(**places) -> np.ndarray:
     "Some of the 20 joints, by number, on black"
-    joints, canvas = np.zeros((20, 3)), np.zeros((720, 1280, 3), np.uint8)
+    joints = np.zeros((20, 3))
+    canvas = np.zeros((720, 1280, 3), np.uint8)
     for joint, (x, y) in places.items(): joints[int(joint[1:])] = x, y, 1
     draw_body(canvas, joints)
     return canvas
@@ -47,7 +69,8 @@ def drawn(**places) -> np.ndarray:
 def test_every_joint_is_a_disc_in_its_colour(joint):
     picture = drawn(**{f'j{joint}': (300, 200)})
     assert tuple(picture[200, 300]) == COLOURS[joint]
-    assert picture.any(2).sum() == cv2.circle(np.zeros((720, 1280), np.uint8), (300, 200), 2, 1, -1).sum(), 'a disc of radius 2 and nothing else'
+    disc = cv2.circle(np.zeros((720, 1280), np.uint8), (300, 200), 2, 1, -1)
+    assert picture.any(2).sum() == disc.sum(), 'a disc of radius 2 and nothing else'
 
 @pytest.mark.parametrize('limb', range(19))
 def test_every_limb_is_an_ellipse_at_sixty_percent_of_its_colour(limb):
@@ -58,8 +81,13 @@ def test_every_limb_is_an_ellipse_at_sixty_percent_of_its_colour(limb):
 
 def test_limb_order_and_colours_of_the_facts():
     "joint numbers from 1, as the model's preprocessing lists them"
-    assert ' '.join(f'{a + 1}-{b + 1}' for a, b in LIMBS) == '2-3 2-6 3-4 4-5 6-7 7-8 2-9 9-10 10-11 2-12 12-13 13-14 2-1 1-15 15-17 1-16 16-18 14-19 11-20'
-    assert COLOURS[0] == (255, 0, 0) and COLOURS[12] == (0, 0, 255) and COLOURS[18:] == [(200, 200, 0), (100, 100, 0)] and len(set(COLOURS)) == 20
+    assert ' '.join(f'{a + 1}-{b + 1}' for a, b in LIMBS) == (
+        '2-3 2-6 3-4 4-5 6-7 7-8 2-9 9-10 10-11 2-12 12-13 13-14 2-1 1-15 15-17 1-16 16-18 14-19 11-20'
+    )
+    assert COLOURS[0] == (255, 0, 0)
+    assert COLOURS[12] == (0, 0, 255)
+    assert COLOURS[18:] == [(200, 200, 0), (100, 100, 0)]
+    assert len(set(COLOURS)) == 20
 
 @pytest.mark.parametrize('confidence, drawn', [(0.5, True), (0.49, False), (0.0, False), (np.nan, False)])
 def test_threshold_on_both_ends(confidence, drawn):
@@ -70,11 +98,13 @@ def test_threshold_on_both_ends(confidence, drawn):
 @pytest.mark.parametrize('hand', [LEFT_HAND, RIGHT_HAND])
 def test_hands_are_thin_lines_round_the_colour_circle(hand):
     points = unseen()
-    points[hand] = [(200 + 40 * ((i - 1) % 4) if i else 100, 100 + 50 * ((i - 1) // 4) if i else 300, 1) for i in range(21)]
+    points[hand] = [(200 + 40 * ((i - 1) % 4), 100 + 50 * ((i - 1) // 4), 1) if i else (100, 300, 1) for i in range(21)]
     picture = draw_pose(points, SIZE)
     for n, (a, b) in enumerate(FINGERS):
         (xa, ya), (xb, yb) = points[hand][[a, b], :2].astype(int)
-        if a: assert np.allclose(picture[ya, (xa + xb) // 2], np.multiply(colorsys.hsv_to_rgb(n / 20, 1, 1), 255), atol=1), n
+        if not a: continue
+        colour = np.multiply(colorsys.hsv_to_rgb(n / 20, 1, 1), 255)
+        assert np.allclose(picture[ya, (xa + xb) // 2], colour, atol=1), n
     for x, y in points[hand][:, :2].astype(int): assert tuple(picture[y, x]) == (0, 0, 255)
     assert picture[:, 220].any(1).sum() == 5, 'one pixel thick, one line a finger'
 
@@ -120,17 +150,29 @@ def slow_grid(mask: np.ndarray, block: int) -> np.ndarray:
 def slow_blocks(mask: np.ndarray, block: int) -> np.ndarray:
     "The blocks cell by cell: bounding box divided by side // block, the last cell takes the rest"
     out, (ys, xs) = np.zeros_like(mask), np.nonzero(mask)
-    y0, y1, x0, x1 = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
-    rows, columns = max((y1 - y0) // block, 1), max((x1 - x0) // block, 1)
+    y0 = ys.min()
+    y1 = ys.max() + 1
+    x0 = xs.min()
+    x1 = xs.max() + 1
+    rows = max((y1 - y0) // block, 1)
+    columns = max((x1 - x0) // block, 1)
     high, wide = (y1 - y0) // rows, (x1 - x0) // columns
     for r in range(rows):
         for c in range(columns):
-            cell = np.s_[y0 + r * high:y1 if r == rows - 1 else y0 + (r + 1) * high, x0 + c * wide:x1 if c == columns - 1 else x0 + (c + 1) * wide]
+            y_end = y1 if r == rows - 1 else y0 + (r + 1) * high
+            x_end = x1 if c == columns - 1 else x0 + (c + 1) * wide
+            cell = np.s_[y0 + r * high:y_end, x0 + c * wide:x_end]
             out[cell] = mask[cell].any()
     return out
 
-MASKS = [disc(100), disc(3), disc(200, (0, 0)), disc(150, (1279, 719)), disc(40, (300, 200)) | disc(60, (900, 500)),
-         np.ones((720, 1280), bool)]
+MASKS = [
+    disc(100),
+    disc(3),
+    disc(200, (0, 0)),
+    disc(150, (1279, 719)),
+    disc(40, (300, 200)) | disc(60, (900, 500)),
+    np.ones((720, 1280), bool),
+]
 
 def bounding_box(mask: np.ndarray) -> np.ndarray:
     out, (ys, xs) = np.zeros_like(mask), np.nonzero(mask)
@@ -153,8 +195,10 @@ def test_mask_is_dilated_then_filled(mask, how, filled):
 
 def test_a_grid_that_stands_still_moves_with_nobody():
     "Two people whose outlines lie in the same cells have the same mask; the cells of a bounding box move with it"
-    here, there = disc(20, (335, 335)), disc(20, (337, 335))
-    still, moving = MaskShape('grid', dilation=0), MaskShape('blocks', dilation=0, block=16)
+    here = disc(20, (335, 335))
+    there = disc(20, (337, 335))
+    still = MaskShape('grid', dilation=0)
+    moving = MaskShape('blocks', dilation=0, block=16)
     assert np.array_equal(grow_mask(here, still), grow_mask(there, still))
     assert not np.array_equal(grow_mask(here, moving), grow_mask(there, moving))
 
@@ -166,9 +210,11 @@ def test_mask_edges():
     assert not grow_mask(np.zeros_like(one), MaskShape('outline')).any()
 
 def test_background_is_black_under_the_mask_and_untouched_outside():
-    frame, mask = np.random.default_rng(0).integers(1, 255, (720, 1280, 3), np.uint8), disc(100)
+    frame = np.random.default_rng(0).integers(1, 255, (720, 1280, 3), np.uint8)
+    mask = disc(100)
     scene = background(frame, mask)
-    assert not scene[mask].any() and np.array_equal(scene[~mask], frame[~mask])
+    assert not scene[mask].any()
+    assert np.array_equal(scene[~mask], frame[~mask])
 
 @pytest.mark.parametrize('shape, inner', [
     ((900, 600), (480, 720)),
@@ -179,8 +225,10 @@ def test_background_is_black_under_the_mask_and_untouched_outside():
 def test_letterbox_keeps_all_of_the_picture(shape, inner):
     boxed = letterbox(np.full((*shape, 3), 200, np.uint8), SIZE)
     ys, xs = np.nonzero(boxed[..., 0])
-    assert boxed.shape == (720, 1280, 3) and (np.ptp(xs) + 1, np.ptp(ys) + 1) == inner
-    assert abs((xs.min() + xs.max()) / 2 - 639.5) <= 0.5 and abs((ys.min() + ys.max()) / 2 - 359.5) <= 0.5
+    assert boxed.shape == (720, 1280, 3)
+    assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == inner
+    assert abs((xs.min() + xs.max()) / 2 - 639.5) <= 0.5
+    assert abs((ys.min() + ys.max()) / 2 - 359.5) <= 0.5
 
 def window(n: int, length: int, start=0, present=None, size=SIZE):
     frames = [np.full((720, 1280, 3), 10 + i, np.uint8) for i in range(start, n)]
@@ -195,8 +243,11 @@ def test_a_window_is_always_full_and_holds_the_last_frame(n, length, start):
     assert len(shown) == length
     for i, p in enumerate(shown):
         k = min(start + i, n - 1)
-        assert np.array_equal(p.mask, grow_mask(disc(50 + k))) and p.background.max() == 10 + k and p.face.max() == 10 + k
-        assert p.face.shape == (512, 512, 3) and not p.background[p.mask].any()
+        assert np.array_equal(p.mask, grow_mask(disc(50 + k)))
+        assert p.background.max() == 10 + k
+        assert p.face.max() == 10 + k
+        assert p.face.shape == (512, 512, 3)
+        assert not p.background[p.mask].any()
 
 def test_frames_without_a_person():
     shown = window(4, 4, present=[False, True, False, True])
@@ -206,7 +257,9 @@ def test_frames_without_a_person():
 
 def test_another_size_scales_everything_but_the_face():
     small = window(2, 2, size=(320, 180))[0]
-    assert small.pose.shape == small.background.shape == (180, 320, 3) and small.mask.shape == (180, 320) and small.face.shape == (512, 512, 3)
+    assert small.pose.shape == small.background.shape == (180, 320, 3)
+    assert small.mask.shape == (180, 320)
+    assert small.face.shape == (512, 512, 3)
     assert np.array_equal(small.pose, draw_pose(spread() * [0.25, 0.25, 1], (320, 180)))
 
 def test_nothing_to_hold_is_an_error():
@@ -214,7 +267,8 @@ def test_nothing_to_hold_is_an_error():
 
 def full_windows(n: int, length: int, overlap: int) -> int:
     "Frames sampled by full windows and a rest: what even ones are measured against"
-    sampled, done = 0, 0
+    sampled = 0
+    done = 0
     while done < n:
         seed = min(overlap, done)
         new = min(length - seed, n - done)
@@ -241,7 +295,8 @@ def test_windows_of_a_video_are_equally_long(n, lengths): assert [s.length for s
 def test_every_length_to_a_minute():
     for n in range(1, 1501):
         windows = plan(n)
-        assert [f for s in windows for f in range(s.start + s.overlap, s.stop)] == list(range(n)), 'a frame is made twice, or not at all'
+        made = [f for s in windows for f in range(s.start + s.overlap, s.stop)]
+        assert made == list(range(n)), 'a frame is made twice, or not at all'
         assert all(s.length % 4 == 1 and s.length <= LENGTH and s.length == windows[0].length for s in windows), n
         assert all(s.overlap == OVERLAP for s in windows[1:]) and not any(s.held for s in windows[:-1]), n
         assert windows[0].length >= min(41, n), f'{n} frames: a window of {windows[0].length}'
@@ -259,4 +314,5 @@ def test_a_plan_goes_on_with_shorter_windows(n):
     "After 77 frames memory ran out: the rest in windows of 37"
     rest = plan(n, length=37, done=77, index=1)
     assert [f for s in rest for f in range(s.start + s.overlap, s.stop)] == list(range(77, n))
-    assert rest[0].index == 1 and all(s.overlap == 5 and s.length <= 37 for s in rest)
+    assert rest[0].index == 1
+    assert all(s.overlap == 5 and s.length <= 37 for s in rest)

@@ -8,18 +8,58 @@ import numpy as np
 import pytest
 
 from wan_avatar.job import JobError
-from wan_avatar.track import (GROUPS, MAGIC, STILL, TRACKERS, Camera, Plate, Track, TrackDamaged, calm_camera, check_alone, check_person, count_faces, draw_debug, dump_track, fill_unseen,
-                              is_present, load_track, one_piece, pack_mask, pack_points, parse_track, refine_matte, save_track, skin_colour, smooth,
-                              stand_still, track_facts, track_key, unpack_mask, unpack_points)
+from wan_avatar.track import (
+    GROUPS,
+    MAGIC,
+    STILL,
+    TRACKERS,
+    Camera,
+    Plate,
+    Track,
+    TrackDamaged,
+    calm_camera,
+    check_alone,
+    check_person,
+    count_faces,
+    draw_debug,
+    dump_track,
+    fill_unseen,
+    is_present,
+    load_track,
+    one_piece,
+    pack_mask,
+    pack_points,
+    parse_track,
+    refine_matte,
+    save_track,
+    skin_colour,
+    smooth,
+    stand_still,
+    track_facts,
+    track_key,
+    unpack_mask,
+    unpack_points,
+)
+
 
 def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
     w, h = size
     rng = np.random.default_rng(n)
     seen = ~np.isin(np.arange(n), missing)
-    groups = [np.where(seen[:, None, None], rng.uniform(-20, w + 20, (n, k, 3)), np.nan).astype(np.float32) for k in (33, 21, 21, 478)]
+    groups = [rng.uniform(-20, w + 20, (n, k, 3)) for k in (33, 21, 21, 478)]
+    groups = [np.where(seen[:, None, None], points, np.nan).astype(np.float32) for points in groups]
     masks = tuple(pack_mask((rng.random((h // 2, w // 2)) > .5) & s) for s in seen)
-    return Track(size, seen, dict(zip(GROUPS, groups, strict=True)), (w // 2, h // 2), masks, TRACKERS['mediapipe'], np.tile(STILL.astype(np.float32), (n, 1, 1)),
-                 np.array([1, 2, 3], np.float32), **pictures)
+    return Track(
+        size=size,
+        present=seen,
+        points=dict(zip(GROUPS, groups, strict=True)),
+        mask_size=(w // 2, h // 2),
+        masks=masks,
+        tracker=TRACKERS['mediapipe'],
+        camera=np.tile(STILL.astype(np.float32), (n, 1, 1)),
+        skin=np.array([1, 2, 3], np.float32),
+        **pictures,
+    )
 
 # the file
 
@@ -34,11 +74,17 @@ def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
 ])
 def test_round_trip(track, tmp_path):
     again = load_track(save_track(track, tmp_path / 'ünal 1.track'))
-    assert len(again) == len(track) and again.size == track.size and again.tracker == track.tracker
-    assert np.array_equal(again.present, track.present) and again.masks == track.masks
+    assert len(again) == len(track)
+    assert again.size == track.size
+    assert again.tracker == track.tracker
+    assert np.array_equal(again.present, track.present)
+    assert again.masks == track.masks
     for g in GROUPS: np.testing.assert_allclose(getattr(again, g), getattr(track, g), atol=.13)
-    for i in range(len(track)): assert np.array_equal(again.mask(i), track.mask(i)) and again.mask(i).shape == track.size[::-1]
-    assert (again.plate is None) == (track.plate is None) and (again.matte is None) == (track.matte is None)
+    for i in range(len(track)):
+        assert np.array_equal(again.mask(i), track.mask(i))
+        assert again.mask(i).shape == track.size[::-1]
+    assert (again.plate is None) == (track.plate is None)
+    assert (again.matte is None) == (track.matte is None)
     assert not list(tmp_path.glob('.*')), 'nothing left beside the file'
 
 def test_second_round_trip_changes_nothing():
@@ -79,10 +125,12 @@ def test_missing_file_is_not_damage(tmp_path):
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = save_track(make_track(), tmp_path / 'x')
     with pytest.raises(AttributeError): save_track(None, path)
-    assert len(load_track(path)) == 6 and [p.name for p in tmp_path.iterdir()] == ['x']
+    assert len(load_track(path)) == 6
+    assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 def test_float16_is_precise_enough_everywhere():
-    face = np.random.default_rng(0).uniform(-200, 200, (3, 478, 3)).astype(np.float32) + np.array([1250, 700, 0], np.float32)
+    near = np.random.default_rng(0).uniform(-200, 200, (3, 478, 3)).astype(np.float32)
+    face = near + np.array([1250, 700, 0], np.float32)
     assert np.abs(unpack_points(*pack_points(face)) - face).max() < .07
 
 def test_masks_round_trip_any_size():
@@ -96,7 +144,12 @@ def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
     hd = (1280, 720)
     assert track_key(sha, hd, 24) == f'tracks/mediapipe-2/1280x720-24/{sha}.track'
-    others = track_key(sha, hd, 25), track_key(sha, (640, 360), 24), track_key(sha, hd, 24, 'wholebody-sam2'), track_key('0' * 64, hd, 24)
+    others = (
+        track_key(sha, hd, 25),
+        track_key(sha, (640, 360), 24),
+        track_key(sha, hd, 24, 'wholebody-sam2'),
+        track_key('0' * 64, hd, 24),
+    )
     assert len({track_key(sha, hd, 24), *others}) == 5
     for bad in ('', 'abc', '../' + 'a' * 61, 'G' * 64, sha.upper()):
         with pytest.raises(ValueError): track_key(bad, hd, 24)
@@ -116,7 +169,8 @@ def test_no_person(n, missing, what, refused):
     track = make_track(n, missing=missing)
     if not refused: return check_person(track, what)
     with pytest.raises(JobError) as e: check_person(track, what)
-    assert e.value.code == 'no_person' and what in str(e.value)
+    assert e.value.code == 'no_person'
+    assert what in str(e.value)
     if what == 'video': assert f'{n - len(missing)} of {n}' in str(e.value)
 
 # guessed masks
@@ -124,8 +178,10 @@ def test_no_person(n, missing, what, refused):
 def test_guesses_are_in_the_file_and_absent_in_older_ones():
     track = make_track(4, missing=[3])
     mended = replace(track, guessed=np.array([True, False, True, False]))
-    older, newer = parse_track(dump_track(track)), parse_track(dump_track(mended))
-    assert older.guessed is None and newer.guessed.dtype == bool
+    older = parse_track(dump_track(track))
+    newer = parse_track(dump_track(mended))
+    assert older.guessed is None
+    assert newer.guessed.dtype == bool
     assert newer.guessed.tolist() == [True, False, True, False]
     assert track_facts(older) == {'frames': 4, 'present': 3, 'faces': 3, 'guessed_masks': 0}
     assert track_facts(newer) == {'frames': 4, 'present': 3, 'faces': 3, 'guessed_masks': 2}
@@ -134,16 +190,25 @@ def test_guesses_are_in_the_file_and_absent_in_older_ones():
 def test_a_track_written_before_guesses_were_counted_is_read():
     "What version 1 of the whole-body tracker wrote has no such array"
     arrays = np.load(io.BytesIO(dump_track(make_track(4))[len(MAGIC) + 32:]))
-    assert 'guessed' not in arrays.files and parse_track(_npz(**arrays)).guessed is None
+    assert 'guessed' not in arrays.files
+    assert parse_track(_npz(**arrays)).guessed is None
 
-GUESSES = [(8, [], 0, False), (8, [], 2, False), (8, [], 3, True), (8, [5, 6, 7], 1, False), (8, [5, 6, 7], 2, True),
-           (8, [4, 5, 6, 7], 1, False), (1, [], 1, True)]
+GUESSES = [
+    (8, [], 0, False),
+    (8, [], 2, False),
+    (8, [], 3, True),
+    (8, [5, 6, 7], 1, False),
+    (8, [5, 6, 7], 2, True),
+    (8, [4, 5, 6, 7], 1, False),
+    (1, [], 1, True),
+]
 @pytest.mark.parametrize('n, missing, guessed, refused', GUESSES)
 def test_too_many_guesses(n, missing, guessed, refused):
     track = replace(make_track(n, missing=missing), guessed=np.arange(n) < guessed)
     if not refused: return check_person(track, 'video')
     with pytest.raises(JobError) as e: check_person(track, 'video')
-    assert e.value.code == 'no_person' and '25%' in e.value.message
+    assert e.value.code == 'no_person'
+    assert '25%' in e.value.message
     assert f'lost in {guessed} of the {n - len(missing)} frames' in e.value.message
 
 def turned(track: Track, aside: float, width: float = 100) -> Track:
@@ -152,12 +217,16 @@ def turned(track: Track, aside: float, width: float = 100) -> Track:
     face[0, 454, 0], face[0, 1, 0] = width, width / 2 * (1 + aside)
     return replace(track, points=track.points | {'face': face})
 
-NO_FACE = np.full((1, 478, 3), np.nan, np.float32)
+def without_face(track: Track) -> Track:
+    return replace(track, points=track.points | {'face': np.full((1, 478, 3), np.nan, np.float32)})
+
 FACES = {
-    'no face': (lambda t: replace(t, points=t.points | {'face': NO_FACE}), '', 'no_person', 'no face was found in the image'),
+    'no face': (without_face, '', 'no_person', 'no face was found in the image'),
     'towards the camera': (lambda t: turned(t, 0), 'draft', '', ''),
     'a little turned': (lambda t: turned(t, .6), 'draft', '', ''),
-    'turned too far': (lambda t: turned(t, -1), 'draft', 'bad_input', 'turned by 40 degrees; the profile draft takes up to 35'),
+    'turned too far': (
+        lambda t: turned(t, -1), 'draft', 'bad_input', 'by 40 degrees; the profile draft takes up to 35'
+    ),
     'turned, for a model that can': (lambda t: turned(t, -1), '', '', ''),
     'large enough': (lambda t: turned(t, 0, 64), '', '', ''),
     'too small': (lambda t: turned(t, 0, 63), '', 'bad_input', 'face is 63 pixels large; it needs 64'),
@@ -175,7 +244,8 @@ def test_a_renderer_that_draws_by_the_face_needs_one(faces, refused):
     track.face[faces:] = np.nan
     check_person(track, 'video')
     if not refused: return check_person(track, 'video', 'draft')
-    with pytest.raises(JobError, match=f'a body in 12 of 12 frames, a face in {faces}; the profile draft needs a face in 25%') as e: check_person(track, 'video', 'draft')
+    found = f'a body in 12 of 12 frames, a face in {faces}; the profile draft needs a face in 25%'
+    with pytest.raises(JobError, match=found) as e: check_person(track, 'video', 'draft')
     assert e.value.code == 'no_person'
 
 @pytest.mark.parametrize('widths, people', [
@@ -194,10 +264,15 @@ def test_faces_of_a_picture_are_counted_but_for_the_background(widths, people):
     assert e.value.code == 'bad_input'
 
 def test_presence_needs_both_detectors():
-    nan, body = np.full((478, 3), np.nan), np.ones((33, 3))
-    some, none = np.ones((9, 9), bool), np.zeros((9, 9), bool)
-    assert is_present(body, nan, some) and is_present(np.full((33, 3), np.nan), np.ones((478, 3)), some)
-    assert not is_present(body, nan, none) and not is_present(body * [1, 1, .3], nan, some) and not is_present(np.full((33, 3), np.nan), nan, some)
+    nan = np.full((478, 3), np.nan)
+    body = np.ones((33, 3))
+    some = np.ones((9, 9), bool)
+    none = np.zeros((9, 9), bool)
+    assert is_present(body, nan, some)
+    assert is_present(np.full((33, 3), np.nan), np.ones((478, 3)), some)
+    assert not is_present(body, nan, none)
+    assert not is_present(body * [1, 1, .3], nan, some)
+    assert not is_present(np.full((33, 3), np.nan), nan, some)
 
 # smoothing
 
@@ -207,7 +282,8 @@ def test_smoothing_keeps_to_its_side_of_a_gap():
 
 def test_smoothing_calms():
     noise = np.random.default_rng(0).normal(size=(200, 5, 3)).astype(np.float32)
-    assert smooth(noise).std() < .7 * noise.std() and np.isnan(smooth(np.full((3, 2, 3), np.nan, np.float32))).all()
+    assert smooth(noise).std() < .7 * noise.std()
+    assert np.isnan(smooth(np.full((3, 2, 3), np.nan, np.float32))).all()
     np.testing.assert_allclose(smooth(np.ones((1, 2, 3), np.float32)), 1)
 
 # plate and camera
@@ -217,45 +293,52 @@ def room(h=180, w=320) -> np.ndarray:
     return cv2.resize(noise, (w, h), interpolation=cv2.INTER_CUBIC)
 
 def test_plate_recovers_what_a_walker_uncovers():
-    background, plate = room(), Plate((320, 180))
+    background = room()
+    plate = Plate((320, 180))
     for x in range(0, 280, 10):
-        frame, away = background.copy(), np.full((180, 320), 255, np.uint8)
+        frame = background.copy()
+        away = np.full((180, 320), 255, np.uint8)
         frame[40:, x:x + 40], away[34:, max(x - 6, 0):x + 46] = (255, 0, 255), 0
         plate.add(frame, away)
     assert np.abs(plate.picture().astype(int) - background).mean() < 1
 
 def test_plate_shows_no_ghost_of_who_never_moves():
-    background, plate = np.full((180, 320, 3), (40, 90, 60), np.uint8), Plate((320, 180))
-    frame, away = background.copy(), np.full((180, 320), 255, np.uint8)
+    background = np.full((180, 320, 3), (40, 90, 60), np.uint8)
+    plate = Plate((320, 180))
+    frame = background.copy()
+    away = np.full((180, 320), 255, np.uint8)
     frame[40:, 100:200], away[30:, 90:210] = (255, 0, 255), 0
     for _ in range(5): plate.add(frame, away)
     assert np.abs(plate.picture().astype(int) - background).max() <= 2
 
 def test_fill_keeps_what_is_known_and_survives_nothing():
-    picture, seen = room().astype(np.float32), np.zeros((180, 320), bool)
+    picture = room().astype(np.float32)
+    seen = np.zeros((180, 320), bool)
     assert fill_unseen(picture, seen).shape == (180, 320, 3)
     seen[:, :200] = True
     filled = fill_unseen(picture, seen)
-    assert np.abs(filled[:, :160].astype(int) - picture[:, :160]).max() <= 1 and np.array_equal(fill_unseen(picture, ~np.zeros_like(seen)), picture.astype(np.uint8))
+    assert np.abs(filled[:, :160].astype(int) - picture[:, :160]).max() <= 1
+    assert np.array_equal(fill_unseen(picture, ~np.zeros_like(seen)), picture.astype(np.uint8))
 
 def test_camera_follows_a_shaking_hand_and_plate_stays_sharp():
     wide = room(240, 400)
-    camera, plate = Camera(), Plate((320, 180))
+    camera = Camera()
+    plate = Plate((320, 180))
     away = np.full((180, 320), 255, np.uint8)
     for k in range(12):
         dx, dy = round(8 * np.sin(k)), k % 5
         view = np.ascontiguousarray(wide[20 + dy:200 + dy, 40 + dx:360 + dx])
         move = camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
-        assert np.abs(move[:, 2] - [-dx, -dy]).max() < .3 and np.abs(move[:, :2] - np.eye(2)).max() < .01
+        assert np.abs(move[:, 2] - [-dx, -dy]).max() < .3
+        assert np.abs(move[:, :2] - np.eye(2)).max() < .01
         plate.add(view, away, calm_camera(move, (320, 180)))
     assert np.abs(plate.picture()[20:-20, 20:-20].astype(int) - wide[40:180, 60:340]).mean() < 4
 
 def test_camera_without_corners_stands_still():
     camera = Camera()
-    for value in (
-        10,
-        200,
-    ): assert np.array_equal(camera.follow(np.full((90, 160), value, np.uint8), np.full((90, 160), 255, np.uint8)), STILL)
+    for value in (10, 200):
+        view = np.full((90, 160), value, np.uint8)
+        assert np.array_equal(camera.follow(view, np.full((90, 160), 255, np.uint8)), STILL)
 
 def test_a_tripod_is_exactly_still():
     moves = np.tile(STILL, (20, 1, 1))
@@ -272,12 +355,17 @@ def test_cut_out_is_one_piece_without_what_is_beside_it():
     soft = np.full((200, 200), .05, np.float32)
     soft[58:, 62:138], soft[22:58, 8:38], soft[100:104, 90:94] = .95, .9, .2
     matte = refine_matte(image, soft)
-    assert matte[150, 100] > 250 and matte[102, 92] > 250 and matte[:50].max() < 30
+    assert matte[150, 100] > 250
+    assert matte[102, 92] > 250
+    assert matte[:50].max() < 30
     assert np.array_equal(refine_matte(image, soft), matte)
-    assert not one_piece(np.zeros((5, 5), bool)).any() and one_piece(np.ones((5, 5), bool)).all()
+    assert not one_piece(np.zeros((5, 5), bool)).any()
+    assert one_piece(np.ones((5, 5), bool)).all()
 
 def test_skin_and_debug_picture():
     track = make_track(2, missing=[1])
     frame = np.full((180, 320, 3), (200, 150, 120), np.uint8)
-    assert np.isnan(skin_colour(frame, track.face[1])).all() and np.allclose(skin_colour(frame, np.full((478, 3), 50.)), (200, 150, 120))
-    assert np.array_equal(draw_debug(frame, track, 1), frame) and not np.array_equal(draw_debug(frame, track, 0), frame)
+    assert np.isnan(skin_colour(frame, track.face[1])).all()
+    assert np.allclose(skin_colour(frame, np.full((478, 3), 50.)), (200, 150, 120))
+    assert np.array_equal(draw_debug(frame, track, 1), frame)
+    assert not np.array_equal(draw_debug(frame, track, 0), frame)

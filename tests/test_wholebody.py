@@ -18,10 +18,29 @@ from wan_avatar import nodes, wholebody
 from wan_avatar.job import JobError
 from wan_avatar.people import GAP
 from wan_avatar.segments import FACE
-from wan_avatar.track import Track, check_person, dump_track, parse_track, track_facts, with_face, wholebody_points
-from wan_avatar.wholebody import (CHUNK, KEYS, PEOPLE, Detectors, bridge, chunks, count_people, crop_box, decode, guess_mask, inside,
-                                  is_mask_of, is_seen, key_frames, mend_mask, person_boxes, take_crop, to_frame, track_picture,
-                                  track_wholebody)
+from wan_avatar.track import Track, check_person, dump_track, parse_track, track_facts, wholebody_points, with_face
+from wan_avatar.wholebody import (
+    CHUNK,
+    KEYS,
+    PEOPLE,
+    Detectors,
+    bridge,
+    chunks,
+    count_people,
+    crop_box,
+    decode,
+    guess_mask,
+    inside,
+    is_mask_of,
+    is_seen,
+    key_frames,
+    mend_mask,
+    person_boxes,
+    take_crop,
+    to_frame,
+    track_picture,
+    track_wholebody,
+)
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 
@@ -35,14 +54,16 @@ def made_points(box, sure=.9) -> np.ndarray:
 
 # who
 
-ROWS = {'nothing': ([], [], []),
-        'a chair': ([(0, 0, 128, 72)], [56], []),
-        'beyond the frame': ([(-50, -50, 640, 800)], [0], [[0, 0, 640, 720]]),
-        'a line': ([(20, 10, 21, 90)], [0], []),
-        'outside': ([(1300, 10, 1400, 90)], [0], []),
-        'largest first': ([(0, 0, 128, 72), (0, 0, 900, 700), (0, 0, 640, 360)], [0, 15, 0],
-                          [[0, 0, 640, 360], [0, 0, 128, 72]]),
-        'a crowd': ([(0, 0, k, 9) for k in range(2, 60)], [0] * 58, [[0, 0, k, 9] for k in range(59, 59 - PEOPLE, -1)])}
+ROWS = {
+    'nothing': ([], [], []),
+    'a chair': ([(0, 0, 128, 72)], [56], []),
+    'beyond the frame': ([(-50, -50, 640, 800)], [0], [[0, 0, 640, 720]]),
+    'a line': ([(20, 10, 21, 90)], [0], []),
+    'outside': ([(1300, 10, 1400, 90)], [0], []),
+    'largest first': ([(0, 0, 128, 72), (0, 0, 900, 700), (0, 0, 640, 360)], [0, 15, 0],
+        [[0, 0, 640, 360], [0, 0, 128, 72]]),
+    'a crowd': ([(0, 0, k, 9) for k in range(2, 60)], [0] * 58, [[0, 0, k, 9] for k in range(59, 59 - PEOPLE, -1)]),
+}
 @pytest.mark.parametrize('found, kinds, people', ROWS.values(), ids=ROWS)
 def test_people_in_a_detectors_answer(found, kinds, people):
     assert person_boxes(np.array(found), np.array(kinds), (1280, 720)).tolist() == people
@@ -72,16 +93,23 @@ def bumps(at, shape=(64, 48), height=.9) -> np.ndarray:
 @pytest.mark.parametrize('person', [(400, 60, 640, 700), (0, 0, 1280, 720), (600, 300, 640, 340), (-40, 500, 200, 900)])
 def test_heatmaps_become_points_of_the_frame_to_half_a_pixel(person):
     around = crop_box(np.array(person, np.float32))
-    inside = np.random.default_rng(1).uniform([4.8, 6.4], [42.2, 56.6], (133, 2)) # in heatmap pixels: the box is the middle 80 % of the crop
+    # in heatmap pixels: the box is the middle 80 % of the crop
+    inside = np.random.default_rng(1).uniform([4.8, 6.4], [42.2, 56.6], (133, 2))
     wanted = inside * (around[2:] - around[:2]) / [48, 64] + around[:2]
     found = to_frame(decode(bumps(inside)), around, (64, 48))
-    assert np.abs(found[:, :2] - wanted).max() < 0.5 and np.abs(found[:, 2] - 0.9).max() < 0.15
+    assert np.abs(found[:, :2] - wanted).max() < 0.5
+    assert np.abs(found[:, 2] - 0.9).max() < 0.15
 
 def test_decoding_what_no_good_network_answers():
-    flat, edge, noise = np.zeros((1, 64, 48), np.float32), bumps([(0, 0)]), np.random.default_rng(0).random((5, 64, 48)).astype(np.float32)
-    assert decode(flat).tolist() == [[0, 0, 0]] and decode(edge)[0, :2].tolist() == [0, 0]
-    found, peaks = decode(noise), np.array([np.unravel_index(h.argmax(), h.shape)[::-1] for h in noise])
-    assert np.abs(found[:, :2] - peaks).max() <= 1 and np.isfinite(found).all()
+    flat = np.zeros((1, 64, 48), np.float32)
+    edge = bumps([(0, 0)])
+    noise = np.random.default_rng(0).random((5, 64, 48)).astype(np.float32)
+    assert decode(flat).tolist() == [[0, 0, 0]]
+    assert decode(edge)[0, :2].tolist() == [0, 0]
+    found = decode(noise)
+    peaks = np.array([np.unravel_index(h.argmax(), h.shape)[::-1] for h in noise])
+    assert np.abs(found[:, :2] - peaks).max() <= 1
+    assert np.isfinite(found).all()
 
 def test_crop_shows_what_is_in_the_box():
     frame = np.zeros((720, 1280, 3), np.uint8)
@@ -91,7 +119,8 @@ def test_crop_shows_what_is_in_the_box():
     crop = take_crop(frame, around)[0].mean(0)
     y, x = np.nonzero(crop > 1)
     scale = 192 / (around[2] - around[0])
-    assert abs(x.min() - (600 - around[0]) * scale) < 1.5 and abs(y.max() - (400 - around[1]) * scale) < 1.5
+    assert abs(x.min() - (600 - around[0]) * scale) < 1.5
+    assert abs(y.max() - (400 - around[1]) * scale) < 1.5
 
 # a mask that is none of this person
 
@@ -99,21 +128,37 @@ HEAD = [(0, .1), (.02, .08), (-.02, .08), (.04, .09), (-.04, .09)]
 STANDING = HEAD + [(.1, .2), (-.1, .2), (.14, .35), (-.14, .35), (.16, .5), (-.16, .5), # shoulders, elbows, wrists
                    (.06, .5), (-.06, .5), (.06, .75), (-.06, .75), (.06, .97), (-.06, .97)] # hips, knees, ankles
 UP = {7: (.14, .05), 8: (-.14, .05), 9: (.16, -.1), 10: (-.16, -.1)}
-SPREAD = {7: (.25, .12), 8: (-.25, .12), 9: (.4, .02), 10: (-.4, .02),
-          13: (.17, .72), 14: (-.17, .72), 15: (.3, .95), 16: (-.3, .95)}
+SPREAD = {
+    7: (.25, .12),
+    8: (-.25, .12),
+    9: (.4, .02),
+    10: (-.4, .02),
+    13: (.17, .72),
+    14: (-.17, .72),
+    15: (.3, .95),
+    16: (-.3, .95),
+}
 LIMBS = ((5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16))
 
 # joints moved, how wide, where the top of the head is, how tall
-POSES = {'standing': ({}, 1, (640, 20), 680), 'arms up': (UP, 1, (640, 100), 560),
-         'arms and legs spread': (SPREAD, 1, (640, 60), 620), 'from the side': ({}, .25, (900, 20), 680),
-         'close-up, cut off at the chest': ({}, 1, (640, 20), 2600), 'small and far': ({}, 1, (200, 300), 150)}
+POSES = {
+    'standing': ({}, 1, (640, 20), 680),
+    'arms up': (UP, 1, (640, 100), 560),
+    'arms and legs spread': (SPREAD, 1, (640, 60), 620),
+    'from the side': ({}, .25, (900, 20), 680),
+    'close-up, cut off at the chest': ({}, 1, (640, 20), 2600),
+    'small and far': ({}, 1, (200, 300), 150),
+}
 
 def person_of(pose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Keypoints, those outside the picture unsure; mask; box"
     moved, wide, top, height = POSES[pose]
     body = np.array([moved.get(k, at) for k, at in enumerate(STANDING)]) * (wide * height, height) + top
-    feet, face, hands = np.repeat(body[[15, 16]], 3, 0), np.repeat(body[:1], 68, 0), np.repeat(body[[9, 10]], 21, 0)
-    points, pixel = np.concatenate([body, feet, face, hands]), body.astype(int).tolist()
+    feet = np.repeat(body[[15, 16]], 3, 0)
+    face = np.repeat(body[:1], 68, 0)
+    hands = np.repeat(body[[9, 10]], 21, 0)
+    points = np.concatenate([body, feet, face, hands])
+    pixel = body.astype(int).tolist()
     mask = np.zeros((720, 1280), np.uint8)
     for a, b in LIMBS: cv2.line(mask, pixel[a], pixel[b], 1, int(height * .06))
     torso = body[[5, 6, 12, 11]] + np.array([[1, 0], [-1, 0], [-1, 0], [1, 0]]) * height * .03
@@ -130,7 +175,9 @@ def square(middle: np.ndarray, half: int) -> np.ndarray:
 
 def part(which: str, mask: np.ndarray, points: np.ndarray, box: np.ndarray) -> np.ndarray:
     "What a segmenter might make of a person's mask"
-    rows, around, neck = np.arange(720)[:, None], inside(box, (1280, 720)), points[5, 1] - points[0, 1]
+    rows = np.arange(720)[:, None]
+    around = inside(box, (1280, 720))
+    neck = points[5, 1] - points[0, 1]
     noise = np.random.default_rng(0).random(mask.shape)
     return {'whole': mask, 'nothing': mask & False, 'head alone': mask & (rows < points[0, 1] + neck * .7),
             'a hand': mask & square(points[9, :2], 9), 'ragged': mask & (noise > .2), 'the box': around,
@@ -147,67 +194,84 @@ def test_is_this_mask_the_persons(pose, which, good):
     points, mask, box = person_of(pose)
     found = part(which, mask, points, box)
     used, guessed = mend_mask(found, points, box)
-    assert is_mask_of(found, points, box) == good and guessed == (not good)
+    assert is_mask_of(found, points, box) == good
+    assert guessed == (not good)
     assert used[mask].mean() >= .7, 'the original person is not delivered'
     assert not (used & ~inside(box, (1280, 720), 1.25)).any(), 'nor is the whole picture painted anew'
-    if guessed: assert np.array_equal(used, guess_mask(points, box, (1280, 720))) and used[mask].all()
+    if guessed:
+        assert np.array_equal(used, guess_mask(points, box, (1280, 720)))
+        assert used[mask].all()
 
 @pytest.mark.parametrize('pose', ['close-up, cut off at the chest', 'arms and legs spread'])
 def test_a_mask_that_spills_is_cut_off_where_the_box_is_most_of_the_picture(pose):
     points, mask, box = person_of(pose)
     used, guessed = mend_mask(mask | True, points, box)
-    assert not guessed and np.array_equal(used, inside(box, (1280, 720), 1.25))
+    assert not guessed
+    assert np.array_equal(used, inside(box, (1280, 720), 1.25))
 
 def test_legs_that_only_the_keypoints_see_behind_a_table_do_not_count():
     points, mask, box = person_of('standing')
     box[3] = 250
     above = mask & inside(box, (1280, 720))
-    assert is_mask_of(above, points, box) and not is_mask_of(above & (np.arange(720)[:, None] < 120), points, box)
+    assert is_mask_of(above, points, box)
+    assert not is_mask_of(above & (np.arange(720)[:, None] < 120), points, box)
 
 def test_where_no_limb_is_sure_the_box_decides():
     points, mask, box = person_of('standing')
     points[:, 2] = .4
-    assert is_mask_of(mask, points, box) and not is_mask_of(part('a hand', mask, points, box), points, box)
+    assert is_mask_of(mask, points, box)
+    assert not is_mask_of(part('a hand', mask, points, box), points, box)
 
 def test_a_guess_holds_a_hand_outside_the_box():
     points, mask, box = person_of('standing')
     points[112:133, :2] = (400, 300)
     guess = guess_mask(points, box, (1280, 720))
-    assert guess[300, 400] and guess[mask].all()
+    assert guess[300, 400]
+    assert guess[mask].all()
     arm = mask | inside(np.array([400, 290, 640, 310]), (1280, 720))
     assert np.array_equal(mend_mask(arm, points, box)[0], arm), 'nor is it cut off from a good mask'
     points[112:133, 2] = .4 # not drawn
     assert np.array_equal(guess_mask(points, box, (1280, 720)), inside(box, (1280, 720)))
 
-BOXES = [((1, 2, 4, 4), 1, 6), ((1.2, 2.7, 3.1, 3.3), 1, 6), ((-5, -5, 2, 2), 1, 4), ((2, 2, 6, 6), 1.5, 30),
-         ((0, 0, 8, 6), 3, 48), ((9, 9, 12, 12), 1, 0)]
+BOXES = [
+    ((1, 2, 4, 4), 1, 6),
+    ((1.2, 2.7, 3.1, 3.3), 1, 6),
+    ((-5, -5, 2, 2), 1, 4),
+    ((2, 2, 6, 6), 1.5, 30),
+    ((0, 0, 8, 6), 3, 48),
+    ((9, 9, 12, 12), 1, 0),
+]
 @pytest.mark.parametrize('box, room, pixels', BOXES)
 def test_pixels_of_a_box(box, room, pixels): assert inside(np.array(box, np.float32), (8, 6), room).sum() == pixels
 
 # where SAM2 is told
 
 def presence(n: int, gone=(), blurred=()) -> tuple[np.ndarray, np.ndarray]:
-    here, points = np.tile(boxes(PERSON), (n, 1)), np.tile(made_points(PERSON), (n, 1, 1))
+    here = np.tile(boxes(PERSON), (n, 1))
+    points = np.tile(made_points(PERSON), (n, 1, 1))
     here[list(gone)], points[list(gone)] = np.nan, np.nan
     points[list(blurred), :, 2] = .1
     return here, points
 
-KEYED = {'a chunk': (72, (), (), [[9, 27, 45, 63]]),
-         'short': (20, (), (), [[2, 7, 12, 17]]),
-         'three frames': (3, (), (), [[0, 1, 2]]),
-         'one frame': (1, (), (), [[0]]),
-         'nobody': (72, range(72), (), []),
-         'recognised late': (72, (), range(40), [[44, 52, 60, 68]]),
-         'comes back': (72, range(20, 50), (), [[5, 15], [53, 61, 68]]),
-         'soon gone': (72, range(5, 60), (), [[1, 3], [62, 66, 70]]),
-         'one frame, then two': (72, (*range(13), *range(14, 70)), (), [[13], [70, 71]]),
-         'never recognised': (40, (), range(40), [[20]]),
-         'recognised only after coming back': (72, range(30, 45), range(30), [[15], [48, 55, 61, 68]])}
+KEYED = {
+    'a chunk': (72, (), (), [[9, 27, 45, 63]]),
+    'short': (20, (), (), [[2, 7, 12, 17]]),
+    'three frames': (3, (), (), [[0, 1, 2]]),
+    'one frame': (1, (), (), [[0]]),
+    'nobody': (72, range(72), (), []),
+    'recognised late': (72, (), range(40), [[44, 52, 60, 68]]),
+    'comes back': (72, range(20, 50), (), [[5, 15], [53, 61, 68]]),
+    'soon gone': (72, range(5, 60), (), [[1, 3], [62, 66, 70]]),
+    'one frame, then two': (72, (*range(13), *range(14, 70)), (), [[13], [70, 71]]),
+    'never recognised': (40, (), range(40), [[20]]),
+    'recognised only after coming back': (72, range(30, 45), range(30), [[15], [48, 55, 61, 68]]),
+}
 @pytest.mark.parametrize('n, gone, blurred, keys', KEYED.values(), ids=KEYED)
 def test_key_frames(n, gone, blurred, keys):
     here, points = presence(n, gone, blurred)
     plan = key_frames(here, points)
-    assert [k for _, k in plan] == keys and all(set(k) <= set(stretch) for stretch, k in plan)
+    assert [k for _, k in plan] == keys
+    assert all(set(k) <= set(stretch) for stretch, k in plan)
     assert [i for stretch, _ in plan for i in stretch] == np.flatnonzero(~np.isnan(here[:, 0])).tolist()
 
 @pytest.mark.parametrize('n', [1, 5, 30, 72])
@@ -215,12 +279,20 @@ def test_at_least_four_frames_and_one_in_each_stretch_whoever_comes_and_goes(n):
     rng = np.random.default_rng(n)
     for _ in range(50):
         here, points = presence(n, np.flatnonzero(rng.random(n) < rng.random()))
-        plan, there = key_frames(here, points), int((~np.isnan(here[:, 0])).sum())
+        plan = key_frames(here, points)
+        there = int((~np.isnan(here[:, 0])).sum())
         told = sum(len(keys) for _, keys in plan)
-        assert all(keys for _, keys in plan) and min(KEYS, there) <= told <= KEYS + len(plan)
+        assert all(keys for _, keys in plan)
+        assert min(KEYS, there) <= told <= KEYS + len(plan)
 
-LISTS = [('abcde', 2, 0, ['ab', 'cd', 'e']), ('abcde', 3, 1, ['abc', 'cde']), ('abcd', 3, 1, ['abc', 'cd']),
-         ('abc', 3, 1, ['abc']), ('', 3, 1, []), ('a', 3, 1, ['a'])]
+LISTS = [
+    ('abcde', 2, 0, ['ab', 'cd', 'e']),
+    ('abcde', 3, 1, ['abc', 'cde']),
+    ('abcd', 3, 1, ['abc', 'cd']),
+    ('abc', 3, 1, ['abc']),
+    ('', 3, 1, []),
+    ('a', 3, 1, ['a']),
+]
 @pytest.mark.parametrize('items, size, shared, lists', LISTS)
 def test_chunks(items, size, shared, lists): assert [''.join(c) for c in chunks(items, size, shared)] == lists
 
@@ -233,10 +305,15 @@ def test_chunks(items, size, shared, lists): assert [''.join(c) for c in chunks(
 ], ids=['a GPU', 'nothing needed', 'no GPU'])
 def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gpu):
     said = []
-    manager = SimpleNamespace(get_torch_device=lambda: SimpleNamespace(type=kind), free_memory=lambda size, device: said.append(size), soft_empty_cache=lambda: said.append('empty'))
+    manager = SimpleNamespace(
+        get_torch_device=lambda: SimpleNamespace(type=kind),
+        free_memory=lambda size, device: said.append(size),
+        soft_empty_cache=lambda: said.append('empty'),
+    )
     monkeypatch.setitem(sys.modules, 'comfy', SimpleNamespace(model_management=manager))
     with pytest.raises(KeyError), nodes._gpu(needed) as there:
-        assert there == gpu and said == ([10] if gpu else [])
+        assert there == gpu
+        assert said == ([10] if gpu else [])
         raise KeyError # a network that fails gives its memory back too
     assert said == ([10, 'empty'] if gpu else [])
 
@@ -271,8 +348,12 @@ class FakeSam2:
 
     `sees(i, told)` is the mask of frame `i` when the nearest frame it was told about is `told`."""
     def __init__(self, frames, sees):
-        self.numbers, self.sees, self.new = [f.number for f in frames], sees, None
-        self.told, self.given, self.followed = [], {}, set()
+        self.numbers = [f.number for f in frames]
+        self.sees = sees
+        self.new = None
+        self.told = []
+        self.given = {}
+        self.followed = set()
 
     def add_inputs_to_inference_session(self, session, frame_idx, obj_ids, input_masks=None, input_boxes=None, **more):
         assert (input_masks is None) != (input_boxes is None)
@@ -297,10 +378,15 @@ class FakeSam2:
 @pytest.fixture
 def stage(monkeypatch):
     "n frames; in `empty` the detector sees nobody, in `blurred` no body is recognised; `where(i)` is the person's box"
-    alive, most, models = weakref.WeakSet(), [0], []
+    alive = weakref.WeakSet()
+    most = [0]
+    models = []
 
     class Stage:
-        def run(self, n, empty=(), blurred=(), sees=lambda i, told: box_mask(), where=lambda i: PERSON, faceless=(), paint=lambda frame, i: None):
+        def run(
+            self, n, empty=(), blurred=(), sees=lambda i, told: box_mask(), where=lambda i: PERSON, faceless=(),
+            paint=lambda frame, i: None
+        ):
             def read():
                 for i in range(n):
                     frame = np.full((36, 64, 3), 100 + i % 100, np.uint8).view(Frame)
@@ -326,7 +412,8 @@ def stage(monkeypatch):
             monkeypatch.setattr(wholebody, '_keypoint_detector', lambda path, gpu: keypoints)
             monkeypatch.setattr(wholebody, '_segmenter', segmenter)
             said = []
-            track = track_wholebody(read, n, (64, 36), Detectors(*[Path('none')] * 3), progress=lambda done, total: said.append((done, total)))
+            def progress(done, total): said.append((done, total))
+            track = track_wholebody(read, n, (64, 36), Detectors(*[Path('none')] * 3), progress=progress)
             return track, said
 
         def picture(self, rows: list) -> Track:
@@ -337,22 +424,31 @@ def stage(monkeypatch):
 
         def told(self) -> list[list[int]]: return [[m.numbers[i] for i in m.told] for m in models]
     made = Stage()
-    made.most, made.models = most, models
+    made.most = most
+    made.models = models
     return made
 
 def test_frames_of_one_chunk_are_the_most_that_is_held(stage):
     track, said = stage.run(3 * CHUNK + 10)
-    assert track.present.all() and len(track) == 3 * CHUNK + 10 and CHUNK <= stage.most[0] <= CHUNK + 1
-    assert said[-1] == (2 * len(track), 2 * len(track)) and [d for d, _ in said] == sorted(d for d, _ in said)
+    assert track.present.all()
+    assert len(track) == 3 * CHUNK + 10
+    assert CHUNK <= stage.most[0] <= CHUNK + 1
+    assert said[-1] == (2 * len(track), 2 * len(track))
+    assert [d for d, _ in said] == sorted(d for d, _ in said)
     assert set(range(1, 2 * len(track) + 1)) == {d for d, _ in said}, 'every frame counts, none twice'
     assert [m.numbers[0] for m in stage.models] == [0, CHUNK - 1, 2 * (CHUNK - 1), 3 * (CHUNK - 1)]
 
 def test_absent_blurred_and_lost_for_a_moment(stage):
-    gone, lost, blurred = range(30, 30 + GAP + 3), (5, 6), (12, 13, 14)
+    gone = range(30, 30 + GAP + 3)
+    lost = (5, 6)
+    blurred = (12, 13, 14)
     track, said = stage.run(60, empty={*gone, *lost}, blurred=set(blurred))
-    assert np.flatnonzero(~track.present).tolist() == list(gone) and said[-1] == (120, 120)
-    assert not track.mask(31).any() and np.isnan(track.wholebody[31]).all()
-    assert track.mask(5)[box_mask()].all() and track.mask(13)[box_mask()].all()
+    assert np.flatnonzero(~track.present).tolist() == list(gone)
+    assert said[-1] == (120, 120)
+    assert not track.mask(31).any()
+    assert np.isnan(track.wholebody[31]).all()
+    assert track.mask(5)[box_mask()].all()
+    assert track.mask(13)[box_mask()].all()
     assert (track.wholebody[13, :, 2] > .8).all(), 'bridged from its good neighbours'
 
 def test_four_frames_of_each_chunk_are_told(stage):
@@ -361,7 +457,8 @@ def test_four_frames_of_each_chunk_are_told(stage):
 
 def test_nobody_in_a_whole_chunk_asks_no_network(stage):
     track, said = stage.run(CHUNK + 5, empty=set(range(CHUNK)))
-    assert len(stage.models) == 1 and track.present.tolist() == [False] * CHUNK + [True] * 5
+    assert len(stage.models) == 1
+    assert track.present.tolist() == [False] * CHUNK + [True] * 5
     assert (2 * CHUNK + 5, 2 * CHUNK + 10) in said, 'the empty chunk counts at once'
 
 # a segmenter that loses the person
@@ -373,12 +470,15 @@ def fading(i: int, told: int) -> np.ndarray:
 def test_drift_does_not_last_to_the_end_of_a_chunk(stage):
     track, _ = stage.run(3 * CHUNK, sees=fading)
     share = [track.mask(i)[box_mask()].mean() for i in range(len(track))]
-    assert min(share) >= .5 and not track.guessed.any() and max(share) == 1
+    assert min(share) >= .5
+    assert not track.guessed.any()
+    assert max(share) == 1
 
 def test_who_comes_back_elsewhere_within_a_chunk_is_found_again(stage):
     def where(i: int) -> tuple: return PERSON if i < 30 else (36, 5, 60, 34)
     track, _ = stage.run(CHUNK, empty=set(range(20, 40)), where=where, sees=lambda i, told: box_mask(where(told)))
-    assert not track.guessed.any() and not track.present[20:40].any()
+    assert not track.guessed.any()
+    assert not track.present[20:40].any()
     assert all(np.array_equal(track.mask(i), box_mask(where(i))) for i in np.flatnonzero(track.present))
     assert stage.told() == [[5, 15, 45, 56, 66]]
 
@@ -386,15 +486,18 @@ def test_the_last_mask_of_a_chunk_is_the_first_prompt_of_the_next(stage):
     outline = box_mask() & (np.indices((36, 64)).sum(0) % 7 > 0)
     track, _ = stage.run(2 * CHUNK, sees=lambda i, told: outline)
     first, second, third = stage.models
-    assert not first.given and second.told[0] == 0
-    assert np.array_equal(second.given[0], outline) and np.array_equal(track.mask(CHUNK - 1), outline)
+    assert not first.given
+    assert second.told[0] == 0
+    assert np.array_equal(second.given[0], outline)
+    assert np.array_equal(track.mask(CHUNK - 1), outline)
     assert third.numbers == [2 * CHUNK - 2, 2 * CHUNK - 1]
 
 @pytest.mark.parametrize('case', ['lost', 'spilled', 'blurred', 'absent'])
 def test_an_error_is_not_handed_on(stage, case):
     last = CHUNK - 1
     bad = {'lost': box_mask() & False, 'spilled': ~box_mask()}.get(case, box_mask())
-    blurred, empty = {last} if case == 'blurred' else (), set(range(last - GAP, last + 1)) if case == 'absent' else ()
+    blurred = {last} if case == 'blurred' else ()
+    empty = set(range(last - GAP, last + 1)) if case == 'absent' else ()
     track, _ = stage.run(2 * CHUNK - 1, empty, blurred, sees=lambda i, told: bad if i == last else box_mask())
     assert not stage.models[1].given
     assert np.flatnonzero(track.guessed).tolist() == ([last] if case in ('lost', 'spilled') else [])
@@ -413,22 +516,27 @@ def test_a_person_whose_outline_is_lost_all_the_time_is_refused(stage):
     with pytest.raises(JobError, match='lost in 11 of the 40 frames') as e: check_person(track, 'video')
     assert e.value.code == 'no_person'
 
-PICTURES = {'one person': ([(300, 100, 700, 700)], ''), 'nobody': ([], 'no person was found in the image'),
-            'two people': ([(300, 100, 700, 700), (800, 100, 1200, 700)], 'the picture shows 2 people'),
-            'somebody small in the background': ([(300, 100, 700, 700), (900, 300, 980, 450)], ''),
-            'a face of a few pixels': ([(300, 100, 350, 160)], 'pixels large; it needs 64')}
+PICTURES = {
+    'one person': ([(300, 100, 700, 700)], ''),
+    'nobody': ([], 'no person was found in the image'),
+    'two people': ([(300, 100, 700, 700), (800, 100, 1200, 700)], 'the picture shows 2 people'),
+    'somebody small in the background': ([(300, 100, 700, 700), (900, 300, 980, 450)], ''),
+    'a face of a few pixels': ([(300, 100, 350, 160)], 'pixels large; it needs 64'),
+}
 @pytest.mark.parametrize('rows, refused', PICTURES.values(), ids=PICTURES)
 def test_pictures(stage, rows, refused):
     if not refused: return check_person(stage.picture(rows), 'image')
     with pytest.raises(JobError, match=refused) as e: check_person(stage.picture(rows), 'image')
-    assert e.value.code == ('bad_input' if rows else 'no_person'), 'who shows two people is not told that there is nobody'
+    assert e.value.code == ('bad_input' if rows else 'no_person'), 'two people are not reported as nobody'
 
 def test_a_person_seen_from_behind_is_found(stage):
     "No face point is sure; the body's are"
     track, _ = stage.run(20, faceless=range(20))
-    assert track.present.all() and track_facts(track)['faces'] == 0
+    assert track.present.all()
+    assert track_facts(track)['faces'] == 0
     check_person(track, 'video')
-    with pytest.raises(JobError, match='a body in 20 of 20 frames, a face in 0; the profile draft needs a face') as e: check_person(track, 'video', 'draft')
+    with pytest.raises(JobError, match='a body in 20 of 20 frames, a face in 0; the profile draft needs a face') as e:
+        check_person(track, 'video', 'draft')
     assert e.value.code == 'no_person'
 
 def test_who_stands_where_the_person_was_is_not_the_person(stage):
@@ -442,15 +550,20 @@ def test_who_is_hidden_behind_somebody_is_not_there(stage):
     def where(i: int) -> tuple: return (2, 2, 50, 34) if 20 <= i < 25 else PERSON
     def paint(frame, i): frame[:, :50] = (40, 160, 60) if 20 <= i < 25 else (200, 60, 40)
     track, _ = stage.run(45, where=where, paint=paint, sees=lambda i, told: box_mask(where(i)))
-    assert np.flatnonzero(~track.present).tolist() == list(range(20, 25)) and not track.mask(22).any()
+    assert np.flatnonzero(~track.present).tolist() == list(range(20, 25))
+    assert not track.mask(22).any()
 
 def test_track_file_and_person_check(stage):
     track, _ = stage.run(4)
     again = parse_track(dump_track(track))
-    assert again.tracker == 'wholebody-sam2-3' and np.array_equal(again.wholebody, track.wholebody)
+    assert again.tracker == 'wholebody-sam2-3'
+    assert np.array_equal(again.wholebody, track.wholebody)
     assert (again.plate, again.camera, again.skin) == (None, None, None)
-    assert again.guessed.dtype == bool and again.guessed.tolist() == [False] * 4
-    assert wholebody_points(again) is again.wholebody and with_face(again)[0] and is_seen(again.wholebody).all()
+    assert again.guessed.dtype == bool
+    assert again.guessed.tolist() == [False] * 4
+    assert wholebody_points(again) is again.wholebody
+    assert with_face(again)[0]
+    assert is_seen(again.wholebody).all()
     check_person(again, 'video')
     faceless = made_points((10, 5, 40, 30))
     faceless[FACE, 2] = .1
@@ -513,14 +626,17 @@ print(json.dumps({k: np.asarray(v).tolist() for k, v in answer.items()} | {
 
 def test_yolox_through_rtmlib(networks):
     made = in_comfyui(YOLOX, networks)
-    assert made['shapes'] == [[1, 3, 640, 640], [1, 8400, 85]] and made['kind'] == 'float32'
+    assert made['shapes'] == [[1, 3, 640, 640], [1, 8400, 85]]
+    assert made['kind'] == 'float32'
     (box,), person = made['found'], np.array([440, 67.5, 840, 697.5])
     assert np.abs(box - person).max() < 2 and made['all kinds'] == 2, 'rtmlib returns the chair as well'
     off = np.abs(np.array(box) - made['by hand']).max(), np.abs(np.array(box) - made['rgb'][0]).max()
     assert off[0] < 1e-3 < off[1], 'BGR, 0 to 255, grey below'
     assert np.abs(np.array(made['half'][0]) * 2 - person).max() < 2, 'boxes are in pixels of the frame'
-    assert np.abs(np.array(made['tall'][0]) - [440, 67.5, 720, 697.5]).max() < 2 and made['nobody'] == []
-    assert 'models_unavailable' in made['missing'] and 'gone.onnx' in made['missing']
+    assert np.abs(np.array(made['tall'][0]) - [440, 67.5, 720, 697.5]).max() < 2
+    assert made['nobody'] == []
+    assert 'models_unavailable' in made['missing']
+    assert 'gone.onnx' in made['missing']
     assert all(word in made['other'] for word in ('models_unavailable', '[1, 133, 64, 48]', 'yolox_l.onnx'))
 
 SAM2 = '''
@@ -563,11 +679,18 @@ print(json.dumps(answer))
 
 def test_sam2_is_told_in_four_frames_and_makes_one_mask_for_each_frame_with_the_person(networks):
     made = in_comfyui(SAM2, networks)
-    alone, handed = made['alone'], made['handed on']
+    alone = made['alone']
+    handed = made['handed on']
     assert alone['order'] == [1, 2, 3, 4, 5, 0, 9, 8], 'each stretch from its first prompt on, then back'
-    assert alone['conditioned'] == [1, 3, 5, 9] and alone['followed'] == [0, 2, 4, 8] and not alone['given']
+    assert alone['conditioned'] == [1, 3, 5, 9]
+    assert alone['followed'] == [0, 2, 4, 8]
+    assert not alone['given']
     assert alone['kept'] and alone['remembers'], 'following overwrites no prompted frame'
     assert alone['joints'] == {'1': 10, '3': 10, '5': 10, '9': 10}, 'two corners and eight joints'
-    assert alone['shape'] == [72, 128] and alone['kind'] == 'bool' and all(alone['good'])
-    assert handed['order'] == [0, 1, 2, 3, 4] and handed['given'] == [0] and handed['conditioned'] == [0, 1, 3, 4]
+    assert alone['shape'] == [72, 128]
+    assert alone['kind'] == 'bool'
+    assert all(alone['good'])
+    assert handed['order'] == [0, 1, 2, 3, 4]
+    assert handed['given'] == [0]
+    assert handed['conditioned'] == [0, 1, 3, 4]
     assert handed['kept'] and handed['like'] > .9 > alone['like'], 'the mask handed on is the mask of its frame'

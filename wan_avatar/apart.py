@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
 from .files import full_disk
 from .job import JobError
 from .launch import die_with_parent
@@ -35,23 +36,24 @@ log = logging.getLogger(__name__)
 
 # %% ../nbs/06_apart.ipynb #d51c3c18
 MEMORY = 960_000_000 # bytes a child may write to; with the libraries' code it stays under 1 GB
-CODE = 512 << 20 # more addresses than that: libraries, and what is reserved and never used
+CODE = 512 << 20 # further addresses: libraries, and memory that is reserved but never used
 STACK = 1 << 20 # bytes, of a thread
 
 def limit_memory(
     memory: int # bytes
 ) -> None:
-    "Runs in a child: hold this process to so much"
+    "Limit the memory of this process; runs in a child"
     import resource # not on every system
     for kind, most in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_AS, memory + CODE), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     try: Path('/proc/self/oom_score_adj').write_text('1000')
-    except OSError: pass # not Linux: nobody to tell
+    except OSError: pass # not Linux
 
 def small_stacks() -> None:
-    "Threads that libraries start from now on get STACK bytes, where the C library is glibc"
-    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256) # pthread_attr_t has 56 bytes, or 64
+    "Give STACK bytes to threads that libraries start from now on, where the C library is glibc"
+    libc = ctypes.CDLL(None)
+    attributes = ctypes.create_string_buffer(256) # pthread_attr_t has 56 bytes, or 64
     if not hasattr(libc, 'pthread_setattr_default_np'): return
     libc.pthread_attr_init(attributes)
     libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK))
@@ -70,43 +72,46 @@ _CALM = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS'
 def bare_environment(
     environ: Mapping[str, str]
 ) -> dict[str, str]:
-    "The environment of the process that waits; it finds packages where this one does"
+    "The environment of the waiting process, which finds packages where this one does"
     kept = {k: v for k, v in environ.items() if k in _KEPT}
     return kept | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
 # %% ../nbs/06_apart.ipynb #261cf6d9
 @dataclass(frozen=True)
 class _Call:
-    "What a child is asked to do"
+    "A call, as a child receives it"
     function: Callable
     args: tuple
     more: dict[str, Any]
-    what: str # is read, for messages
+    what: str # the file that is read, for messages
     memory: int # bytes
-    told: bool # progress is wanted
+    with_progress: bool
 
 def _too_much(call: _Call) -> JobError:
     return JobError('input_unreadable', f'{call.what} needs more than {call.memory // 10**6} MB of memory to be read, '
                     'the limit for one file; send a smaller one, or one that was encoded anew')
 
-def _as_told(error: Exception, call: _Call) -> Exception:
-    "An error as the caller gets it: one that can be pickled"
+def _portable_error(error: Exception, call: _Call) -> Exception:
+    "An error that can be pickled, as the caller gets it"
     number = getattr(error, 'errno', None)
     if isinstance(error, MemoryError) or number == errno.ENOMEM: return _too_much(call)
-    if (behind := full_disk(error)) and behind is not error: return _as_told(behind, call)
+    if (behind := full_disk(error)) and behind is not error: return _portable_error(behind, call)
     if isinstance(error, JobError):
         if error.code != 'input_unreadable' or (held := peak_memory()) < call.memory * 0.75: return error
         took = f'reading it took {held // 10**6} MB of memory, {call.memory // 10**6} MB is the limit'
         return JobError(error.code, f'{error.message}; {took}')
     if isinstance(number, int): return OSError(number, os.strerror(number), getattr(error, 'filename', None))
     try: return pickle.loads(pickle.dumps(error))
-    except Exception: # noqa: BLE001 - anything may go wrong in an exception of somebody else
+    except Exception: # noqa: BLE001 - pickling the exception of another library may fail in any way
         return RuntimeError(f'{type(error).__name__}: {error}')
 
 # %% ../nbs/06_apart.ipynb #bdc39439
-class _Teller:
-    "Passes progress on, but not more often than anybody looks"
-    def __init__(self, caller: Connection): self.caller, self.last, self.held = caller, 0.0, None
+class _ProgressSender:
+    "Passes progress on, at most every fiftieth of a second"
+    def __init__(self, caller: Connection):
+        self.caller = caller
+        self.last = 0.0 # second of the last message
+        self.held = None # progress that was not sent yet
 
     def __call__(self, *progress) -> None:
         self.held = progress
@@ -115,19 +120,22 @@ class _Teller:
     def flush(self) -> None:
         if self.held is None: return
         self.caller.send(('progress', self.held))
-        self.held, self.last = None, time.monotonic()
+        self.held = None
+        self.last = time.monotonic()
 
 def _answer(caller: Connection) -> None:
-    "Runs in a child: one call, from question to answer"
+    "Answer one call; runs in a child"
     import resource
-    call, tell = _Call(*caller.recv()), _Teller(caller)
+    call = _Call(*caller.recv())
+    tell = _ProgressSender(caller)
+    progress = {'progress': tell} if call.with_progress else {}
     limit_memory(call.memory)
     small_stacks()
-    try: answer = ('value', call.function(*call.args, **call.more, **({'progress': tell} if call.told else {})))
-    except Exception as e: # noqa: BLE001 - whatever it is belongs to the caller
-        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS): # to have room for saying so
+    try: answer = ('value', call.function(*call.args, **call.more, **progress))
+    except Exception as e: # noqa: BLE001 - every error belongs to the caller
+        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS): # memory to send the error with
             resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)
-        answer = ('error', _as_told(e, call))
+        answer = ('error', _portable_error(e, call))
     tell.flush()
     caller.send(answer)
 
@@ -135,11 +143,12 @@ def _answer(caller: Connection) -> None:
 class _Waiting:
     "Forks a child per call"
     def __init__(self, calls: socket.socket):
-        self.calls, self.ready = calls, selectors.DefaultSelector()
+        self.calls = calls
+        self.ready = selectors.DefaultSelector()
         self.ready.register(calls, selectors.EVENT_READ, self.take)
 
     def take(self) -> None:
-        "A new call, or the end of all"
+        "Fork a child for a new call; exit when the worker has gone"
         _, fds, _, _ = socket.recv_fds(self.calls, 1, 2)
         if len(fds) < 2: os._exit(0) # the kernel kills the children
         answers, line = fds
@@ -151,28 +160,30 @@ class _Waiting:
             for each in (answers, line, seen, alive): os.close(each)
             return
         if child == 0: _be_child(answers, parent)
-        os.close(answers), os.close(alive)
+        os.close(answers)
+        os.close(alive)
         self.ready.register(line, selectors.EVENT_READ, lambda: self.kill(child, line))
         self.ready.register(seen, selectors.EVENT_READ, lambda: self.ended(child, line, seen))
 
     def kill(self, child: int, line: int) -> None:
-        "The caller has hung up"
+        "Kill a child whose caller has hung up"
         self.ready.unregister(line)
         os.kill(child, signal.SIGKILL) # not yet waited for, so the number is still its own
 
     def ended(self, child: int, line: int, seen: int) -> None:
-        "Say how a child ended"
+        "Send a child's exit code to its caller"
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for each in {seen, line} & set(self.ready.get_map()): self.ready.unregister(each)
         try: socket.socket(fileno=os.dup(line)).send(struct.pack('i', code), getattr(socket, 'MSG_NOSIGNAL', 0))
-        except OSError: pass # nobody wants to know
-        os.close(line), os.close(seen)
+        except OSError: pass # the caller has gone
+        os.close(line)
+        os.close(seen)
 
 def _be_child(answers: int, parent: int) -> None:
     try:
         die_with_parent()
         if os.getppid() != parent: os._exit(1) # it was gone before the kernel was asked
-        nowhere = os.open(os.devnull, os.O_WRONLY) # libraries print what they think of a file, which could fill a log
+        nowhere = os.open(os.devnull, os.O_WRONLY) # libraries print remarks on a file, which could fill a log
         for stream in (1, 2): os.dup2(nowhere, stream)
         with Connection(answers) as caller: _answer(caller)
     except BaseException: # noqa: BLE001 - nothing may return into the loop of the process that was forked
@@ -181,14 +192,14 @@ def _be_child(answers: int, parent: int) -> None:
 
 def serve(
     fd: int, # of a socket, the other end of which is the worker's
-    preparations: Sequence[str] # `module:function`, called once, so that no child has to import what it loads
+    preparations: Sequence[str] # `module:function`, called once, so that no child has to import what they load
 ) -> None:
-    "The process that waits; returns never"
+    "Wait for calls; never returns"
     for name in preparations: pkgutil.resolve_name(name)()
     waiting = _Waiting(socket.socket(fileno=fd))
     while True:
         for key, _ in waiting.ready.select():
-            # not that of a call before, whose number is used again
+            # a closed file's number may belong to a newer call: only the registered key is called
             if waiting.ready.get_map().get(key.fd) is key: key.data()
 
 # %% ../nbs/06_apart.ipynb #f890435d
@@ -196,11 +207,14 @@ SECONDS = 3600 # the longest any file is read; a job has a limit of its own
 
 class Apart:
     "Calls functions in processes of their own"
-    def __init__(self, *preparations: str): # `module:function`: each loads what the functions called will need
-        self.preparations, self.lock, self.process, self.calls = preparations, threading.Lock(), None, None
+    def __init__(self, *preparations: str): # `module:function`: each loads what the called functions need
+        self.preparations = preparations
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.calls: socket.socket | None = None
 
     def start(self) -> None:
-        "Begin to wait for calls; returns at once, imports happen over there"
+        "Start the waiting process; returns at once, while it imports"
         with self.lock: self._start()
 
     def _start(self) -> None:
@@ -213,7 +227,7 @@ class Apart:
             self.process = subprocess.Popen([sys.executable, '-P', '-c', code], pass_fds=[theirs.fileno()], **options)
 
     def close(self) -> None:
-        "End the process that waits, and what it has forked; the next call starts another"
+        "End the waiting process and its children; the next call starts another"
         with self.lock: self._end()
 
     def _end(self) -> None:
@@ -238,19 +252,20 @@ class Apart:
                     socket.send_fds(self.calls, [b'c'], [far.fileno(), end.fileno()])
             yield answers, line
 
-    def run(self,
+    def run(
+        self,
         function: Callable, # of a module, its arguments and value can be pickled
         *args,
-        what: str = 'the file', # that is read, for messages
+        what: str = 'the file', # the file that is read, for messages
         memory: int = MEMORY, # bytes the child may write to
         seconds: float = SECONDS, # more is `input_unreadable`
         progress: Callable | None = None, # the function's own argument of that name, called here
         cancelled: Callable[[], bool] = lambda: False, # asked ten times a second
         **more
-    ) -> Any: # what it returns
-        "Call a function in a child; raises what it raises, JobError `input_unreadable` when it dies or takes too much"
+    ) -> Any: # the function's value
+        "Call a function in a child; raises its errors, JobError `input_unreadable` when it dies or takes too much"
         with self._lines() as (answers, line):
-            # an answer that stops halfway is none
+            # half an answer counts as none
             answers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 10, 0))
             with Connection(answers.detach()) as child:
                 try:
@@ -279,7 +294,7 @@ def _follow(
         if answer[0] != 'progress': return answer
         progress(*answer[1])
 
-def _hang_up(line: socket.socket) -> int | None: # exit code, below 0: a signal; None: nobody knows
+def _hang_up(line: socket.socket) -> int | None: # exit code, below 0: a signal; None: unknown
     "Have the child killed unless it ended, and wait until it is gone"
     line.settimeout(10)
     try:

@@ -16,36 +16,47 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
 import numpy as np
+
 from .job import JobError
 from .people import GAP, Follower, area, common, look
 from .segments import THRESHOLD, body_joints, draw_body
-from .track import SMALLEST_OTHER, TRACKERS, Track, check_alone, dump_track, pack_mask, parse_track, unpack_mask
+from wan_avatar.track import (
+    SMALLEST_OTHER,
+    TRACKERS,
+    Track,
+    check_alone,
+    dump_track,
+    pack_mask,
+    parse_track,
+    unpack_mask,
+)
 
 log = logging.getLogger(__name__)
 
 # %% ../nbs/24_wholebody.ipynb #8ffb3b48
-PEOPLE = 20 # of a frame; of a crowd the largest are enough to choose from
+PEOPLE = 20 # of a frame at most; in a crowd the largest are enough
 
 def person_boxes(
     found: np.ndarray, # (k, 4) left, top, right, bottom in pixels of the frame; or nothing
     kinds: np.ndarray, # (k,) class of each: 0 is a person
     size: tuple[int, int] # width, height of the frame
 ) -> np.ndarray: # (m, 4) float32 inside the frame, largest first, at most PEOPLE
-    "The people among what a detector found"
+    "Boxes of people among all boxes of a detector"
     people = found.reshape(-1, 4)[kinds == 0]
     boxes = np.clip(people, 0, np.tile(size, 2)).astype(np.float32)
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
     return boxes[np.argsort(-area(boxes), kind='stable')][:PEOPLE]
 
 # %% ../nbs/24_wholebody.ipynb #1f3de78b
-HIDDEN = 0.5 # of a box: when somebody else's lies over so much of it, only they can be seen there
+HIDDEN = 0.5 # share of a box below another person's box from which on the person counts as hidden
 
 def hidden_share(
     box: np.ndarray, # (4,)
     others: np.ndarray # (m, 4)
 ) -> float: # 0 to 1
-    "How much of a box lies below the one that covers most of it"
+    "Share of a box below the one that covers most of it"
     return float(common(box, others).max(initial=0) / max(area(box), 1e-6))
 
 def find_path(
@@ -55,9 +66,12 @@ def find_path(
     progress: Callable[[int], None] = lambda done: None
 ) -> np.ndarray: # (n, 4) float32, nan where the person is not
     "The box of the person to replace in every frame"
-    follower, whole, found = Follower(size), np.array([0, 0, *size]), []
+    follower = Follower(size)
+    whole = np.array([0, 0, *size])
+    found = []
     for frame in frames:
-        found.append(boxes := find_people(frame))
+        boxes = find_people(frame)
+        found.append(boxes)
         follower.see(boxes, [look(frame, box) for box in boxes], look(frame, whole))
         progress(follower.frames)
     seen = follower.path()
@@ -71,7 +85,8 @@ def bridge(
     gap: int = GAP # frames: gaps shorter than this are filled
 ) -> np.ndarray: # same shape
     "Fill short gaps by a straight line between their ends"
-    out, known = values.copy(), np.flatnonzero(~np.isnan(values.reshape(len(values), -1)).all(1))
+    out = values.copy()
+    known = np.flatnonzero(~np.isnan(values.reshape(len(values), -1)).all(1))
     for a, b in zip(known, known[1:], strict=False):
         if not 1 < b - a <= gap: continue
         t = (np.arange(1, b - a) / (b - a)).reshape(-1, *[1] * (values.ndim - 1))
@@ -79,15 +94,17 @@ def bridge(
     return out
 
 # %% ../nbs/24_wholebody.ipynb #af9ed369
-CROP = (192, 256) # width, height ViTPose sees
-MEAN, DEVIATION = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32) # of ImageNet
+CROP = (192, 256) # width, height of ViTPose's input
+MEAN = np.array([123.675, 116.28, 103.53], np.float32) # of ImageNet
+DEVIATION = np.array([58.395, 57.12, 57.375], np.float32)
 
 def crop_box(
     box: np.ndarray, # (4,) left, top, right, bottom
     padding: float = 1.25
 ) -> np.ndarray: # (4,) float64
     "A box in the crop's shape, with room around the person"
-    centre, (w, h) = (box[:2] + box[2:]) / 2, np.maximum(box[2:] - box[:2], 1).astype(float)
+    centre = (box[:2] + box[2:]) / 2
+    w, h = np.maximum(box[2:] - box[:2], 1).astype(float)
     w, h = max(w, h * CROP[0] / CROP[1]), max(h, w * CROP[1] / CROP[0])
     half = np.array([w, h]) * padding / 2
     return np.concatenate([centre - half, centre + half])
@@ -96,30 +113,36 @@ def take_crop(
     frame: np.ndarray, # (h, w, 3) uint8 RGB
     box: np.ndarray # (4,) of `crop_box`
 ) -> np.ndarray: # (1, 3, 256, 192) float32, normalised
-    "What the network sees; black outside the frame"
+    "The input of the network, black outside the frame"
     import cv2
     scale = np.array(CROP) / (box[2:] - box[:2])
     matrix = np.array([[scale[0], 0, -box[0] * scale[0]], [0, scale[1], -box[1] * scale[1]]])
-    return ((cv2.warpAffine(frame, matrix, CROP, flags=cv2.INTER_LINEAR) - MEAN) / DEVIATION).astype(np.float32).transpose(2, 0, 1)[None]
+    crop = cv2.warpAffine(frame, matrix, CROP, flags=cv2.INTER_LINEAR)
+    return ((crop - MEAN) / DEVIATION).astype(np.float32).transpose(2, 0, 1)[None]
 
 # %% ../nbs/24_wholebody.ipynb #1c0eb49f
 def decode(
     heatmaps: np.ndarray # (k, h, w) float32
 ) -> np.ndarray: # (k, 3) float32: x, y in heatmap pixels, confidence
-    "Where the peaks are, finer than a pixel"
+    "Places of the peaks, finer than a pixel"
     import cv2
     k, h, w = heatmaps.shape
-    peaks, best = heatmaps.reshape(k, -1).argmax(1), heatmaps.reshape(k, -1).max(1)
-    y, x = np.divmod(peaks, w)
+    flat = heatmaps.reshape(k, -1)
+    best = flat.max(1)
+    y, x = np.divmod(flat.argmax(1), w)
     points = np.stack([x, y, best], 1).astype(np.float32)
     for i in np.flatnonzero((x > 1) & (x < w - 2) & (y > 1) & (y < h - 2) & (best > 0)):
-        soft = cv2.GaussianBlur(cv2.copyMakeBorder(heatmaps[i], 5, 5, 5, 5, cv2.BORDER_CONSTANT), (11, 11), 0)[5:-5, 5:-5]
+        room = cv2.copyMakeBorder(heatmaps[i], 5, 5, 5, 5, cv2.BORDER_CONSTANT)
+        soft = cv2.GaussianBlur(room, (11, 11), 0)[5:-5, 5:-5]
         points[i, :2] += _peak(np.log(np.maximum(soft[y[i] - 2:y[i] + 3, x[i] - 2:x[i] + 3], 1e-10)))
     return points
 
 def _peak(logs: np.ndarray) -> np.ndarray: # (2,) x, y from the middle of a (5, 5) patch
-    c, dx, dy = logs[2, 2], (logs[2, 3] - logs[2, 1]) / 2, (logs[3, 2] - logs[1, 2]) / 2
-    xx, yy = (logs[2, 4] - 2 * c + logs[2, 0]) / 4, (logs[4, 2] - 2 * c + logs[0, 2]) / 4
+    c = logs[2, 2]
+    dx = (logs[2, 3] - logs[2, 1]) / 2
+    dy = (logs[3, 2] - logs[1, 2]) / 2
+    xx = (logs[2, 4] - 2 * c + logs[2, 0]) / 4
+    yy = (logs[4, 2] - 2 * c + logs[0, 2]) / 4
     xy = (logs[3, 3] - logs[1, 3] - logs[3, 1] + logs[1, 1]) / 4
     det = xx * yy - xy * xy
     if det <= 0 or xx >= 0: return np.zeros(2, np.float32) # no hill
@@ -135,7 +158,8 @@ def to_frame(
     return np.concatenate([points[:, :2] * scale + box[:2], points[:, 2:]], axis=1).astype(np.float32)
 
 # %% ../nbs/24_wholebody.ipynb #2d9bdbf5
-CONFIDENT, ENOUGH = 0.3, 3 # a keypoint that counts; how many of the 17 of the body must
+CONFIDENT = 0.3 # least confidence of a keypoint that counts
+ENOUGH = 3 # of the 17 keypoints of the body must count
 
 def is_seen(
     points: np.ndarray # (..., 133, 3)
@@ -151,14 +175,14 @@ def prompt_points(
 ) -> np.ndarray: # (k, 2) pixels, perhaps none
     "Points that surely lie on the person"
     joints = body_joints(points)[PROMPT_JOINTS]
-    good = (joints[:, 2] >= CONFIDENT) & (joints[:, :2] > box[:2]).all(1) & (joints[:, :2] < box[2:]).all(1)
-    return joints[good, :2]
+    inside_box = (joints[:, :2] > box[:2]).all(1) & (joints[:, :2] < box[2:]).all(1)
+    return joints[(joints[:, 2] >= CONFIDENT) & inside_box, :2]
 
 # %% ../nbs/24_wholebody.ipynb #8b94e49d
-KEYS = 4 # frames of a chunk in which SAM2 is told who is meant
+KEYS = 4 # prompted frames of a chunk
 
 def key_frames(
-    boxes: np.ndarray, # (n, 4) of a chunk, nan where nobody is
+    boxes: np.ndarray, # (n, 4) of a chunk, nan in frames without the person
     points: np.ndarray # (n, 133, 3)
 ) -> list[tuple[range, list[int]]]: # the stretches of presence, each with the frames to prompt
     "Evenly spread over the frames with a body; a stretch without one is prompted in its middle, by its box"
@@ -174,8 +198,10 @@ def key_frames(
     return plan
 
 # %% ../nbs/24_wholebody.ipynb #8b8c2a4a
-FIGURE_SHARE, BOX_SHARE = 0.5, 0.1 # of the stick figure, of the box: what a mask must cover
-STRAY, ROOM = 0.5, 1.25 # of the mask: what may lie outside; how far the box is grown for that
+FIGURE_SHARE = 0.5 # of the stick figure that a mask must cover
+BOX_SHARE = 0.1 # of the box that it must cover
+STRAY = 0.5 # of the mask that must lie in the grown box
+ROOM = 1.25 # by which the box is grown for that
 
 def inside(
     box: np.ndarray, # (4,) left, top, right, bottom
@@ -183,7 +209,8 @@ def inside(
     room: float = 1.0 # the box is grown to this many times its sides
 ) -> np.ndarray: # (h, w) bool
     "The pixels a box touches"
-    middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * room
+    middle = (box[:2] + box[2:]) / 2
+    half = (box[2:] - box[:2]) / 2 * room
     left, top = np.maximum(np.floor(middle - half), 0).astype(int)
     right, bottom = np.maximum(np.ceil(middle + half), 0).astype(int)
     out = np.zeros(size[::-1], bool)
@@ -197,12 +224,14 @@ def is_mask_of(
 ) -> bool:
     "Does a mask cover the person with these keypoints in this box, and not mostly something else?"
     size = mask.shape[::-1]
-    here, canvas = inside(box, size), np.zeros((*mask.shape, 3), np.uint8)
+    here = inside(box, size)
+    canvas = np.zeros((*mask.shape, 3), np.uint8)
     draw_body(canvas, body_joints(np.nan_to_num(np.clip(points, -32000, 32000), nan=-1)))
     red, green, blue = np.moveaxis(canvas, -1, 0)
     figure = (red | green | blue).astype(bool) & here # ten times as fast as any(-1)
-    enough = (mask & figure).sum() >= FIGURE_SHARE * figure.sum() and (mask & here).sum() >= BOX_SHARE * here.sum()
-    return bool(enough and (mask & inside(box, size, ROOM)).sum() >= STRAY * mask.sum())
+    if (mask & figure).sum() < FIGURE_SHARE * figure.sum(): return False
+    if (mask & here).sum() < BOX_SHARE * here.sum(): return False
+    return bool((mask & inside(box, size, ROOM)).sum() >= STRAY * mask.sum())
 
 # %% ../nbs/24_wholebody.ipynb #1be7b38c
 def guess_mask(
@@ -220,30 +249,31 @@ def mend_mask(
     points: np.ndarray, # (133, 3)
     box: np.ndarray # (4,)
 ) -> tuple[np.ndarray, bool]: # (h, w) bool: the mask to use; was it guessed
-    "SAM2's mask without what lies far outside the box; or a guess when it is none of this person"
+    "SAM2's mask without its parts far outside the box; or a guess when it is none of this person"
     size = mask.shape[::-1]
     guess = guess_mask(points, box, size)
-    return (mask & (inside(box, size, ROOM) | guess), False) if is_mask_of(mask, points, box) else (guess, True)
+    if not is_mask_of(mask, points, box): return guess, True
+    return mask & (inside(box, size, ROOM) | guess), False
 
 # %% ../nbs/24_wholebody.ipynb #91a8204f
 PERSON_SCORE = 0.3 # least score of a box
-CANDIDATES = [8400, 85] # what YOLOX answers for 640x640: 4 numbers of a box, whether there is something, 80 classes
+CANDIDATES = [8400, 85] # YOLOX's answer to 640x640: 4 numbers of a box, the score of any object, 80 classes
 
 @dataclass(frozen=True)
 class Detectors:
-    "Where the networks are"
+    "Files of the networks"
     person: Path # ONNX: YOLOX
     keypoints: Path # ONNX: ViTPose, 133 keypoints
     sam2: Path # safetensors of a Sam2VideoModel, with its config.json beside it
 
 def _session(path: Path, gpu: bool):
     import onnxruntime
-    wanted = [*(['CUDAExecutionProvider'] if gpu else []), 'CPUExecutionProvider']
+    wanted = ['CUDAExecutionProvider', 'CPUExecutionProvider'] if gpu else ['CPUExecutionProvider']
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
     return _on_gpu(onnxruntime.InferenceSession(path, providers=providers), path, gpu)
 
 def _on_gpu(session, path: Path, gpu: bool):
-    "The session; the log says when it does not run where it should"
+    "The session; the log warns when it runs on the CPU in place of the GPU"
     if gpu and 'CUDAExecutionProvider' not in session.get_providers():
         log.warning('onnxruntime cannot use CUDA here: %s runs on the CPU', path.name)
     return session
@@ -263,8 +293,9 @@ def _person_detector(path: Path, gpu: bool) -> Callable[[np.ndarray], np.ndarray
         return person_boxes(*yolox(frame[..., ::-1]), frame.shape[1::-1]) # BGR, as it was trained
     return boxes
 
-# %% ../nbs/24_wholebody.ipynb #130e3cf8
-def _keypoint_detector(path: Path, gpu: bool) -> Callable[[np.ndarray, np.ndarray], np.ndarray]: # frame, box -> (133, 3)
+def _keypoint_detector(
+    path: Path, gpu: bool
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]: # frame, box -> (133, 3)
     session = _session(path, gpu)
     name = session.get_inputs()[0].name
     def points(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -277,17 +308,17 @@ def _keypoint_detector(path: Path, gpu: bool) -> Callable[[np.ndarray, np.ndarra
 CHUNK = 72 # frames
 SAM2_KEEPS = 4 * (1024**2 * (3 + 1) + 256**2) + 4096 * 64 * (2 + 4) # bytes a frame: picture, masks, memory, position
 Masks = Iterator[tuple[int, np.ndarray]] # frame of a chunk, (h, w) bool: one for each frame with the person
-GPU_MEMORY = 6 * 2**30 # bytes asked of ComfyUI: 1.4 GB of weights and what they work on; not measured on a GPU
+GPU_MEMORY = 6 * 2**30 # bytes asked of ComfyUI: 1.4 GB of weights and their working memory; not measured on a GPU
 
 @contextmanager
 def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of frames, boxes, points, the first mask
     import torch
-    from transformers import Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
+    import transformers as hf
     kind, device = (torch.bfloat16, 'cuda') if gpu else (torch.float32, 'cpu')
-    config = Sam2VideoConfig.from_pretrained(path.parent)
-    model = Sam2VideoModel.from_pretrained(path.parent, config=config, dtype=kind, local_files_only=True)
+    config = hf.Sam2VideoConfig.from_pretrained(path.parent)
+    model = hf.Sam2VideoModel.from_pretrained(path.parent, config=config, dtype=kind, local_files_only=True)
     model = model.to(device).eval()
-    processor = Sam2VideoProcessor(Sam2ImageProcessor(), Sam2VideoVideoProcessor())
+    processor = hf.Sam2VideoProcessor(hf.Sam2ImageProcessor(), hf.Sam2VideoVideoProcessor())
     def masks(frames: list[np.ndarray], boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Masks:
         with torch.inference_mode():
             session = processor.init_video_session(inference_device=device, video_storage_device='cpu', dtype=kind)
@@ -299,7 +330,6 @@ def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of fr
             yield from _propagate(model, session, starts, processor.post_process_masks)
     yield masks
 
-# %% ../nbs/24_wholebody.ipynb #1f77b7a1
 Starts = list[tuple[range, int]] # stretches of presence, each with the frame it is followed from
 
 def _prompt(model, processor, session, boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Starts:
@@ -340,7 +370,8 @@ def chunks(
     shared: int = 0 # items at the end of a list that the next one begins with
 ) -> Iterator[list]:
     "Lists of so many items, the last one shorter; none has shared items alone"
-    source, batch = iter(items), []
+    source = iter(items)
+    batch = []
     while fresh := list(islice(source, size - len(batch))):
         batch += fresh
         del fresh
@@ -362,12 +393,12 @@ def track_wholebody(
     return _describe(read, path, size, detectors, gpu, progress)
 
 # %% ../nbs/24_wholebody.ipynb #7826f477
-MOST_LOOKED_AT = 4 # boxes of a picture: two people are as wrong as twenty
+MOST_LOOKED_AT = 4 # boxes of a picture; two people are refused as twenty are
 
 def count_people(
     points: np.ndarray # (m, 133, 3): keypoints of each box
 ) -> int:
-    "How many different people were recognised: noses closer than half a shoulder's width are one person's"
+    "Different people; noses closer than half a shoulder's width are one person's"
     different = []
     for person in points[is_seen(points)]:
         near = [np.linalg.norm(person[0, :2] - p[0, :2]) < np.linalg.norm(p[5, :2] - p[6, :2]) / 2 for p in different]
@@ -379,27 +410,39 @@ def track_picture(
     detectors: Detectors,
     gpu: bool = False
 ) -> Track: # of one frame; its mask is the person's box
-    "Who is in a picture: enough to know that one person is there, with a face; JobError `bad_input` when there are several"
-    boxes, size = _person_detector(detectors.person, gpu)(picture), picture.shape[1::-1]
+    "The person of a picture, with a face, without a cut-out; JobError `bad_input` when there are several"
+    size = picture.shape[1::-1]
+    boxes = _person_detector(detectors.person, gpu)(picture)
     boxes = boxes[area(boxes) >= SMALLEST_OTHER ** 2 * area(boxes).max(initial=0)][:MOST_LOOKED_AT]
-    mask, points = np.zeros(size[::-1], bool), np.full((max(len(boxes), 1), 133, 3), np.nan, np.float32)
+    mask = np.zeros(size[::-1], bool)
+    points = np.full((max(len(boxes), 1), 133, 3), np.nan, np.float32)
     if len(boxes):
-        find_points, (left, top, right, bottom) = _keypoint_detector(detectors.keypoints, gpu), boxes[0].astype(int)
+        find_points = _keypoint_detector(detectors.keypoints, gpu)
+        left, top, right, bottom = boxes[0].astype(int)
         mask[top:bottom, left:right] = True
         points[:] = [find_points(picture, box) for box in boxes]
         check_alone(count_people(points))
     return _assemble(points[:1], [pack_mask(mask)], size)
 
 # %% ../nbs/24_wholebody.ipynb #b8160de4
-def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: Detectors, gpu: bool, progress: Callable[[int, int], None]) -> Track:
+def _describe(
+    read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: Detectors, gpu: bool,
+    progress: Callable[[int, int], None]
+) -> Track:
     "Keypoints and masks of one person, chunk by chunk"
-    n, points, masks, first = len(boxes), [], [], None
-    find_points, nothing = _keypoint_detector(detectors.keypoints, gpu), np.full((133, 3), np.nan, np.float32)
+    n = len(boxes)
+    points = []
+    masks = []
+    first = None
+    find_points = _keypoint_detector(detectors.keypoints, gpu)
+    nothing = np.full((133, 3), np.nan, np.float32)
     empty = pack_mask(np.zeros(size[::-1], bool))
     with _segmenter(detectors.sam2, gpu) as segment:
         for frames in chunks(read(), CHUNK, shared=1):
-            done, start = len(masks), max(len(masks) - 1, 0) # frames described so far; the chunk's first frame
-            here, found = boxes[start:start + len(frames)], {}
+            done = len(masks) # frames described so far
+            start = max(done - 1, 0) # the chunk's first frame
+            here = boxes[start:start + len(frames)]
+            found = {}
             fresh = zip(frames[done - start:], here[done - start:], strict=True)
             points += [nothing if np.isnan(box[0]) else find_points(frame, box) for frame, box in fresh]
             chunk = np.stack(points[start:])
@@ -414,16 +457,18 @@ def _describe(read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: D
     return _assemble(np.stack(points), masks, size, boxes)
 
 def _to_hand_on(packed: bytes, points: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
-    "The last mask of a chunk, if it is to be trusted"
+    "The last mask of a chunk; None when it is not to be trusted"
     if not is_seen(points): return None
     mask, guessed = mend_mask(unpack_mask(packed, size), points, box)
     return None if guessed else mask
 
 # %% ../nbs/24_wholebody.ipynb #c78594b2
-def _assemble(points: np.ndarray, masks: list[bytes], size: tuple[int, int], boxes: np.ndarray | None = None) -> Track:
-    "Bridge what was lost for a moment, mend masks where there are boxes; once through the codec"
+def _assemble(
+    points: np.ndarray, masks: list[bytes], size: tuple[int, int], boxes: np.ndarray | None = None
+) -> Track:
+    "Bridge short gaps, mend masks where there are boxes; once through the codec"
     points = bridge(np.where(is_seen(points)[:, None, None], points, np.nan).astype(np.float32))
-    if boxes is not None: points[np.isnan(boxes[:, 0])] = np.nan # hidden behind somebody: not lost for a moment
+    if boxes is not None: points[np.isnan(boxes[:, 0])] = np.nan # hidden behind another person: not a short gap
     present = ~np.isnan(points[:, 0, 0])
     packed = [pack_mask(np.zeros(size[::-1], bool))] * len(masks)
     guessed = None if boxes is None else np.zeros(len(masks), bool)
@@ -432,6 +477,6 @@ def _assemble(points: np.ndarray, masks: list[bytes], size: tuple[int, int], box
         if guessed is None: continue
         mask, guessed[i] = mend_mask(unpack_mask(masks[i], size), points[i], boxes[i])
         packed[i] = pack_mask(mask)
-    who = TRACKERS['wholebody-sam2']
-    track = Track(size, present, {'wholebody': points}, size, tuple(packed), who, guessed=guessed)
+    tracker = TRACKERS['wholebody-sam2']
+    track = Track(size, present, {'wholebody': points}, size, tuple(packed), tracker, guessed=guessed)
     return parse_track(dump_track(track))
