@@ -340,7 +340,7 @@ async def track_file(
     restarts: Restarts,
     others: bool = True # keep the renderer's models loaded; False while their files are not there yet
 ) -> Path: # track file, beside the source
-    "Track a picture or a video in ComfyUI; JobError `no_person` when there is nobody to replace"
+    "Track a picture or a video in ComfyUI; JobError `no_person` when there is no person to replace"
     target = source.with_suffix('.track')
     paths = {'source': relative(source, work_dir), 'track': relative(target, work_dir)}
     graph = bind(track_graph(profile), paths | {'kind': kind})

@@ -587,7 +587,7 @@ class AvatarKernels:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        attention = list(ATTENTIONS), {'tooltip': 'default: what was measured on this kind of card'}
+        attention = list(ATTENTIONS), {'tooltip': 'default: the best one measured on this kind of card'}
         fp8_products = list(FP8_PRODUCTS), {'tooltip': 'off: fp8 weights, products in half precision'}
         return {'required': {'model': ('MODEL',), 'attention': attention, 'fp8_products': fp8_products}}
 
