@@ -53,9 +53,13 @@ class NumberedMask:
     CATEGORY, FUNCTION, RETURN_TYPES = 'tests', 'run', ('MASK',)
 
     @classmethod
-    def INPUT_TYPES(cls): return {'required': {'length': ('INT', {'min': 1, 'max': 1024}), 'width': ('INT', {'min': 8, 'max': 4096}), 'height': ('INT', {'min': 8, 'max': 4096})}}
+    def INPUT_TYPES(cls):
+        side = 'INT', {'min': 8, 'max': 4096}
+        return {'required': {'length': ('INT', {'min': 1, 'max': 1024}), 'width': side, 'height': side}}
 
-    def run(self, length, width, height): return (torch.arange(100, 100 + length, dtype=torch.float32)[:, None, None].expand(length, height, width).contiguous(),)
+    def run(self, length, width, height):
+        numbers = torch.arange(100, 100 + length, dtype=torch.float32)
+        return (numbers[:, None, None].expand(length, height, width).contiguous(),)
 
 class FullMemory:
     "Passes images on; runs out of memory when there are more than `most`"
@@ -69,7 +73,7 @@ class FullMemory:
         return (images,)
 
 class SayPrompt:
-    "In place of umT5: numbers that depend on the text, in its shape"
+    "Stands in for umT5: numbers that depend on the text, in its shape"
     CATEGORY, FUNCTION, RETURN_TYPES = 'tests', 'run', ('CONDITIONING',)
 
     @classmethod
@@ -78,7 +82,7 @@ class SayPrompt:
     def run(self, text, encoder): return ([[torch.full((1, 512, 4096), len(text) / 100), {}]],)
 
 class Fp8Layer:
-    "A layer of fp8 weights inside a forward pass of the model and then outside: products in fp8, and how far off they are"
+    "A layer of fp8 weights, inside a forward pass of the model and then outside: products in fp8, and their error"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
 
     @classmethod
@@ -95,12 +99,14 @@ class Fp8Layer:
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, model.model_options, is_model_options=True)
         out = WrapperExecutor.new_executor(lambda x: layer(x), wrappers).execute(given.clone())
         off = out.float() - given.float() @ layer.weight.float().T
-        inside, _ = dict(kernels.ran), kernels.ran.clear()
+        inside = dict(kernels.ran)
+        kernels.ran.clear()
         layer(given.clone())
-        return {'ui': {'said': [{'inside': inside, 'outside': dict(kernels.ran), 'off': float(off.abs().max())}]}}
+        said = {'inside': inside, 'outside': dict(kernels.ran), 'off': float(off.abs().max())}
+        return {'ui': {'said': [said]}}
 
 class FullDisk:
-    "Writes to a device that is always full, as somebody's code does"
+    "Writes to a device that is always full, through one of several libraries"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
     WRITERS = {'python': lambda f: f.write(b'x' * 10**6),
                'numpy': lambda f: np.zeros(10**5).tofile(f),
@@ -121,11 +127,13 @@ def record(path):
     with av.open(path, 'w', format='mpegts') as out:
         stream = out.add_stream('mpeg4', rate=24, width=320, height=240, bit_rate=10**8)
         noise = np.random.default_rng(0)
-        for _ in range(24): out.mux(stream.encode(av.VideoFrame.from_ndarray(noise.integers(0, 255, (240, 320, 3), np.uint8))))
+        for _ in range(24):
+            frame = noise.integers(0, 255, (240, 320, 3), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         out.mux(stream.encode())
 
 class Variables:
-    "What a process that ComfyUI starts is told"
+    "The environment that ComfyUI has"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a bucket, samples, and one booted ComfyUI (booting takes seconds, so it is kept)"""
+"""Fixtures of the end-to-end tests: a bucket, samples, and one booted ComfyUI (booting takes seconds, so it is kept)"""
 import functools
 import os
 import shutil
@@ -22,14 +22,18 @@ from wan_avatar.workflow import PROFILES
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
-LONG = ['test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image', 'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy']
+LONG = [
+    'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image',
+    'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy',
+]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
 TREE = os.environ.get('COMFY_TREE')
 
 def pytest_configure(config) -> None:
-    "COMFY_TREE=<folder of a ComfyUI>: the tests that depend on ComfyUI, on that one, with the environment of .comfy/env"
-    config.addinivalue_line('markers', 'hostile(kind, cases=1): damaged or made on purpose; `pytest -m hostile` runs these alone and counts them')
+    "COMFY_TREE=<folder of a ComfyUI>: the tests that depend on ComfyUI run on that one, in .comfy/env's environment"
+    hostile = 'damaged or made on purpose; `pytest -m hostile` runs these alone and counts them'
+    config.addinivalue_line('markers', f'hostile(kind, cases=1): {hostile}')
     if not TREE: return
     if not (Path(TREE) / 'main.py').is_file():
         raise pytest.UsageError(f'COMFY_TREE={TREE} is not a ComfyUI: no main.py in it; name the folder of its source')
@@ -54,7 +58,10 @@ def comfy_with_probe(folder: Path) -> Path:
 
 def _source_alone(folder: str, names: list[str]) -> set[str]:
     "Models, results and installations in a tree are not its source"
-    besides = {'.git', 'venv', '.venv', 'models', 'input', 'output', 'user', 'temp', 'custom_nodes', 'extra_model_paths.yaml'}
+    besides = {
+        '.git', '.venv', 'custom_nodes', 'extra_model_paths.yaml', 'input', 'models',
+        'output', 'temp', 'user', 'venv',
+    }
     return (besides if Path(folder) == Path(TREE) else set()) & set(names) | {n for n in names if n == '__pycache__'}
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -69,17 +76,19 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for report in terminalreporter.stats.get('passed', []) + terminalreporter.stats.get('failed', []):
         for name, value in report.user_properties:
             if name == 'hostile': tried[value[0]] += value[1]
-    if tried: terminalreporter.write_line(f'hostile cases: {sum(tried.values())}, of them ' + ', '.join(f'{n} {kind}' for kind, n in tried.most_common()))
+    kinds = ', '.join(f'{n} {kind}' for kind, n in tried.most_common())
+    if tried: terminalreporter.write_line(f'hostile cases: {sum(tried.values())}, of them {kinds}')
 
 def pytest_collection_modifyitems(items) -> None:
-    "Files that take longest come first, so that the processes of `make test` end together; hostile cases are counted where they ran"
+    "Files that take longest come first, so that the processes of `make test` end together; hostile cases are counted"
     for item in items:
-        if mark := item.get_closest_marker('hostile'): item.user_properties.append(('hostile', (mark.args[0], mark.kwargs.get('cases', 1))))
+        mark = item.get_closest_marker('hostile')
+        if mark: item.user_properties.append(('hostile', (mark.args[0], mark.kwargs.get('cases', 1))))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 @pytest.fixture(scope='module')
 def apart(request):
-    "Runs functions of the test's module in processes of their own; its `ready` is what loads the module there, once"
+    "Runs functions of the test's module in processes of their own; its `ready` loads the module there, once"
     made = Apart('wan_avatar.media:load_decoders', f'{request.module.__name__}:ready')
     made.start()
     yield made
@@ -96,17 +105,20 @@ def bucket(tmp_path_factory):
     with bucket_server(tmp_path_factory.mktemp('bucket')) as server: yield server
 
 def make_settings(bucket, work: Path, **more: str):
-    return load_settings({**bucket.environment(), 'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models'),
-                          'ALLOW_PRIVATE_URLS': 'false', **more})
+    folders = {'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models')}
+    return load_settings({**bucket.environment(), **folders, 'ALLOW_PRIVATE_URLS': 'false', **more})
 
 class Service:
     "A booted worker without RunPod around it: real bucket, real ComfyUI, the real handler"
     def __init__(self, bucket, work: Path, **more: str):
-        self.background, self.reports = Background(), []
+        self.background = Background()
+        self.reports: list[tuple[str, dict]] = []
         self.settings = make_settings(bucket, work, **more)
         self.booted = self.background.submit(boot(self.settings, Timeline()))
         self.studio = self.booted.result(timeout=120)
-        self.handler, self.store, self.comfy = Handler(self.studio, self.note), self.studio.store, self.studio.comfy
+        self.store = self.studio.store
+        self.comfy = self.studio.comfy
+        self.handler = Handler(self.studio, self.note)
 
     async def note(self, event: dict, update: dict) -> None: self.reports.append((event['id'], update))
 
@@ -119,7 +131,7 @@ class Service:
         return self.submit(job_id, **job).result(timeout=180)
 
     def stages(self, job_id: str) -> list[str]:
-        "What a job reported, in order, without repeats"
+        "The stages a job reported, in order, without repeats"
         return list(dict.fromkeys(u['stage'] for i, u in self.reports if i == job_id))
 
     def wait_report(self, job_id: str, **wanted) -> dict:
@@ -139,19 +151,20 @@ class Service:
 
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):
-    "One service for all tests that do not break its settings; inputs are in its bucket. Its windows are short, since faults between and in windows need no 77 frames"
-    whole = PROFILES['draft']
-    PROFILES['draft'] = whole.changed(length=29)
-    made = Service(bucket, tmp_path_factory.mktemp('work'))
-    for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'): made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-    for name, frames in (('two windows', 48), ('brief', 12)):
-        made.store.upload(cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut')), f'in/{name}.mp4', 'video/mp4')
-    face = next(read_frames(samples / 'single_face.mp4', start=10))
-    Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
-    made.store.upload(picture, 'in/face.png', 'image/png')
-    yield made
-    made.close()
-    PROFILES['draft'] = whole
+    "One service for all tests that do not break its settings; inputs are in its bucket, and its windows are short"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(PROFILES, 'draft', PROFILES['draft'].changed(length=29)) # faults of windows need no 77 frames
+        made = Service(bucket, tmp_path_factory.mktemp('work'))
+        for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'):
+            made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
+        for name, frames in (('two windows', 48), ('brief', 12)):
+            clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut'))
+            made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
+        face = next(read_frames(samples / 'single_face.mp4', start=10))
+        Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
+        made.store.upload(picture, 'in/face.png', 'image/png')
+        yield made
+        made.close()
 
 def cut(source: Path, frames: int, folder: Path) -> Path:
     "The first frames of a clip as a driving video of its own, 640x360 with sound"

@@ -1,4 +1,4 @@
-"What production takes from measurements: kernels by the card's capability, memory by profile"
+"The two tables production takes from measurements: kernels by the card's capability, memory by profile"
 import asyncio
 import subprocess
 
@@ -49,15 +49,20 @@ def run_of(capability: tuple[int, int], failed: str | None = None) -> GpuRun:
     asked = {'attention': 'default', 'fp8_products': 'default'}
     case = Measured(name=PRODUCTION, frames=77, steps=6, width=1280, height=720, failed=failed, **asked)
     held = case.model_copy(update={'name': 'card of 80 GB', 'cap_gb': 80.0})
-    return GpuRun(card='a card', capability=capability, memory_gb=141, at='', commit='', versions={}, cases=(case, held))
+    about = {'card': 'a card', 'memory_gb': 141, 'at': '', 'commit': '', 'versions': {}}
+    return GpuRun(capability=capability, cases=(case, held), **about)
 
-FOUNDED = [ # runs; rows of kernels; rows of memory; what is found
-    ({'h100': run_of((9, 0))}, H100, {'wan22-animate': Need(80, 'h100')}, ''),
+H100_RUN = {'h100': run_of((9, 0))}
+UNFINISHED = {'h100': run_of((9, 0), 'out of memory')}
+
+FOUNDED = [ # runs; rows of kernels; rows of memory; finding
+    (H100_RUN, H100, {'wan22-animate': Need(80, 'h100')}, ''),
     ({}, H100, {}, 'kernels of 9.0: there is no runs/gpu/h100'),
     ({'h100': run_of((8, 9))}, H100, {}, 'kernels of 9.0: a card has 8.9'),
-    ({'h100': run_of((9, 0), 'out of memory')}, H100, {}, f'kernels of 9.0: a card did not finish "{PRODUCTION}"'),
+    (UNFINISHED, H100, {}, f'kernels of 9.0: a card did not finish "{PRODUCTION}"'),
     ({}, {}, {'wan22-animate': Need(30, 'h100')}, 'memory of wan22-animate: there is no runs/gpu/h100'),
-    ({'h100': run_of((9, 0))}, {}, {'draft': Need(81, 'h100')}, 'memory of draft: a card was not held to 81 GB, or did not finish so')]
+    (H100_RUN, {}, {'draft': Need(81, 'h100')},
+     'memory of draft: a card was not held to 81 GB, or did not finish so')]
 
 @pytest.mark.parametrize('runs, kernels, needs, finding', FOUNDED, ids=[f or 'founded' for *_, f in FOUNDED])
 def test_a_row_that_no_run_bears_out_is_found(runs, kernels, needs, finding):

@@ -1,4 +1,6 @@
-"""Production's own profile at its own size, from job to MP4: only the weights are small, the steps one and the windows short"""
+"""Production's own profile at its own size, from job to MP4
+
+Only the weights are small, the steps one and the windows short."""
 import subprocess
 from dataclasses import fields, replace
 
@@ -13,39 +15,50 @@ PYTHON = ROOT / '.comfy/env/bin/python'
 FRAMES = 13 # two windows of 9, of which the second goes on from 5
 
 # what makes it possible on a CPU; everything else is WAN's, as the first test says
-SMALL = replace(WAN, name='production-small', length=9, weights=TINY.weights, clip_vision=TINY.clip_vision, vision_loader=TINY.vision_loader,
-                detectors=tuple(replace(w, bytes=None) for w in WAN.detectors), encoder=TINY.encoder, encoder_sha256=TINY.encoder_sha256,
-                prompt=TINY.prompt, negative_prompt=TINY.negative_prompt, values={**WAN.values, 'steps': 1})
+SMALL = replace(
+    WAN, name='production-small', length=9, values={**WAN.values, 'steps': 1},
+    weights=TINY.weights, clip_vision=TINY.clip_vision, vision_loader=TINY.vision_loader,
+    detectors=tuple(replace(w, bytes=None) for w in WAN.detectors),
+    encoder=TINY.encoder, encoder_sha256=TINY.encoder_sha256,
+    prompt=TINY.prompt, negative_prompt=TINY.negative_prompt)
 
 def test_only_weights_steps_and_frames_are_small():
     changed = {f.name for f in fields(WAN) if getattr(WAN, f.name) != getattr(SMALL, f.name)}
-    assert changed == {'name', 'length', 'weights', 'clip_vision', 'vision_loader', 'detectors', 'encoder', 'encoder_sha256', 'prompt',
-                       'negative_prompt', 'values'}
+    files = {'weights', 'clip_vision', 'vision_loader', 'detectors', 'encoder', 'encoder_sha256'}
+    assert changed == files | {'name', 'length', 'prompt', 'negative_prompt', 'values'}
     assert {k for k in WAN.values if WAN.values[k] != SMALL.values[k]} == {'steps'}
-    assert profile_graph(WAN).keys() == profile_graph(SMALL).keys() and SMALL.face and vision_graph(SMALL)
+    assert profile_graph(WAN).keys() == profile_graph(SMALL).keys()
+    assert SMALL.face
+    assert vision_graph(SMALL)
 
 @pytest.fixture(scope='module')
 def production(bucket, samples, tmp_path_factory):
     models, work = tmp_path_factory.mktemp('models'), tmp_path_factory.mktemp('production')
-    subprocess.run([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', models, '--face'], cwd=ROOT, check=True, capture_output=True)
-    subprocess.run([PYTHON, ROOT / 'tests/tiny_detectors.py', models], cwd=ROOT, check=True, capture_output=True)
-    PROFILES[SMALL.name] = SMALL
-    made = Service(bucket, work, MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
-    made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
-    made.store.upload(cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip')), 'in/thirteen.mp4', 'video/mp4')
-    yield made
-    made.close()
-    del PROFILES[SMALL.name]
+    makers = [
+        [ROOT / '.venv/bin/wan-avatar', 'tiny-weights', models, '--face'],
+        [PYTHON, ROOT / 'tests/tiny_detectors.py', models],
+    ]
+    for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
+    clip = cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip'))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(PROFILES, SMALL.name, SMALL)
+        made = Service(bucket, work, MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
+        made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
+        made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')
+        yield made
+        made.close()
 
 def test_two_windows_at_1280x720(production, tmp_path):
-    job = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/thirteen.mp4', 'seed': 1, 'profile': SMALL.name}
-    answer = production.submit('size', **job).result(timeout=1500)
+    inputs = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/thirteen.mp4'}
+    answer = production.submit('size', **inputs, seed=1, profile=SMALL.name).result(timeout=1500)
     assert 'error' not in answer, answer
     manifest = production.store.read_json('avatars/size.mp4.json')
-    windows = [(s['facts']['segment'], s['facts']['frames']) for s in manifest['timeline'] if s['name'] == 'render']
-    with_ = manifest['rendered_with']
-    assert windows == [(0, 9), (1, 9)] and (with_['width'], with_['height'], with_['vision'], with_['face']) == (1280, 720, 'clip', True)
+    facts = [s['facts'] for s in manifest['timeline'] if s['name'] == 'render']
+    assert [(f['segment'], f['frames']) for f in facts] == [(0, 9), (1, 9)]
+    settings = {'width': 1280, 'height': 720, 'vision': 'clip', 'face': True}
+    assert {k: manifest['rendered_with'][k] for k in settings} == settings
     production.store.download(answer['minio_key'], tmp_path / 'made.mp4', 'x', 10**9)
     check_mp4(tmp_path / 'made.mp4', FRAMES, has_audio=True)
     frames = np.stack(list(read_frames(tmp_path / 'made.mp4')))
-    assert frames.shape == (FRAMES, 720, 1280, 3) and all(f.std() > 1 for f in frames), 'a frame without a picture'
+    assert frames.shape == (FRAMES, 720, 1280, 3)
+    assert all(f.std() > 1 for f in frames), 'a frame without a picture'

@@ -4,41 +4,37 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_TRACK_BYTES', 'MAX_IMAGE_SECONDS', 'VIDEO_RATE',
-           'in_thread', 'begun', 'entered_in_thread', 'Turnstile', 'Studio', 'work_folder', 'discard', 'sweep',
-           'boot_report', 'StageProgress', 'profile_here', 'Inputs', 'take_image', 'take_video', 'driving_key',
-           'check_keys', 'room_needed', 'check_start', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
-           'keep', 'take_cached_track', 'cached_bytes', 'Shoot', 'segment_seed', 'window_graph', 'render',
+           'in_thread', 'begun', 'entered_in_thread', 'KeyedLock', 'Studio', 'work_folder', 'discard', 'sweep',
+           'boot_report', 'StageProgress', 'profile_here', 'Inputs', 'driving_key', 'check_keys', 'room_needed',
+           'check_start', 'take_image', 'take_video', 'fetch_inputs', 'track_file', 'relative', 'track_video_cached',
+           'cache_file', 'take_cached_track', 'cached_bytes', 'RenderPlan', 'segment_seed', 'window_graph', 'render',
            'kernels_that_ran', 'shorter', 'window_progress', 'keep_tail', 'append', 'encoding', 'describe_picture',
            'find_embedding', 'embedding_key', 'prompt_embeddings', 'embedding_file', 'make_embedding', 'shared_slots',
-           'delivered', 'Delivered', 'sign', 'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own',
-           'upload_proven', 'write_manifest', 'deliver', 'rendered_with', 'make_avatar', 'deadline', 'so_far',
-           'seed_of']
+           'delivered', 'sign', 'prove', 'removed_on_failure', 'take_back', 'Outrun', 'put_own', 'upload_proven',
+           'write_manifest', 'deliver', 'rendered_with', 'deadline', 'so_far', 'seed_of', 'make_avatar']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
-import itertools
-import time
-import uuid
-from collections.abc import Iterator
-import psutil
-
-# %% ../nbs/40_avatar.ipynb #89ea0069
 import asyncio
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import threading
+import time
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/40_avatar.ipynb #a4a8ec0d
+import psutil
 from pydantic import ConfigDict, ValidationError
+
 from .apart import Apart
 from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
@@ -53,11 +49,32 @@ from .segments import Segment, fit_length, plan
 from .store import Replaced, Store, check_reach, fetch_image, ports_of
 from .timeline import Timeline
 from wan_avatar.track import (
-    TRACKERS, Track, TrackDamaged, check_person, load_track, parse_track, track_bytes_at_most, track_facts, track_key,
+    TRACKERS,
+    Track,
+    TrackDamaged,
+    check_person,
+    load_track,
+    parse_track,
+    track_bytes_at_most,
+    track_facts,
+    track_key,
 )
 from wan_avatar.workflow import (
-    Graph, Profile, bind, check_weights, detectors_digest, get_profile, load_graph, loaders, needed_files, profile_graph, slots,
-    track_graph, vision_graph, with_sage, with_tracker,
+    Graph,
+    Profile,
+    bind,
+    check_weights,
+    detectors_digest,
+    get_profile,
+    load_graph,
+    loaders,
+    needed_files,
+    profile_graph,
+    slots,
+    track_graph,
+    vision_graph,
+    with_sage,
+    with_tracker,
 )
 
 log = logging.getLogger(__name__)
@@ -75,7 +92,8 @@ async def in_thread(
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait({work}, timeout=15) # a request that takes longer cleans up behind itself
-        if work.done() and not work.cancelled(): work.exception() # it was told to stop: how it did is no news
+        # retrieve the exception, so that asyncio does not report it; the task was cancelled anyway
+        if work.done() and not work.cancelled(): work.exception()
         raise
 
 # %% ../nbs/40_avatar.ipynb #218b3bd7
@@ -84,8 +102,8 @@ def begun(
     *args,
     **kwargs
 ) -> asyncio.Future: # to be awaited
-    "A call in a thread that begins now and is finished, whoever is cancelled: tidying up"
-    # not a task, which a loop that ends cancels before its first step
+    "Start a call in a thread now; it runs to its end even if its caller is cancelled. For tidying up"
+    # not a task: a loop that ends would cancel it before its first step
     call = partial(function, *args, **kwargs)
     return asyncio.shield(asyncio.get_running_loop().run_in_executor(None, call))
 
@@ -104,12 +122,14 @@ async def entered_in_thread(
     with ending(): await asyncio.to_thread(manager.__exit__, None, None, None)
 
 # %% ../nbs/40_avatar.ipynb #a9f98594
-class Turnstile:
-    "A lock per key; a key nobody holds takes no memory"
-    def __init__(self): self.locks, self.holders = {}, Counter()
+class KeyedLock:
+    "A lock per key; a key that is not held takes no memory"
+    def __init__(self):
+        self.locks: dict[str, asyncio.Lock] = {}
+        self.holders: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def turn(self, key: str) -> AsyncIterator[None]:
+    async def hold(self, key: str) -> AsyncIterator[None]:
         "Keep a second holder of the same key waiting"
         lock = self.locks.setdefault(key, asyncio.Lock())
         self.holders[key] += 1
@@ -118,27 +138,26 @@ class Turnstile:
         finally:
             self.holders[key] -= 1
             if not self.holders[key]: del self.locks[key], self.holders[key]
-
-# %% ../nbs/40_avatar.ipynb #486572c3
 @dataclass(frozen=True)
 class Studio:
     "What all jobs of a worker share"
     settings: Settings
     store: Store
     comfy: Comfy
-    identity: dict[str, str] # versions, and who this worker is
+    identity: dict[str, str] # versions, and this worker's name
     renderer: asyncio.Lock = field(default_factory=asyncio.Lock)
-    in_hand: Turnstile = field(default_factory=Turnstile) # by output key
+    job_locks: KeyedLock = field(default_factory=KeyedLock) # by output key
     boot: Timeline = field(default_factory=Timeline) # of this worker's start
-    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # which of this worker's jobs one is
-    # where files of others are decoded
+    job_counter: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # numbers this worker's jobs
+    # decodes the callers' files in a process of its own
     reading: Apart = field(default_factory=lambda: Apart('wan_avatar.media:load_decoders'))
 
+# %% ../nbs/40_avatar.ipynb #486572c3
 @asynccontextmanager
 async def work_folder(
     work_dir: Path
 ) -> AsyncIterator[Path]:
-    "A folder of one attempt at one job: a name nobody had, readable by nobody else, gone at the end, however it ends"
+    "A folder for one attempt at one job: its name is new, only this user can read it, and it is removed at the end"
     jobs = work_dir / 'jobs'
     jobs.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f'{os.getpid()}-', dir=jobs))
@@ -146,17 +165,20 @@ async def work_folder(
     finally: await begun(discard, folder)
 
 def discard(folder: Path) -> None:
-    "Remove a folder that somebody may still write to: nothing can be made in it once its name is another"
+    "Remove a folder that a thread may still write to; it is renamed first, so that nothing more can be made in it"
     try: folder = folder.rename(folder.with_name(f'{folder.name}.gone'))
-    except OSError: pass # it is gone, or cannot be renamed
+    except OSError: pass # it does not exist any more, or cannot be renamed
     shutil.rmtree(folder, ignore_errors=True)
 
 def sweep(
     work_dir: Path,
     alive: Callable[[int], bool] = psutil.pid_exists
-) -> list[str]: # names of what was removed
-    "Remove folders of workers that were killed in mid-job; called before this process has any of its own"
-    left = [f for f in (work_dir / 'jobs').glob('*-*') if (pid := f.name.split('-')[0]).isdigit() and (int(pid) == os.getpid() or not alive(int(pid)))]
+) -> list[str]: # names of the folders that were removed
+    "Remove the folders of workers that were killed in mid-job; called before this process has a folder of its own"
+    def is_left(folder: Path) -> bool:
+        pid = folder.name.split('-')[0]
+        return pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid)))
+    left = [folder for folder in (work_dir / 'jobs').glob('*-*') if is_left(folder)]
     for folder in left: shutil.rmtree(folder, ignore_errors=True)
     return [f.name for f in left]
 
@@ -165,25 +187,35 @@ def boot_report(
     studio: Studio,
     wall: Callable[[], float] = time.time # seconds, the clock of `create_time`
 ) -> dict: # {'job_number', 'process_s', 'taken_s', 'stages'}
-    "A worker's start as the job taken now sees it"
+    "The worker's start, for the manifest of a job that is taken now"
     taken = studio.boot.elapsed() # since the boot's timeline began
     process = wall() - psutil.Process().create_time() - taken # Python's own start, before there was a timeline
-    return {'job_number': next(studio.numbers), 'process_s': round(max(process, 0.0), 3), 'taken_s': taken,
-            'stages': [s for s in studio.boot.records() if s['end_s'] is not None]}
+    return {
+        'job_number': next(studio.job_counter),
+        'process_s': round(max(process, 0.0), 3),
+        'taken_s': taken,
+        'stages': [s for s in studio.boot.records() if s['end_s'] is not None],
+    }
 
 # %% ../nbs/40_avatar.ipynb #d3c13dfe
-Report = Callable[[dict], None] # takes {'stage', 'done', 'total', 'percent', 'eta_s', …}
+Report = Callable[[dict], None] # takes {'stage', 'done', 'total', 'percent', 'eta_s'} and what the stage adds
 
 class StageProgress:
     "Turns (done, total) of one stage into reports"
     def __init__(self, report: Report, stage: str, timeline: Timeline, **facts):
-        self.report, self.stage, self.timeline, self.facts, self.began = report, stage, timeline, facts, timeline.elapsed()
+        self.report = report
+        self.stage = stage
+        self.timeline = timeline
+        self.facts = facts
+        self.began = timeline.elapsed()
         report({'stage': stage, **facts})
 
     def __call__(self, done: int, total: int, **facts) -> None:
-        spent, share = self.timeline.elapsed() - self.began, done / total if total else 0
+        spent = self.timeline.elapsed() - self.began
+        share = done / total if total else 0
+        far = {'done': done, 'total': total, 'percent': round(100 * share)}
         eta = {'eta_s': round(spent * (1 - share) / share, 1)} if share else {}
-        self.report({'stage': self.stage, **self.facts, **facts, 'done': done, 'total': total, 'percent': round(100 * share), **eta})
+        self.report({'stage': self.stage, **self.facts, **facts, **far, **eta})
 
 # %% ../nbs/40_avatar.ipynb #073861f1
 def profile_here(
@@ -208,27 +240,75 @@ class Inputs:
         "Where the video is made"
         return self.folder / 'avatar.mp4'
 
-MAX_VIDEO_BYTES, MAX_IMAGE_BYTES, MAX_TRACK_BYTES = 2 * 10**9, 20 * 10**6, 200 * 10**6
+MAX_VIDEO_BYTES = 2 * 10**9
+MAX_IMAGE_BYTES = 20 * 10**6
+MAX_TRACK_BYTES = 200 * 10**6
 MAX_IMAGE_SECONDS = 60 # to decode it; 50 megapixels take a few
 
+def driving_key(job: Job, settings: Settings) -> str:
+    "Key of the driving video: the job's, or the worker's default"
+    key = job.driving_video_path or settings.default_driving_video_path
+    if key is None:
+        missing = 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH'
+        raise JobError('bad_input', missing)
+    return key
+
+# %% ../nbs/40_avatar.ipynb #598f96cc
+def check_keys(job: Job, settings: Settings) -> None:
+    "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"
+    video = driving_key(job, settings)
+    picture = job.input_image_minio_path
+    if video != settings.default_driving_video_path: check_reach('driving_video_path', video, settings)
+    if picture is not None: check_reach('input_image_minio_path', picture, settings)
+
+VIDEO_RATE = 2_000_000 # bytes a second of 1280x720 with much motion: the normalised video, and the result
+
+def room_needed(job: Job, profile: Profile) -> int: # bytes
+    "The most a job writes beside its downloads: raw frames of two windows, and two videos"
+    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 3 # of the window that renders, and of the one that is encoded
+    return raw + int(2 * VIDEO_RATE * job.max_seconds)
+
+def check_start(job: Job, profile: Profile, settings: Settings) -> None:
+    "JobError for everything that can be seen to fail before anything is fetched"
+    check_keys(job, settings)
+    check_weights(profile, settings.models_dir)
+    check_room(settings.work_dir, room_needed(job, profile), f'a job of at most {job.max_seconds:g} s')
+
 # %% ../nbs/40_avatar.ipynb #989bb08a
-def take_image(job: Job, studio: Studio, folder: Path, cancelled: Callable[[], bool]) -> Path:
+def take_image(
+    job: Job,
+    studio: Studio,
+    folder: Path, # of the job
+    cancelled: Callable[[], bool]
+) -> Path: # PNG
     "Fetch the picture and normalise it"
-    raw, reference = folder / 'picture', folder / 'reference.png'
+    raw = folder / 'picture'
+    reference = folder / 'reference.png'
     if job.input_image_url is not None:
         settings = studio.settings
         fetch_image(str(job.input_image_url), raw, allow_private=settings.allow_private_urls, max_bytes=MAX_IMAGE_BYTES,
                     cancelled=cancelled, ports=ports_of(settings))
-    else: studio.store.download(job.input_image_minio_path, raw, 'input_image_minio_path', MAX_IMAGE_BYTES, cancelled=cancelled)
+    else:
+        studio.store.download(job.input_image_minio_path, raw, 'input_image_minio_path', MAX_IMAGE_BYTES,
+                              cancelled=cancelled)
     limits = {'seconds': MAX_IMAGE_SECONDS, 'cancelled': cancelled}
     studio.reading.run(normalise_image, raw, reference, what='the picture', **limits)
     return reference
 
-def take_video(job: Job, studio: Studio, folder: Path, progress: Callable, timeline: Timeline, cancelled: Callable[[], bool]) -> tuple[Clip, str]:
+def take_video(
+    job: Job,
+    studio: Studio,
+    folder: Path, # of the job
+    progress: Callable[[int, int], None],
+    timeline: Timeline,
+    cancelled: Callable[[], bool]
+) -> tuple[Clip, str]: # the normalised video, SHA-256 of the original's bytes
     "Fetch the driving video, normalise it and take its hash"
     raw = folder / 'video'
+    key = driving_key(job, studio.settings)
     with timeline.stage('download') as stage:
-        stage.facts['bytes'] = studio.store.download(driving_key(job, studio.settings), raw, 'driving_video_path', MAX_VIDEO_BYTES, cancelled=cancelled)
+        stage.facts['bytes'] = studio.store.download(key, raw, 'driving_video_path', MAX_VIDEO_BYTES,
+                                                     cancelled=cancelled)
     with timeline.stage('normalise'):
         clip = studio.reading.run(normalise_video, raw, folder / 'driving.mp4', folder / 'audio.m4a', job.max_seconds,
                                   what='the driving video', progress=progress, cancelled=cancelled)
@@ -236,38 +316,13 @@ def take_video(job: Job, studio: Studio, folder: Path, progress: Callable, timel
     raw.unlink()
     return clip, digest
 
-def driving_key(job: Job, settings: Settings) -> str:
-    "Key of the driving video: the job's, or the worker's default"
-    key = job.driving_video_path or settings.default_driving_video_path
-    if key is None: raise JobError('bad_input', 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH')
-    return key
-
-# %% ../nbs/40_avatar.ipynb #598f96cc
-def check_keys(job: Job, settings: Settings) -> None:
-    "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"
-    video, picture = driving_key(job, settings), job.input_image_minio_path
-    if video != settings.default_driving_video_path: check_reach('driving_video_path', video, settings)
-    if picture is not None: check_reach('input_image_minio_path', picture, settings)
-
-VIDEO_RATE = 2_000_000 # bytes a second of 1280x720 that moves a lot: normalised, and as a result
-
-def room_needed(job: Job, profile: Profile) -> int: # bytes
-    "What a job writes at most beside its downloads: raw frames of two windows, and two videos"
-    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 3 # of the window that renders, and of the one that is encoded
-    return raw + int(2 * VIDEO_RATE * job.max_seconds)
-
-def check_start(job: Job, profile: Profile, settings: Settings) -> None:
-    "What can be known to fail before anything is fetched"
-    check_keys(job, settings)
-    check_weights(profile, settings.models_dir)
-    check_room(settings.work_dir, room_needed(job, profile), f'a job of at most {job.max_seconds:g} s')
-
-# %% ../nbs/40_avatar.ipynb #ae86c31b
 async def fetch_inputs(job: Job, studio: Studio, folder: Path, timeline: Timeline, report: Report) -> Inputs:
-    "Both inputs at once; the first failure stops the other"
+    "Fetch both inputs at once; the first failure stops the other"
     progress = StageProgress(report, 'fetch', timeline)
-    tasks = [asyncio.create_task(in_thread(take_image, job, studio, folder)),
-             asyncio.create_task(in_thread(take_video, job, studio, folder, progress, timeline))]
+    tasks = [
+        asyncio.create_task(in_thread(take_image, job, studio, folder)),
+        asyncio.create_task(in_thread(take_video, job, studio, folder, progress, timeline)),
+    ]
     try: reference, (clip, digest) = await asyncio.gather(*tasks)
     finally:
         for t in tasks: t.cancel()
@@ -275,16 +330,27 @@ async def fetch_inputs(job: Job, studio: Studio, folder: Path, timeline: Timelin
     return Inputs(folder, reference, clip, digest)
 
 # %% ../nbs/40_avatar.ipynb #66ec10d2
-async def track_file(comfy: Comfy, source: Path, kind: str, profile: Profile, work_dir: Path, progress: Callable, restarts: Restarts, others: bool = True) -> Path:
-    "Track a picture or a video in ComfyUI, the renderer's models staying loaded unless `others` says they are not there yet; JobError `no_person` when there is nobody to replace"
+async def track_file(
+    comfy: Comfy,
+    source: Path, # a picture or a normalised video, in the work tree
+    kind: str, # 'image' or 'video'
+    profile: Profile,
+    work_dir: Path,
+    progress: Callable[[int, int], None],
+    restarts: Restarts,
+    others: bool = True # keep the renderer's models loaded; False while their files are not there yet
+) -> Path: # track file, beside the source
+    "Track a picture or a video in ComfyUI; JobError `no_person` when there is no person to replace"
     target = source.with_suffix('.track')
-    graph = bind(track_graph(profile), {'source': relative(source, work_dir), 'kind': kind, 'track': relative(target, work_dir)})
+    paths = {'source': relative(source, work_dir), 'track': relative(target, work_dir)}
+    graph = bind(track_graph(profile), paths | {'kind': kind})
     await run(comfy, graph | (loaders(profile) if others else {}), lambda p: progress(p.value, p.maximum), restarts)
     return target
 
 async def _track_reference(inputs: Inputs, studio: Studio, profile: Profile, restarts: Restarts) -> Path:
-    "The picture's track file; JobError when this profile can do nothing with the picture"
-    path = await track_file(studio.comfy, inputs.reference, 'image', profile, studio.settings.work_dir, lambda *a: None, restarts)
+    "The picture's track file; JobError when this profile cannot use the picture"
+    work_dir = studio.settings.work_dir
+    path = await track_file(studio.comfy, inputs.reference, 'image', profile, work_dir, lambda *far: None, restarts)
     check_person(await asyncio.to_thread(load_track, path), 'image', profile.face_for)
     return path
 
@@ -294,7 +360,12 @@ def relative(path: Path, work_dir: Path) -> str:
 
 # %% ../nbs/40_avatar.ipynb #f2895ebf
 async def track_video_cached(
-    inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, report: Report, restarts: Restarts
+    inputs: Inputs,
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    report: Report,
+    restarts: Restarts
 ) -> tuple[Path, dict[str, int]]: # the file, `track_facts` of it
     "The driving video's track: from the bucket, or made and put there"
     detectors = detectors_digest(profile, studio.settings.models_dir)
@@ -302,18 +373,19 @@ async def track_video_cached(
     target = inputs.clip.path.with_suffix('.track')
     with timeline.stage('track') as stage:
         progress = StageProgress(report, 'track', timeline)
-        who = TRACKERS[profile.tracker]
-        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip, who)
+        version = TRACKERS[profile.tracker]
+        track = await asyncio.to_thread(take_cached_track, studio.store, key, target, inputs.clip, version)
         stage.facts['cached'] = track is not None
         if track is None:
-            await track_file(studio.comfy, inputs.clip.path, 'video', profile, studio.settings.work_dir, progress, restarts)
-            await asyncio.to_thread(keep, studio.store, key, target)
+            work_dir = studio.settings.work_dir
+            await track_file(studio.comfy, inputs.clip.path, 'video', profile, work_dir, progress, restarts)
+            await asyncio.to_thread(cache_file, studio.store, key, target)
             track = await asyncio.to_thread(load_track, target)
     check_person(track, 'video', profile.face_for)
     return target, track_facts(track)
 
-def keep(store: Store, key: str, path: Path) -> None:
-    "Put what was made into the cache; a job does not fail because the next one can't be spared the work"
+def cache_file(store: Store, key: str, path: Path) -> None:
+    "Put a file into the bucket for later jobs; failing to cache does not fail the job"
     try: store.write_bytes(key, path.read_bytes(), 'application/octet-stream')
     except JobError as e: log.warning('%s was not cached: %s', key, e)
 
@@ -323,7 +395,7 @@ def take_cached_track(
     clip: Clip, # that was tracked
     tracker: str # name and version
 ) -> Track | None: # None: there was no good one
-    "Copy a track from the bucket; one that is damaged, or of something else, is as good as none"
+    "Copy a track from the bucket; a damaged one, or one of another video, counts as none"
     most = min(MAX_TRACK_BYTES, track_bytes_at_most(clip.frames, clip.size))
     data = cached_bytes(store, key, most)
     if data is None: return None
@@ -331,11 +403,15 @@ def take_cached_track(
     except TrackDamaged as e:
         log.warning('%s: %s; tracking again', key, e)
         return None
-    target.write_bytes(data) # as it is: writing it anew would compress its pictures a second time
+    target.write_bytes(data) # unchanged: writing the track anew would compress its pictures a second time
     return track
 
-def cached_bytes(store: Store, key: str, most: int) -> bytes | None: # None: nothing there that could be it
-    "A cache's object, unless it is longer than what is looked for can be"
+def cached_bytes(
+    store: Store,
+    key: str,
+    most: int # bytes that the object can have
+) -> bytes | None: # None: there is none, or it is longer
+    "An object of the cache, unless it is longer than a good one can be"
     found = store.stat(key)
     if found is None: return None
     if found['bytes'] > most:
@@ -345,8 +421,8 @@ def cached_bytes(store: Store, key: str, most: int) -> bytes | None: # None: not
 
 # %% ../nbs/40_avatar.ipynb #2fa3cd6f
 @dataclass(frozen=True)
-class Shoot:
-    "What all windows of a job have in common"
+class RenderPlan:
+    "The values that all windows of a job share"
     inputs: Inputs
     tracks: tuple[Path, Path] # of the picture, of the video
     profile: Profile
@@ -357,42 +433,59 @@ def segment_seed(
     seed: int, # of the job
     index: int # of the segment
 ) -> int: # 0 to 2**63 - 1
-    "A seed of its own for each window: the same noise again and again would show as a pattern"
+    "A different seed for each window; the same noise in every window would show as a pattern"
     return int.from_bytes(hashlib.sha256(f'{seed}/{index}'.encode()).digest()[:8]) >> 1
 
-def window_graph(shoot: Shoot, s: Segment, work_dir: Path, frames: Path, tail: Path | None) -> Graph:
+def window_graph(
+    shared: RenderPlan,
+    s: Segment, # the window
+    work_dir: Path,
+    frames: Path, # file for the window's new frames
+    tail: Path | None # the last frames made so far; None: this is the first window
+) -> Graph:
     "The prompt of one window"
-    files = {'reference': shoot.inputs.reference, 'reference_track': shoot.tracks[0], 'video': shoot.inputs.clip.path, 'track': shoot.tracks[1], 'frames': frames}
-    graph, (width, height) = profile_graph(shoot.profile), shoot.inputs.clip.size
-    job = shoot.values | {'seed': segment_seed(shoot.values['seed'], s.index), 'frame_width': width, 'frame_height': height}
-    wanted = slots(graph) # a graph takes of the job's what it has
-    return bind(graph, {k: relative(v, work_dir) for k, v in files.items()} | {k: v for k, v in job.items() if k in wanted} | {
-        'tail': relative(tail, work_dir) if tail else '', 'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new})
+    files = {
+        'reference': shared.inputs.reference,
+        'reference_track': shared.tracks[0],
+        'video': shared.inputs.clip.path,
+        'track': shared.tracks[1],
+        'frames': frames,
+    }
+    paths = {slot: relative(path, work_dir) for slot, path in files.items()}
+    paths['tail'] = relative(tail, work_dir) if tail else ''
+    window = {'start': s.start, 'length': s.length, 'overlap': s.overlap, 'new': s.new}
+    width, height = shared.inputs.clip.size
+    seed = segment_seed(shared.values['seed'], s.index)
+    job = shared.values | {'seed': seed, 'frame_width': width, 'frame_height': height}
+    graph = profile_graph(shared.profile)
+    wanted = slots(graph) # not every graph has a slot for each value of the job
+    return bind(graph, paths | window | {k: v for k, v in job.items() if k in wanted})
 
 # %% ../nbs/40_avatar.ipynb #6a00cebb
-async def render(
-    shoot: Shoot, studio: Studio, timeline: Timeline, report: Report
-) -> dict | None: # as `kernels_that_ran` has it
-    "Every window through ComfyUI and into the encoder"
-    profile, clip, folder, tail, outputs = shoot.profile, shoot.inputs.clip, shoot.inputs.folder, None, []
-    length, todo = profile.length, plan(clip.frames, profile.length, profile.overlap)
+async def render(shared: RenderPlan, studio: Studio, timeline: Timeline, report: Report) -> dict | None:
+    "Render every window in ComfyUI and encode it; returns what `kernels_that_ran` finds"
+    profile, clip, folder = shared.profile, shared.inputs.clip, shared.inputs.folder
+    length, tail, outputs = profile.length, None, []
+    todo = plan(clip.frames, length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
-    encoder, kept = Encoder(shoot.inputs.result, clip.size, clip.fps, clip.audio), loaders(profile)
+    encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
     async with entered_in_thread(encoder, lambda: timeline.stage('finish')), encoding() as encode:
         while todo:
-            s, frames = todo[0], RawFrames(folder / f'frames-{todo[0].index}.u8', clip.size)
-            graph = window_graph(shoot, s, studio.settings.work_dir, frames.path, tail)
+            s = todo[0]
+            frames = RawFrames(folder / f'frames-{s.index}.u8', clip.size)
+            graph = window_graph(shared, s, studio.settings.work_dir, frames.path, tail)
             step = window_progress(graph, s, lambda done, s=s: progress(done, clip.frames, segment=s.index + 1))
             try:
                 with timeline.stage('render', segment=s.index, frames=s.length):
-                    outputs.append(await run(studio.comfy, graph | kept, step, shoot.restarts))
+                    outputs.append(await run(studio.comfy, graph | loaders(profile), step, shared.restarts))
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await studio.comfy.free()
                 todo = plan(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
                 progress.facts['segments'] = s.index + len(todo)
                 continue
-            if profile.carries: tail = await asyncio.to_thread(keep_tail, frames, tail, folder / 'tail.u8', profile.overlap)
+            if profile.carries:
+                tail = await asyncio.to_thread(keep_tail, frames, tail, folder / 'tail.u8', profile.overlap)
             await encode(append, encoder, frames, timeline)
             todo.pop(0)
     return kernels_that_ran(outputs, profile)
@@ -402,28 +495,36 @@ def kernels_that_ran(
     outputs: list[dict], # of each window, by node
     profile: Profile
 ) -> dict | None: # JSON: in force, and calls of each kernel in all windows; None: a graph without them
-    "What computed a video; a warning where it is not what the profile names"
-    said = [kernels for window in outputs for node in window.values() for kernels in node.get('kernels', ())]
-    if not said: return None
+    "The kernels that computed a video; logs a warning where the profile names another one"
+    nodes = [node for window in outputs for node in window.values()]
+    reports = [kernels for node in nodes for kernels in node.get('kernels', ())]
+    if not reports: return None
+    last = reports[-1]
     for name in ('attention', 'fp8_products'):
-        if (asked := profile.values.get(name, DEFAULT)) not in (DEFAULT, said[-1][name]):
-            log.warning('profile %s asks for %s "%s"; "%s" ran', profile.name, name, asked, said[-1][name])
-    return said[-1] | {'ran': dict(sum((Counter(kernels['ran']) for kernels in said), Counter()))}
+        if (asked := profile.values.get(name, DEFAULT)) not in (DEFAULT, last[name]):
+            log.warning('profile %s asks for %s "%s"; "%s" ran', profile.name, name, asked, last[name])
+    calls: Counter[str] = Counter()
+    for kernels in reports: calls.update(kernels['ran'])
+    return last | {'ran': dict(calls)}
 
 # %% ../nbs/40_avatar.ipynb #cd8b7e46
 def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: # frames of a window from now on
-    "What to try after a window failed; raises what there is no answer to"
+    "The window length to try after a window failed; raises the error when no shorter window can help"
     if error.code != 'out_of_memory': raise error
     if length < profile.length or s.length <= profile.overlap + 4:
         size = f' at {profile.values["width"]}x{profile.values["height"]}' if 'width' in profile.values else ''
-        raise JobError('out_of_memory', f'a window of {s.length} frames{size} does not fit into this worker, nor did a longer one before: {error.message}') from error
+        why = f'a window of {s.length} frames{size} does not fit into this worker, nor did a longer one before'
+        raise JobError('out_of_memory', f'{why}: {error.message}') from error
     return max(fit_length(s.length // 2), profile.overlap + 4)
 
 def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[Progress], None]:
-    "Turns a window's node progress into frames done; sampling is nine tenths of it where there is any"
-    weights = {'sample': (0, 0.9), 'frames': (0.9, 0.1)} if 'sample' in graph else {'frames': (0, 1)}
+    "Turns a window's node progress into frames done; sampling counts as nine tenths of a window that is sampled"
+    parts = {'sample': (0, 0.9), 'frames': (0.9, 0.1)} if 'sample' in graph else {'frames': (0, 1)}
     def step(p: Progress) -> None:
-        if p.node in weights: report(s.start + s.overlap + round(s.new * (weights[p.node][0] + weights[p.node][1] * p.value / p.maximum)))
+        if p.node not in parts: return
+        begin, share = parts[p.node]
+        done = begin + share * p.value / p.maximum
+        report(s.start + s.overlap + round(s.new * done))
     return step
 
 def keep_tail(
@@ -432,7 +533,7 @@ def keep_tail(
     target: Path,
     count: int # frames
 ) -> Path: # `target`
-    "The last frames made so far, byte for byte"
+    "Keep the last frames made so far, byte for byte"
     last = frames.last(count)
     rest = count * frames.frame_bytes - len(last)
     kept = before.read_bytes()[-rest:] if before and rest else b''
@@ -441,17 +542,16 @@ def keep_tail(
 
 # %% ../nbs/40_avatar.ipynb #0744fd6a
 def append(encoder: Encoder, frames: RawFrames, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
-    "Put a window's new frames into the encoder and drop their file"
+    "Encode a window's new frames and remove their file"
     with timeline.stage('encode', frames=len(frames)):
         for frame in frames.pixels():
             if cancelled(): return
             encoder.write(frame)
     frames.path.unlink()
 
-# %% ../nbs/40_avatar.ipynb #ccee021f
 @asynccontextmanager
 async def encoding() -> AsyncIterator[Callable[..., Awaitable[None]]]:
-    "One blocking call at a time beside the caller, in order: starting the next waits for the one before"
+    "Gives a function that starts blocking calls in a thread, one at a time; starting one waits for the one before"
     running: list[asyncio.Task] = []
     async def start(function: Callable, *args) -> None:
         if running: await running.pop()
@@ -487,7 +587,7 @@ def find_embedding(
     models_dir: Path,
     store: Store
 ) -> str | None: # where it was: 'here', 'weights', 'bucket'; None: nowhere
-    "Put the embedding where ComfyUI can read it; a damaged one is as good as none"
+    "Put the embedding where ComfyUI can read it; a damaged one counts as none"
     def good(path: Path) -> bool:
         try: check_embedding(path, wanted)
         except FileNotFoundError: return False
@@ -497,11 +597,12 @@ def find_embedding(
         return True
     if good(target): return 'here'
     target.parent.mkdir(parents=True, exist_ok=True)
-    shipped, key = models_dir / 'embeddings' / wanted.name, embedding_key(wanted)
+    shipped = models_dir / 'embeddings' / wanted.name
     if good(shipped):
         with whole_file(target) as part: shutil.copyfile(shipped, part)
         return 'weights'
-    if (data := cached_bytes(store, key, wanted.bytes_at_most)) is None: return None
+    data = cached_bytes(store, embedding_key(wanted), wanted.bytes_at_most)
+    if data is None: return None
     with whole_file(target) as part: part.write_bytes(data)
     if good(target): return 'bucket'
     target.unlink()
@@ -512,8 +613,14 @@ def embedding_key(wanted: Embedding) -> str:
     return f'embeddings/{wanted.name}'
 
 # %% ../nbs/40_avatar.ipynb #225ea522
-async def prompt_embeddings(prompt: str | None, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> dict[str, str]: # slots
-    "Each prompt a profile reads as a file for `AvatarPrompt`, the job's own in place of the profile's"
+async def prompt_embeddings(
+    prompt: str | None, # of the job, in place of the profile's
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    restarts: Restarts
+) -> dict[str, str]: # slots
+    "Each prompt a profile reads, as a file for `AvatarPrompt`"
     texts = profile.prompts | ({'embedding': prompt} if prompt and profile.prompts else {})
     found = {}
     for slot, text in texts.items():
@@ -522,33 +629,56 @@ async def prompt_embeddings(prompt: str | None, studio: Studio, profile: Profile
         found[slot] = relative(target, studio.settings.work_dir)
     return found
 
-async def embedding_file(wanted: Embedding, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> Path:
-    "Where ComfyUI reads an embedding: found, or made and kept for every worker after"
+async def embedding_file(
+    wanted: Embedding,
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    restarts: Restarts
+) -> Path:
+    "Where ComfyUI reads an embedding; one that is nowhere is made, and kept for every later worker"
     settings = studio.settings
     target = settings.work_dir / 'embeddings' / wanted.name
     with timeline.stage('prompt') as stage:
         stage.facts['from'] = await asyncio.to_thread(find_embedding, wanted, target, settings.models_dir, studio.store)
         if stage.facts['from'] is None:
             await make_embedding(wanted, target, studio, profile, timeline, restarts)
-            await asyncio.to_thread(keep, studio.store, embedding_key(wanted), target)
+            await asyncio.to_thread(cache_file, studio.store, embedding_key(wanted), target)
     return target
 
-async def make_embedding(wanted: Embedding, target: Path, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts) -> None:
+async def make_embedding(
+    wanted: Embedding,
+    target: Path, # the file
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    restarts: Restarts
+) -> None:
     "Ask the text encoder, which is fetched when a prompt needs it for the first time"
-    lock = load_lock(studio.settings.models_lock)
+    settings = studio.settings
+    lock = load_lock(settings.models_lock)
     pinned = [f for f in lock.files.values() if f.place == profile.encoder.place]
-    if pinned: await in_thread(fetch_weights, pinned, studio.settings, studio.store, timeline=timeline)
-    check_weights(replace(profile, weights=(profile.encoder,), detectors=(), clip_vision=None), studio.settings.models_dir)
-    asked = {'text_encoder': profile.encoder.file, 'prompt': wanted.prompt, 'encoder_sha256': wanted.encoder_sha256,
-             'path': relative(target, studio.settings.work_dir)}
+    if pinned: await in_thread(fetch_weights, pinned, settings, studio.store, timeline=timeline)
+    encoder_alone = replace(profile, weights=(profile.encoder,), detectors=(), clip_vision=None)
+    check_weights(encoder_alone, settings.models_dir)
+    asked = {
+        'text_encoder': profile.encoder.file,
+        'prompt': wanted.prompt,
+        'encoder_sha256': wanted.encoder_sha256,
+        'path': relative(target, settings.work_dir),
+    }
     await run(studio.comfy, bind(load_graph('prompt'), asked) | loaders(profile), restarts=restarts)
 
 # %% ../nbs/40_avatar.ipynb #c59049b7
 async def shared_slots(
     prompt: str | None, # the job's own
-    inputs: Inputs, studio: Studio, profile: Profile, timeline: Timeline, restarts: Restarts
+    inputs: Inputs,
+    studio: Studio,
+    profile: Profile,
+    timeline: Timeline,
+    restarts: Restarts
 ) -> dict[str, str]: # slots
-    "Files that every window of a job reads: the picture as CLIP sees it, and the prompts"
+    "The files that every window of a job reads: the picture as CLIP sees it, and the prompts"
     described = await describe_picture(inputs.reference, studio, profile, timeline, restarts)
     return described | await prompt_embeddings(prompt, studio, profile, timeline, restarts)
 
@@ -561,42 +691,43 @@ def delivered(
     "The result of a job that was delivered before"
     data = store.read_bytes(manifest_key(key), 10**7)
     if data is None: return None
-    try: result = Delivered.model_validate_json(data)
+    try: result = _Delivered.model_validate_json(data)
     except ValidationError as e:
         log.warning('%s is no manifest (%d findings); making the video again', manifest_key(key), e.error_count())
         return None
     found = store.stat(key)
     if not found or found['bytes'] != result.bytes: return None
-    if found['labels'].get('sha256', result.sha256) != result.sha256: return None # another attempt's video lies there
+    if found['labels'].get('sha256', result.sha256) != result.sha256: return None # the video of another attempt
     return sign(Result(**dict(result)), store, presign_s)
 
-class Delivered(Result):
-    "A manifest, read as a result: what else stands in it is left aside"
+class _Delivered(Result):
+    "A manifest, read as a result; its other fields are ignored"
     model_config = ConfigDict(extra='ignore')
 
 def sign(result: Result, store: Store, presign_s: int) -> Result:
     "Add a presigned address when one was asked for; it never goes into the manifest"
-    return result.model_copy(update={'presigned_url': store.presign(result.minio_key, presign_s)}) if presign_s else result
+    if not presign_s: return result
+    return result.model_copy(update={'presigned_url': store.presign(result.minio_key, presign_s)})
 
 def prove(
     inputs: Inputs,
     timeline: Timeline,
     sha256: str # of the video
 ) -> dict[str, Any]: # fields of the result
-    "Check a finished video against what it must be; JobError `internal` names the figure that is off"
+    "Check a finished video against its inputs; JobError `internal` names the figure that is wrong"
     clip = inputs.clip
+    names = 'width', 'height', 'fps', 'frames', 'duration_s', 'bytes', 'has_audio'
     with timeline.stage('check'):
         found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s)
-        figures = {k: getattr(found, k) for k in ('width', 'height', 'fps', 'frames', 'duration_s', 'bytes', 'has_audio')}
-        return figures | {'sha256': sha256}
+        return {name: getattr(found, name) for name in names} | {'sha256': sha256}
 
 # %% ../nbs/40_avatar.ipynb #e493a98b
 @asynccontextmanager
 async def removed_on_failure(store: Store, key: str, attempt: str) -> AsyncIterator[None]:
-    "Whatever fails inside, a cancellation too, leaves neither manifest nor video of this attempt"
+    "When the block fails or is cancelled, neither manifest nor video of this attempt stays in the bucket"
     def remove() -> None:
         try: take_back(store, key, attempt)
-        except JobError as e: log.warning('%s may be left in the bucket: %s', key, e) # the first failure is the one to tell
+        except JobError as e: log.warning('%s may be left in the bucket: %s', key, e) # the first failure is raised
     try: yield
     except BaseException:
         await begun(remove)
@@ -605,11 +736,12 @@ async def removed_on_failure(store: Store, key: str, attempt: str) -> AsyncItera
 def take_back(
     store: Store,
     key: str, # of the MP4
-    attempt: str # whose traces are to go
+    attempt: str # the one whose objects are removed
 ) -> None:
-    "Remove what an attempt has written; a video with a good manifest stays, and so does what another attempt writes"
+    "Remove the objects an attempt has written; those of another attempt, and a video with a good manifest, stay"
     manifest = store.stat(manifest_key(key))
-    if manifest and manifest['labels'].get('attempt') != attempt and delivered(store, key, 0) is not None: return
+    of_another = manifest and manifest['labels'].get('attempt') != attempt
+    if of_another and delivered(store, key, 0) is not None: return
     if manifest: store.remove(manifest_key(key))
     video = store.stat(key)
     if video and video['labels'].get('attempt') == attempt: store.remove(key)
@@ -625,10 +757,10 @@ def put_own(
     progress: Callable[[int, int], None],
     cancelled: Callable[[], bool]
 ) -> None:
-    "Put an attempt's video where no good one lies; raises Outrun where one does"
-    for _ in range(5): # each time another attempt has written there in between
+    "Upload an attempt's video unless a finished one is there; raises Outrun if there is"
+    for _ in range(5): # another attempt may write there in between, each time
         there = store.stat(key)
-        if there and there['labels'].get('attempt') == labels['attempt']: return # it arrived, and its answer was lost
+        if there and there['labels'].get('attempt') == labels['attempt']: return # it arrived, and the answer was lost
         if there and delivered(store, key, 0) is not None: raise Outrun
         try:
             return store.upload(path, key, 'video/mp4', cancelled, progress, labels, there['etag'] if there else None,
@@ -645,7 +777,8 @@ async def upload_proven(
     attempt: str # whose it is
 ) -> dict[str, Any]: # fields of the result
     "Upload the video while it is checked; the first failure is raised at once"
-    progress, digest = StageProgress(report, 'upload', timeline), await asyncio.to_thread(sha256_of, inputs.result)
+    progress = StageProgress(report, 'upload', timeline)
+    digest = await asyncio.to_thread(sha256_of, inputs.result)
     labels = {'attempt': attempt, 'sha256': digest}
     async def upload() -> None:
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
@@ -664,7 +797,7 @@ def write_manifest(
     attempt: str, # whose it is
     cancelled: Callable[[], bool]
 ) -> None:
-    "Say that the video is whole; taken back when the job was cancelled meanwhile"
+    "Write the manifest, which says that the video is whole; removed again when the job was cancelled meanwhile"
     store.write_json(manifest_key(key), manifest, {'attempt': attempt})
     if cancelled(): store.remove(manifest_key(key))
 
@@ -672,20 +805,21 @@ async def deliver(
     key: str, # of the MP4
     inputs: Inputs,
     about: dict[str, Any], # fields of the result that its file does not show
-    more: dict[str, Any], # what only the manifest says
+    more: dict[str, Any], # fields of the manifest alone
     studio: Studio,
     timeline: Timeline,
     report: Report
 ) -> Result:
-    "Video and manifest into the bucket, both or neither; what another attempt has delivered meanwhile is the answer"
-    store, attempt = studio.store, uuid.uuid4().hex
+    "Put video and manifest into the bucket, both or neither; a delivery of another attempt is answered with instead"
+    store = studio.store
+    attempt = uuid.uuid4().hex
     try:
         async with removed_on_failure(store, key, attempt):
             proven = await upload_proven(key, inputs, studio, timeline, report, attempt)
             result = Result(minio_key=key, **proven, **about, timings=timeline.seconds())
             manifest = result.model_dump(exclude={'presigned_url'}) | more | {'timeline': timeline.records()}
             there = await asyncio.to_thread(store.stat, key)
-            if not there or there['labels'].get('attempt', attempt) != attempt: # another attempt wrote over it meanwhile
+            if not there or there['labels'].get('attempt', attempt) != attempt: # another attempt wrote over it
                 labels = {'attempt': attempt, 'sha256': result.sha256}
                 await in_thread(put_own, store, key, inputs.result, labels, lambda *far: None)
             await in_thread(write_manifest, store, key, manifest, attempt)
@@ -699,60 +833,39 @@ def rendered_with(
     profile: Profile,
     prompt: str | None # of the job, or the profile's
 ) -> dict: # JSON
-    "Everything but the versions of programs, which `worker` has"
-    return {**profile.values, 'prompt': prompt, 'graph': str(profile.graph), 'tracker': TRACKERS[profile.tracker], 'length': profile.length, 'overlap': profile.overlap,
-            'face': profile.face, 'clip_vision': profile.vision == 'clip', 'vision': profile.vision,
-            'negative_prompt': profile.prompts.get('negative_embedding'), 'files': [w.file for w in needed_files(profile)]}
-
-# %% ../nbs/40_avatar.ipynb #b92a29bb
-async def make_avatar(
-    job_id: str, # RunPod's
-    job: Job,
-    studio: Studio,
-    report: Report = lambda update: None, # told how far the job is
-    timeline: Timeline | None = None # of this job
-) -> Result:
-    "Person of the picture into the video; JobError says why not"
-    settings, timeline, restarts, started = studio.settings, timeline or Timeline(), Restarts(), boot_report(studio)
-    key, seed = output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
-    profile = profile_here(settings, job.profile)
-    whole = deadline(settings.job_seconds, timeline, settings.work_dir)
-    async with whole, studio.in_hand.turn(key), work_folder(settings.work_dir) as folder:
-        if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)) is not None: return before
-        check_start(job, profile, settings)
-        inputs = await fetch_inputs(job, studio, folder, timeline, report)
-        with timeline.stage('wait for renderer'): await studio.renderer.acquire()
-        try:
-            with timeline.stage('track picture'): reference_track = await _track_reference(inputs, studio, profile, restarts)
-            track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
-            values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
-            shoot = Shoot(inputs, (reference_track, track), profile, values, restarts)
-            kernels = await render(shoot, studio, timeline, report)
-        finally: studio.renderer.release()
-        about = {'seed': seed, 'profile': profile.name, 'worker': studio.identity | {'job_number': str(started['job_number'])},
-                 'notes': list(inputs.clip.notes) or None}
-        more = {'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels, 'boot': started}
-        more |= {'job_id': job_id, 'content': asdict(inputs.clip.content), 'track': seen}
-        result = await deliver(key, inputs, about, more, studio, timeline, report)
-        return sign(result, studio.store, job.presign_seconds)
+    "Render settings for the manifest: values, prompts, tracker, files. The versions of programs are in `worker`"
+    return {
+        **profile.values,
+        'prompt': prompt,
+        'graph': str(profile.graph),
+        'tracker': TRACKERS[profile.tracker],
+        'length': profile.length,
+        'overlap': profile.overlap,
+        'face': profile.face,
+        'clip_vision': profile.vision == 'clip',
+        'vision': profile.vision,
+        'negative_prompt': profile.prompts.get('negative_embedding'),
+        'files': [w.file for w in needed_files(profile)],
+    }
 
 # %% ../nbs/40_avatar.ipynb #f4a3b3f1
 @asynccontextmanager
 async def deadline(
     seconds: float,
-    timeline: Timeline, # of the job, for what it has done
+    timeline: Timeline, # of the job, for the list of its stages
     work_dir: Path # on the disk that may fill up
 ) -> AsyncIterator[None]:
-    "One limit over everything a job does; also what a full disk means to a caller"
+    "One time limit over everything a job does; a full disk inside becomes the caller's error too"
     try:
         with room_on(work_dir, 'the job'):
             async with asyncio.timeout(seconds) as limit: yield
     except TimeoutError:
-        if not limit.expired(): raise # somebody else's
-        raise JobError('timed_out', f'the job took longer than {seconds:.0f} s (JOB_SECONDS); {so_far(timeline)}') from None
+        if not limit.expired(): raise # a timeout from inside
+        why = f'the job took longer than {seconds:.0f} s (JOB_SECONDS); {so_far(timeline)}'
+        raise JobError('timed_out', why) from None
 
 def so_far(timeline: Timeline) -> str:
-    "What a job was doing, and for how long, the last stage being the one that was stopped"
+    "The stages of a job and their seconds; the last stage is the one that was stopped"
     times = Counter(s.name for s in timeline.stages)
     windows = {'render': f' ({times["render"]} windows)'}
     spent = [f'{n} {s:.1f} s{windows.get(n, "")}' for n, s in timeline.seconds().items() if n in times]
@@ -761,3 +874,40 @@ def so_far(timeline: Timeline) -> str:
 def seed_of(job: Job, job_id: str) -> int:
     "The job's seed, or one made from its id: a retried job renders the same video"
     return job.seed if job.seed is not None else int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4])
+
+# %% ../nbs/40_avatar.ipynb #b92a29bb
+async def make_avatar(
+    job_id: str, # RunPod's
+    job: Job,
+    studio: Studio,
+    report: Report = lambda update: None, # called with each update of the job's progress
+    timeline: Timeline | None = None # of this job
+) -> Result:
+    "Put the person of the picture into the video; JobError says why it failed"
+    timeline = timeline or Timeline()
+    settings, restarts, started = studio.settings, Restarts(), boot_report(studio)
+    key, seed = output_key(job_id, job, settings.output_prefix), seed_of(job, job_id)
+    profile = profile_here(settings, job.profile)
+    whole = deadline(settings.job_seconds, timeline, settings.work_dir)
+    async with whole, studio.job_locks.hold(key), work_folder(settings.work_dir) as folder:
+        if (before := await asyncio.to_thread(delivered, studio.store, key, job.presign_seconds)): return before
+        check_start(job, profile, settings)
+        inputs = await fetch_inputs(job, studio, folder, timeline, report)
+        with timeline.stage('wait for renderer'): await studio.renderer.acquire()
+        try:
+            with timeline.stage('track picture'): picture = await _track_reference(inputs, studio, profile, restarts)
+            track, seen = await track_video_cached(inputs, studio, profile, timeline, report, restarts)
+            values = {'seed': seed} | await shared_slots(job.prompt, inputs, studio, profile, timeline, restarts)
+            shared = RenderPlan(inputs, (picture, track), profile, values, restarts)
+            kernels = await render(shared, studio, timeline, report)
+        finally: studio.renderer.release()
+        about = _about(inputs, seed, profile, studio, started)
+        more = {'rendered_with': rendered_with(profile, job.prompt or profile.prompt), 'kernels': kernels,
+                'boot': started, 'job_id': job_id, 'content': asdict(inputs.clip.content), 'track': seen}
+        delivery = await deliver(key, inputs, about, more, studio, timeline, report)
+        return sign(delivery, studio.store, job.presign_seconds)
+
+def _about(inputs: Inputs, seed: int, profile: Profile, studio: Studio, started: dict) -> dict[str, Any]:
+    "Fields of the result that the video's file does not show"
+    worker = studio.identity | {'job_number': str(started['job_number'])}
+    return {'seed': seed, 'profile': profile.name, 'worker': worker, 'notes': list(inputs.clip.notes) or None}

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+
 from .avatar import Studio, make_avatar
 from .job import JobError, parse_job
 from .timeline import Timeline, log_line
@@ -26,12 +27,13 @@ async def progress_feed(
     interval_s: float = 0.5, # least time between updates
     drain_s: float = 5 # longest wait for one update
 ) -> AsyncIterator[Callable[[dict], None]]:
-    "Gives a function that takes updates at any rate"
+    "Gives a function that takes updates at any rate; the newest one is sent"
     newest: dict = {}
-    fresh, closed = asyncio.Event(), asyncio.Event()
+    fresh = asyncio.Event()
+    closed = asyncio.Event()
 
     async def pump() -> None:
-        while newest or not closed.is_set(): # also what was reported while an earlier update was on its way
+        while newest or not closed.is_set(): # the last update may have come while an earlier one was being sent
             await fresh.wait()
             fresh.clear()
             update = dict(newest)
@@ -45,26 +47,31 @@ async def progress_feed(
         newest.update(update)
         loop.call_soon_threadsafe(fresh.set) # stages report from threads
 
-    loop, task = asyncio.get_running_loop(), asyncio.create_task(pump())
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(pump())
     try: yield report
     finally:
-        closed.set(); fresh.set()
+        closed.set()
+        fresh.set()
         await asyncio.wait({task})
 
-# %% ../nbs/41_handler.ipynb #0293c420
 async def _send_one(send: Send, event: dict, update: dict, limit_s: float) -> None:
     try: await asyncio.wait_for(send(event, update), limit_s)
-    except (OSError, TimeoutError) as e: log.warning('progress of %s was not taken: %r', event['id'], e) # progress is a courtesy, never a reason to fail
+    except (OSError, TimeoutError) as e: # an update that is lost does not fail the job
+        log.warning('progress of %s was not taken: %r', event['id'], e)
 
 # %% ../nbs/41_handler.ipynb #7fa0c1b6
 class Handler:
     "Answers RunPod's jobs with one studio"
     def __init__(self, studio: Studio, send: Send):
-        self.studio, self.send = studio, send
+        self.studio = studio
+        self.send = send
 
     async def __call__(self, event: dict) -> dict: # `Result.answer()`, or an error
         "One job, from event to answer"
-        timeline, job_id, outcome = Timeline(), str(event.get('id')), 'CANCELLED'
+        timeline = Timeline()
+        job_id = str(event.get('id'))
+        outcome = 'CANCELLED'
         try:
             async with progress_feed(event, self.send) as report:
                 result = await make_avatar(job_id, parse_job(event.get('input')), self.studio, report, timeline)
@@ -73,8 +80,9 @@ class Handler:
         except JobError as e:
             outcome = e.code
             return e.answer()
-        except Exception as e: # noqa: BLE001 - the one place where the unforeseen becomes an answer
+        except Exception as e: # noqa: BLE001 - the one place where an unexpected error becomes an answer
             outcome = 'internal'
             log.exception('job %s', job_id)
-            return JobError('internal', f'{type(e).__name__} in the worker; its log says more under job {job_id}').answer()
+            why = f'{type(e).__name__} in the worker; its log says more under job {job_id}'
+            return JobError('internal', why).answer()
         finally: log.info(log_line('job', timeline, job_id=job_id, outcome=outcome))

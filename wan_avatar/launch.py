@@ -25,6 +25,7 @@ import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+
 from .memory import Memory, find_memory, told
 
 # %% ../nbs/05_launch.ipynb #54e74d2a
@@ -47,24 +48,24 @@ class ComfyPlace:
 
     @property
     def base(self) -> Path:
-        "What it loads code by: written by us alone, read-only"
+        "The files by which it finds code: written by us alone, read-only"
         return self.home / 'base'
 
     @property
     def log_path(self) -> Path:
-        "What it prints"
+        "The file with its output"
         return self.home / 'comfy.log'
 
-# %% ../nbs/05_launch.ipynb #72e127f3
 DEFAULTS = {'comfy_dir': '.comfy', 'work_dir': '/tmp/wan_avatar', 'models_dir': 'models'} # name in lower case
 
 def place_of(
     environ: Mapping[str, str]
 ) -> ComfyPlace: # with absolute folders
-    "What the environment says of ComfyUI; an empty variable is one that is not set"
-    said = {name: environ.get(name.upper()) or default for name, default in DEFAULTS.items()}
-    comfy_dir, models_dir = (Path(said[name]).resolve() for name in ('comfy_dir', 'models_dir'))
-    return ComfyPlace(comfy_dir, absolute_folder(said['work_dir']), models_dir)
+    "ComfyUI's folders, from the environment; an empty variable counts as not set"
+    folders = {name: environ.get(name.upper()) or default for name, default in DEFAULTS.items()}
+    comfy_dir = Path(folders['comfy_dir']).resolve()
+    models_dir = Path(folders['models_dir']).resolve()
+    return ComfyPlace(comfy_dir, absolute_folder(folders['work_dir']), models_dir)
 
 def absolute_folder(path: str | Path) -> Path:
     "Absolute, with links on the way there followed; whether the folder itself is a link can still be seen"
@@ -74,15 +75,16 @@ def absolute_folder(path: str | Path) -> Path:
 # %% ../nbs/05_launch.ipynb #e6fe2b8e
 def private_folder(
     path: Path,
-    name: str = 'WORK_DIR' # what to call it
+    name: str = 'WORK_DIR' # its name in errors
 ) -> None:
-    "Make a folder that only this user can open, or put ours right; OSError says why it cannot be used"
+    "Make a folder that only this user can open, or correct ours; OSError says why it cannot be used"
     path.parent.mkdir(parents=True, exist_ok=True)
     try: path.mkdir(mode=0o700)
     except FileExistsError: pass
     try: folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as e:
-        kind = 'a link' if path.is_symlink() else 'a folder this worker cannot open' if path.is_dir() else 'no folder'
+        kind = 'a folder this worker cannot open' if path.is_dir() else 'no folder'
+        if path.is_symlink(): kind = 'a link'
         raise NotADirectoryError(f'{name} {path} is {kind}; name a folder that belongs to this worker') from e
     try:
         found = os.fstat(folder)
@@ -126,8 +128,6 @@ def lay_out(place: ComfyPlace) -> None:
     nodes |= {'custom_nodes/wan_avatar_nodes.py': _LOADED}
     taken = {'input': '', 'custom_nodes/__pycache__': ''} # names that ComfyUI and Python would make folders of
     only(place.base, nodes | taken | {'extra_paths.json': json.dumps({'weights': weights})})
-
-# %% ../nbs/05_launch.ipynb #a62b196d
 def only(
     folder: Path,
     wanted: Mapping[str, str | Path] # name inside it -> text of a file, or where a link goes
@@ -146,14 +146,14 @@ def only(
     fresh.rename(folder)
 
 def _as_it_was(folder: Path, wanted: Mapping[str, str | Path]) -> bool:
-    there = {}
+    files = {}
     for base, folders, names in os.walk(folder):
         paths = [Path(base) / name for name in names + folders]
-        there |= {str(p.relative_to(folder)): p for p in paths if p.is_symlink() or not p.is_dir()}
-    if folder.is_symlink() or there.keys() != wanted.keys(): return False
-    return all(_holds(path) == wanted[name] for name, path in there.items())
+        files |= {str(p.relative_to(folder)): p for p in paths if p.is_symlink() or not p.is_dir()}
+    if folder.is_symlink() or files.keys() != wanted.keys(): return False
+    return all(_holds(path) == wanted[name] for name, path in files.items())
 
-def _holds(path: Path) -> str | Path | None: # None: nothing we would have put there
+def _holds(path: Path) -> str | Path | None: # None: nothing that belongs there
     if path.is_symlink(): return Path(os.readlink(path))
     return path.read_text(errors='replace') if path.is_file() and path.stat().st_size < 2**16 else None
 
@@ -174,9 +174,10 @@ def command(
 ) -> list[str]: # argv
     "How ComfyUI is started"
     home = place.home
-    argv = [place.python, place.comfy_dir / 'ComfyUI/main.py', '--listen', '127.0.0.1', '--port', port, '--disable-auto-launch',
+    argv = [place.python, place.comfy_dir / 'ComfyUI/main.py', '--listen', '127.0.0.1', '--port', port,
+            '--disable-auto-launch',
             '--disable-metadata', # keeps prompts out of the pictures it writes
-            '--disable-api-nodes', # nodes that call paid services, a tenth of the start
+            '--disable-api-nodes', # nodes that call paid services; loading them takes a tenth of ComfyUI's start
             '--base-directory', place.base, '--input-directory', home / 'input', '--output-directory', home / 'output',
             '--temp-directory', home, '--user-directory', home / 'user',
             '--extra-model-paths-config', place.base / 'extra_paths.json']
@@ -188,9 +189,8 @@ def die_with_parent() -> None:
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 def free_port() -> int: # 10000 to 22767
-    "A loopback port nobody listens on now"
-    # it, and the 10000 some servers add for a second one, stay below those the kernel gives to connections (32768 and up),
-    # which may take one before a slow server does
+    "A free loopback port below 22768"
+    # SeaweedFS also uses port + 10000, and from 32768 up the kernel may give a port away before a slow server binds it
     while True:
         with socket.socket() as s:
             try: s.bind(('127.0.0.1', port := 10000 + secrets.randbelow(12768)))
@@ -198,8 +198,10 @@ def free_port() -> int: # 10000 to 22767
             return port
 
 # %% ../nbs/05_launch.ipynb #c403c77b
-HEADER, ASKED = 'X-Wan-Avatar', 'X-Wan-Avatar-Asked' # carries the secret; a number to prove it with
-DOOR, TREE = 'WAN_AVATAR_DOOR', 'WAN_AVATAR_TREE' # variables of the child: `port:secret`; the work tree
+HEADER = 'X-Wan-Avatar' # carries the secret
+ASKED = 'X-Wan-Avatar-Asked' # carries the number for the proof
+DOOR = 'WAN_AVATAR_DOOR' # variable of the child: `port:secret`
+TREE = 'WAN_AVATAR_TREE' # variable of the child: the work tree
 _ROUTES = {'GET': r'/(system_stats|object_info|queue|ws|history(/[0-9a-f-]{36})?)',
            'POST': r'/(prompt|queue|interrupt|free)'}
 
@@ -219,9 +221,9 @@ def not_ours(
 
 def proof(
     secret: str,
-    number: str # that nobody was asked before
+    number: str # a new one for each proof
 ) -> str: # hex
-    "What only he can say who knows the secret"
+    "A hash that only a program with the secret can compute"
     return hmac.new(secret.encode(), number.encode(errors='replace'), 'sha256').hexdigest()
 
 def guard(environ: MutableMapping[str, str]) -> None:
@@ -244,8 +246,11 @@ def guard(environ: MutableMapping[str, str]) -> None:
 class BoundedFile:
     "A file that becomes NAME.1 when it is full; readable by this user alone"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of each of the two
-        self.path, self.older, self.most = path, path.with_name(f'{path.name}.1'), most
-        self.gone, self.file = 0, self._open() # bytes that were written before the file of now
+        self.path = path
+        self.older = path.with_name(f'{path.name}.1')
+        self.most = most
+        self.gone = 0 # bytes that were written before the current file
+        self.file = self._open()
 
     def _open(self) -> int:
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -253,34 +258,38 @@ class BoundedFile:
         return file
 
     def write(self, data: bytes) -> None:
-        "Keep this; on a full disk it is lost"
+        "Append to the file; on a full disk the data are lost"
         try:
             size = os.fstat(self.file).st_size
             if size and size + len(data) > self.most:
                 if self.path.exists(): os.replace(self.path, self.older)
                 fresh = self._open()
                 os.close(self.file)
-                self.gone, self.file = self.gone + size, fresh
+                self.gone += size
+                self.file = fresh
             os.write(self.file, data)
         except OSError: pass
 
     def end(self) -> int: return self.gone + os.fstat(self.file).st_size
 
-    def since(self, position: int) -> str: # what `end` said
-        "What was written after that, as far as it is still there"
-        parts = [path.read_bytes() if path.exists() else b'' for path in (self.older, self.path)]
-        return b''.join(parts)[max(0, position - self.gone + len(parts[0])):].decode(errors='replace')
+    def since(self, position: int) -> str: # a value of `end`
+        "The text written after that position, as far as it is still there"
+        older, current = (path.read_bytes() if path.exists() else b'' for path in (self.older, self.path))
+        begin = max(0, position - self.gone + len(older))
+        return (older + current)[begin:].decode(errors='replace')
 
 # %% ../nbs/05_launch.ipynb #2a1441e8
 class Log:
-    "What a child prints, kept in a bounded file"
+    "The output of a child, kept in a bounded file"
     def __init__(self, path: Path, most: int = 4 * 2**20): # bytes of the file, and of the one before it
-        self.kept, self.lock, self.more = BoundedFile(path, most), threading.Lock(), True # may more come?
+        self.kept = BoundedFile(path, most)
+        self.lock = threading.Lock()
+        self.more = True # may more come?
         self.reader, self.writer = os.pipe() # the writer is for the child
         os.set_blocking(self.reader, False)
 
     def follow(self) -> None:
-        "The child has the writer: keep what comes, in a thread, until nobody can print any more"
+        "Called when the child has the writer: keep its output, in a thread, until no process holds the writer"
         os.close(self.writer)
         threading.Thread(target=self._follow, name='log', daemon=True).start()
 
@@ -291,9 +300,9 @@ class Log:
         os.close(self.reader)
 
     def take(self) -> bool: # may more come?
-        "Keep what has been printed until now"
+        "Keep the output printed until now"
         with self.lock:
-            for _ in range(2048): # more than a pipe holds, and not for ever
+            for _ in range(2048): # more than a pipe holds, and bounded
                 try: data = os.read(self.reader, min(2**16, self.kept.most)) if self.more else b''
                 except BlockingIOError: break
                 if not data: self.more = False
@@ -307,7 +316,7 @@ class Log:
         return self.kept.end()
 
     def since(self, position: int) -> str:
-        "What was printed after `end` said this"
+        "The output printed after `end` returned this position"
         self.take()
         return self.kept.since(position)
 
@@ -318,11 +327,11 @@ class Log:
 # %% ../nbs/05_launch.ipynb #60d47ca3
 @dataclass
 class Launched:
-    "A ComfyUI that was started; it may not answer yet, or not live any more"
+    "A ComfyUI that was started; it may not answer yet, or have ended"
     place: ComfyPlace
     process: subprocess.Popen
     port: int # loopback
-    secret: str # what it wants to hear with every request
+    secret: str # required with every request
     log: Log
 
     def end(self) -> None:
@@ -334,14 +343,15 @@ class Launched:
 def _no_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if not k.startswith(('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN'))}
 
-# %% ../nbs/05_launch.ipynb #0a8871af
 def launch(
     place: ComfyPlace,
-    memory: Memory | None = None # default: what this process may use
+    memory: Memory | None = None # default: the memory this process may use
 ) -> Launched:
     "Start ComfyUI and return at once; OSError when there is none, or its folders are not ours"
     lay_out(place)
-    port, secret, printed = free_port(), secrets.token_urlsafe(32), Log(place.log_path)
+    port = free_port()
+    secret = secrets.token_urlsafe(32)
+    printed = Log(place.log_path)
     mine = {'PYTHONUNBUFFERED': '1', DOOR: f'{port}:{secret}', TREE: str(place.work_dir)}
     options = {'stdin': subprocess.DEVNULL, 'stdout': printed.writer, 'stderr': printed.writer, 'umask': 0o077,
                'env': _no_secrets(os.environ) | told(memory or find_memory()) | mine}
@@ -350,7 +360,7 @@ def launch(
     finally: printed.follow()
     return Launched(place, process, port, secret, printed)
 
-def launch_early(environ: Mapping[str, str]) -> Launched | None: # None: boot will say what is missing
-    "What a worker does before its imports"
+def launch_early(environ: Mapping[str, str]) -> Launched | None: # None: boot will report what is missing
+    "Start ComfyUI from the environment, before the worker's imports"
     try: return launch(place_of(environ))
     except OSError: return None

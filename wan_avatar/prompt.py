@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
 import numpy as np
 
 # %% ../nbs/33_prompt.ipynb #75db32a0
@@ -21,28 +22,28 @@ MAX_HEADER = 10**6 # bytes
 
 @dataclass(frozen=True)
 class Embedding:
-    "Which embedding is meant"
+    "An embedding, by prompt and encoder"
     prompt: str
     encoder_sha256: str
     shape: tuple[int, ...] = SHAPE
 
     @property
     def name(self) -> str:
-        "Name of its file"
+        "The name of its file"
         return hashlib.sha256(f'{self.encoder_sha256}\n{self.prompt}'.encode()).hexdigest()[:32] + '.safetensors'
 
     @property
     def bytes_at_most(self) -> int:
-        "No file of it is longer"
+        "The longest its file can be"
         return 8 + MAX_HEADER + 4 * math.prod(self.shape)
 
     def metadata(self) -> dict[str, str]:
-        "What stands in the file"
+        "The metadata in its file"
         return {'prompt': self.prompt, 'encoder_sha256': self.encoder_sha256, 'shape': json.dumps(self.shape)}
 
 # %% ../nbs/33_prompt.ipynb #4e0ce284
 class EmbeddingDamaged(ValueError):
-    "Not the embedding that was meant, or not all of it"
+    "The file is not the wanted embedding, or not all of it"
 
 def read_header(
     file: BinaryIO, # safetensors
@@ -63,27 +64,27 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
 
 def _no_number(name: str) -> None: raise ValueError(f'{name} is not JSON')
 
-# bits as NumPy takes them; all of these set: not finite
+# type of the bits in NumPy, and the bits that are all set in a number that is not finite
 _KINDS = {'F16': ('<u2', 0x7c00), 'BF16': ('<u2', 0x7f80), 'F32': ('<u4', 0x7f800000)}
 
 def check_embedding(
     path: Path,
     wanted: Embedding
 ) -> None:
-    "Raises EmbeddingDamaged unless the file is whole and holds what is wanted; FileNotFoundError when there is none"
+    "Raises EmbeddingDamaged unless the file holds the wanted embedding, whole; FileNotFoundError when there is none"
     try:
         with path.open('rb') as file: _check(file, path.name, wanted)
     except FileNotFoundError: raise
-    except OSError as e: raise EmbeddingDamaged(f'{path.name} can not be read: {e.strerror}') from e
+    except OSError as e: raise EmbeddingDamaged(f'{path.name} cannot be read: {e.strerror}') from e
 
 def _check(file: BinaryIO, name: str, wanted: Embedding) -> None:
     header, begin = read_header(file)
-    said, tensor = header.get('__metadata__'), header.get('embedding')
-    if set(header) != {'__metadata__', 'embedding'} or not isinstance(said, dict) or not isinstance(tensor, dict):
+    metadata, tensor = header.get('__metadata__'), header.get('embedding')
+    if set(header) != {'__metadata__', 'embedding'} or not isinstance(metadata, dict) or not isinstance(tensor, dict):
         raise EmbeddingDamaged(f'{name} holds no embedding')
-    if not all(isinstance(v, str) and (k + v).isprintable() for k, v in said.items()):
+    if not all(isinstance(v, str) and (k + v).isprintable() for k, v in metadata.items()):
         raise EmbeddingDamaged(f'{name} says what is not text')
-    if wrong := [k for k, v in wanted.metadata().items() if said.get(k) != v]:
+    if wrong := [k for k, v in wanted.metadata().items() if metadata.get(k) != v]:
         raise EmbeddingDamaged(f'{name} has another {", ".join(wrong)} than wanted')
     kind, shape = str(tensor.get('dtype')), tensor.get('shape')
     if repr(shape) != repr(list(wanted.shape)):

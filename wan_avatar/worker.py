@@ -6,13 +6,14 @@
 __all__ = ['log', 'CLOSE_UP', 'SCALES', 'Background', 'identity', 'check_disk', 'embeddings_at_hand', 'unpinned',
            'missing_trackers', 'get_weights', 'warm_up_graph', 'warm_up', 'empty_picture', 'warm_up_tracker',
            'check_fit', 'check_card', 'together', 'absolute', 'keep_timeline', 'boot', 'sdk_environment',
-           'BareFormatter', 'log_barely', 'loud_argument', 'spare_the_core', 'serve', 'fitness_check',
-           'progress_sender', 'main', 'shut_down']
+           'BareFormatter', 'log_barely', 'loud_argument', 'spare_the_core', 'fitness_check', 'progress_sender', 'main',
+           'shut_down']
 
 # %% ../nbs/42_worker.ipynb #da7c5563
 #| eval: false
 if __name__ == '__main__':
     import os
+
     from wan_avatar.launch import launch_early
     EARLY = launch_early(os.environ)
 
@@ -34,10 +35,18 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/42_worker.ipynb #441ad688
 from PIL import Image
+
 from wan_avatar.avatar import (
-    Studio, describe_picture, find_embedding, in_thread, profile_here, prompt_embeddings, relative, sweep, track_file,
+    Studio,
+    describe_picture,
+    find_embedding,
+    in_thread,
+    profile_here,
+    prompt_embeddings,
+    relative,
+    sweep,
+    track_file,
     work_folder,
 )
 from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys
@@ -54,7 +63,15 @@ from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .store import Store
 from .timeline import Timeline, log_line
 from wan_avatar.workflow import (
-    Graph, Profile, bind, loaders, locked_files, needed_files, profile_graph, slots, tracker_places,
+    Graph,
+    Profile,
+    bind,
+    loaders,
+    locked_files,
+    needed_files,
+    profile_graph,
+    slots,
+    tracker_places,
 )
 
 log = logging.getLogger(__name__)
@@ -63,14 +80,15 @@ log = logging.getLogger(__name__)
 class Background:
     "An event loop on a thread of its own"
     def __init__(self):
-        self.loop, self.pool = asyncio.new_event_loop(), ThreadPoolExecutor(thread_name_prefix='service')
+        self.loop = asyncio.new_event_loop()
+        self.pool = ThreadPoolExecutor(thread_name_prefix='service')
         self.loop.set_default_executor(self.pool)
-        self.works: weakref.WeakSet[Coroutine] = weakref.WeakSet() # that were handed to it and have not ended
+        self.works: weakref.WeakSet[Coroutine] = weakref.WeakSet() # submitted, and not ended
         self.thread = threading.Thread(target=self.loop.run_forever, name='service', daemon=True)
         self.thread.start()
 
     def submit(self, work: Coroutine) -> Future:
-        "Run a coroutine over there; cancelling the future cancels it"
+        "Run a coroutine on the loop; cancelling the future cancels it"
         self.works.add(work)
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
@@ -86,32 +104,39 @@ class Background:
             if not self.thread.is_alive(): self.loop.close()
 
     def end(self) -> None:
-        "Cancel what was handed over, let it tidy up, then what is left; bounded"
+        "Cancel submitted coroutines and let them tidy up, then cancel all other tasks; bounded"
         asyncio.run_coroutine_threadsafe(_wind_up(self.works), self.loop).result(timeout=25)
 
 async def _wind_up(works: weakref.WeakSet) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    handed = {task for task in others if task.get_coro() in works}
-    for task in handed:
-        if not task.cancelling(): task.cancel() # a second time would cancel its tidying up
-    if handed: await asyncio.wait(handed, timeout=15)
+    submitted = {task for task in others if task.get_coro() in works}
+    for task in submitted:
+        if not task.cancelling(): task.cancel() # cancelling a second time would cancel its tidying up
+    if submitted: await asyncio.wait(submitted, timeout=15)
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest: task.cancel()
     if rest: await asyncio.wait(rest, timeout=5)
 
 # %% ../nbs/42_worker.ipynb #5a1de7e1
 def identity(comfy_dir: Path) -> dict[str, str]:
-    "Who made a video, with what: the image writes down where ComfyUI and nodes are from, and which commit of ours it is"
+    "Versions for the manifest: package, commit, ComfyUI, custom nodes, lock, Python. The image records the sources"
     code = comfy_dir / 'ComfyUI/comfyui_version.py'
     found = re.search(r"__version__ = ['\"]([^'\"]+)", code.read_text()) if code.exists() else None
     nodes = [_origin(path.parent) for path in sorted(comfy_dir.glob('custom_nodes/*/source.json'))]
     lock = hashlib.sha256((files('wan_avatar') / 'models.lock.json').read_bytes()).hexdigest()
-    return {'id': os.environ.get('RUNPOD_POD_ID', platform.node()), 'wan_avatar': version('wan_avatar'), 'git_sha': os.environ.get('WAN_AVATAR_GIT_SHA', 'unknown'),
-            'comfyui': found[1] if found else 'unknown', 'comfyui_source': _origin(comfy_dir / 'ComfyUI'), 'custom_nodes': ' '.join(nodes) or 'none',
-            'lock': lock[:12], 'python': platform.python_version()}
+    return {
+        'id': os.environ.get('RUNPOD_POD_ID', platform.node()),
+        'wan_avatar': version('wan_avatar'),
+        'git_sha': os.environ.get('WAN_AVATAR_GIT_SHA', 'unknown'),
+        'comfyui': found[1] if found else 'unknown',
+        'comfyui_source': _origin(comfy_dir / 'ComfyUI'),
+        'custom_nodes': ' '.join(nodes) or 'none',
+        'lock': lock[:12],
+        'python': platform.python_version(),
+    }
 
 def _origin(folder: Path) -> str:
-    "What the installer wrote down: `repo@commit`, or a package"
+    "The source that the installer recorded: `repo@commit`, or a package"
     note = folder / 'source.json'
     return json.loads(note.read_text())['source'] if note.exists() else 'unknown'
 
@@ -121,62 +146,80 @@ def check_disk(
     needed: int = 2 * 10**9, # bytes: two windows of raw frames and a long video
     disk_usage=shutil.disk_usage
 ) -> None:
-    "There must be a folder of our own with room to work in; JobError `storage_failed` otherwise"
+    "JobError `storage_failed` unless WORK_DIR is this user's own folder and has room to work in"
     try: private_folder(settings.work_dir)
     except OSError as e: raise JobError('storage_failed', str(e), worker_unfit=True) from e
     check_room(settings.work_dir, needed, 'a worker that takes jobs (WORK_DIR)', disk_usage=disk_usage)
 
 # %% ../nbs/42_worker.ipynb #b0010002
 def embeddings_at_hand(profile: Profile, settings: Settings, store: Store) -> bool:
-    "Are the profile's own prompts embedded here, in a cache or in the bucket? Then they are put where jobs look first"
+    "Is every prompt of the profile embedded here, in a cache or in the bucket? Jobs then find the embeddings"
     found = [_at_hand(Embedding(text, profile.encoder_sha256), settings, store) for text in profile.prompts.values()]
     return all(found)
 
 def _at_hand(wanted: Embedding, settings: Settings, store: Store) -> bool:
-    for shipped in (s.path / 'embeddings' / wanted.name for root in places_of(settings).caches for s in snapshots(root)):
+    cached = [snapshot for root in places_of(settings).caches for snapshot in snapshots(root)]
+    for shipped in (snapshot.path / 'embeddings' / wanted.name for snapshot in cached):
         try: check_embedding(shipped, wanted)
         except FileNotFoundError: continue
         except EmbeddingDamaged as e: log.warning('cache: %s; passing over it', e)
         else: link(shipped.resolve(), settings.models_dir / 'embeddings' / wanted.name)
-    return find_embedding(wanted, settings.work_dir / 'embeddings' / wanted.name, settings.models_dir, store) is not None
+    target = settings.work_dir / 'embeddings' / wanted.name # where jobs look first
+    return find_embedding(wanted, target, settings.models_dir, store) is not None
 
 def unpinned(
     profile: Profile,
-    wanted: Sequence[LockedFile], # what the lock has of it
+    wanted: Sequence[LockedFile], # the profile's files that the lock has
     lock: Lock
-) -> str: # empty: all of it, or the lock does not list this profile
-    "What a lock of one's own does not have, such as one from before a profile needed another file"
+) -> str: # empty: the lock has all of them, or does not list this profile
+    "Which of a profile's files the lock lacks, such as a lock made before the profile needed them"
     lacking = {w.place for w in needed_files(profile)} - {f.place for f in wanted}
     if profile.name not in lock.profiles or not lacking: return ''
-    return f'the lock in force (MODELS_LOCK) has no {", ".join(sorted(lacking))}, which {profile.name} loads: compare it with the lock that ships'
+    return (f'the lock in force (MODELS_LOCK) has no {", ".join(sorted(lacking))}, which {profile.name} loads: '
+            'compare it with the lock that ships')
 
 def missing_trackers(
     files: list[Coming],
     places: set[str] # of the tracker's files
 ) -> bool:
-    "Are files the tracker needs still on their way?"
+    "Are files that the tracker needs still on their way?"
     return any(f.state != 'done' for f in files if f.file.place in places)
 
-async def get_weights(profile: Profile, settings: Settings, store: Store, timeline: Timeline, trackers: asyncio.Event) -> None:
-    "Every file of the profile to its place; `trackers` is set as soon as theirs are there"
-    lock, loop, lines = load_lock(settings.models_lock), asyncio.get_running_loop(), ProgressLines(log.info)
+# %% ../nbs/42_worker.ipynb #ef2465d6
+async def get_weights(
+    profile: Profile,
+    settings: Settings,
+    store: Store,
+    timeline: Timeline,
+    trackers: asyncio.Event # set as soon as the tracker's files are there
+) -> None:
+    "Bring every file of the profile to its place"
+    lock = load_lock(settings.models_lock)
+    loop = asyncio.get_running_loop()
+    lines = ProgressLines(log.info)
+    tracker = tracker_places(profile)
+    def watch(files: list[Coming]) -> None:
+        lines(files)
+        if not missing_trackers(files, tracker): loop.call_soon_threadsafe(trackers.set)
     with timeline.stage('weights') as stage:
         at_hand = await asyncio.to_thread(embeddings_at_hand, profile, settings, store)
-        wanted, tracker = locked_files(profile, lock, text_encoder=not at_hand), tracker_places(profile)
+        wanted = locked_files(profile, lock, text_encoder=not at_hand)
         if lacking := unpinned(profile, wanted, lock): log.warning('%s', lacking)
-        def watch(files: list[Coming]) -> None:
-            lines(files)
-            if not missing_trackers(files, tracker): loop.call_soon_threadsafe(trackers.set)
-        files = await in_thread(fetch_weights, wanted, settings, store, timeline=timeline, watch=watch, settle=False) if wanted else []
+        options = {'timeline': timeline, 'watch': watch, 'settle': False}
+        files = await in_thread(fetch_weights, wanted, settings, store, **options) if wanted else []
         trackers.set()
-        stage.facts |= {'files': len(files), 'bytes': sum(f.file.bytes for f in files), 'fetched': sum(f.fetched for f in files)}
+        stage.facts['files'] = len(files)
+        stage.facts['bytes'] = sum(f.file.bytes for f in files)
+        stage.facts['fetched'] = sum(f.fetched for f in files)
 
 # %% ../nbs/42_worker.ipynb #b0010004
 def warm_up_graph(profile: Profile) -> Graph: # slots: embedding, vision, frames
-    "The profile's graph without a job in it: every model is loaded and runs once"
-    graph, length = profile_graph(profile.changed(steps=1)), profile.overlap + 4
+    "The profile's graph without the inputs of a job: every model is loaded and runs once"
+    graph = profile_graph(profile.changed(steps=1))
+    length = profile.overlap + 4
     gone = {'segment', 'pictures', 'mask_rows'} & set(graph)
-    def kept(inputs: dict) -> dict: return {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] in gone)}
+    def kept(inputs: dict) -> dict:
+        return {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] in gone)}
     graph = {i: n | {'inputs': kept(n['inputs'])} for i, n in graph.items() if i not in gone}
     graph['sample']['inputs'] |= {'positive': ['animate', 0], 'negative': ['animate', 1]}
     own = {'length': length, 'overlap': 0, 'new': length, 'seed': 0, 'frame_width': 64, 'frame_height': 48}
@@ -199,11 +242,14 @@ def empty_picture(folder: Path) -> Path:
     return folder / 'empty.png'
 
 async def warm_up_tracker(studio: Studio, profile: Profile) -> None:
-    "Load the models of the tracker; that it finds nobody is as it should be"
-    async with work_folder(studio.settings.work_dir) as folder:
-        try: await track_file(studio.comfy, empty_picture(folder), 'image', profile, studio.settings.work_dir, lambda *a: None, Restarts(0), others=False)
+    "Load the models of the tracker"
+    work_dir = studio.settings.work_dir
+    async with work_folder(work_dir) as folder:
+        picture = empty_picture(folder)
+        rest = profile, work_dir, lambda *far: None, Restarts(0)
+        try: await track_file(studio.comfy, picture, 'image', *rest, others=False)
         except JobError as e:
-            if e.code != 'no_person': raise
+            if e.code != 'no_person': raise # the picture is empty, so `no_person` is the expected answer
 
 # %% ../nbs/42_worker.ipynb #7510c3e9
 CLOSE_UP = ('motion_encoder.', 'face_encoder.', 'face_adapter.') # tensors nothing runs through without `face_video`
@@ -213,14 +259,18 @@ def check_fit(
     text: str, # what ComfyUI logged while it loaded everything
     profile: Profile
 ) -> None:
-    "JobError `models_unavailable` counts and names the keys that found no place, by kind of file"
-    spared, found = () if profile.face else CLOSE_UP, {}
+    "JobError `models_unavailable` counts and names the keys that do not fit, by kind of file"
+    spared = () if profile.face else CLOSE_UP
+    found: dict[str, list[str]] = {}
     for kind, key in unloaded_keys(text):
         if kind == 'diffusion model' and (key.startswith(spared) or key.endswith(SCALES)): continue
         found.setdefault(kind, []).append(key)
     if not found: return
-    kinds = '; '.join(f'{kind}: {len(keys)} ({", ".join(keys[:3])}{", …" if len(keys) > 3 else ""})' for kind, keys in found.items())
-    raise JobError('models_unavailable', f'weights of profile {profile.name} do not fit, keys without a place: {kinds}; replace the files', worker_unfit=True)
+    kinds = '; '.join(f'{kind}: {len(keys)} ({_first(keys)})' for kind, keys in found.items())
+    why = f'weights of profile {profile.name} do not fit, keys without a place: {kinds}; replace the files'
+    raise JobError('models_unavailable', why, worker_unfit=True)
+
+def _first(keys: list[str]) -> str: return ', '.join(keys[:3] + ['…'] * (len(keys) > 3))
 
 # %% ../nbs/42_worker.ipynb #08661664
 def check_card(
@@ -240,7 +290,7 @@ def check_card(
 
 # %% ../nbs/42_worker.ipynb #b0010007
 async def together(*works: Awaitable) -> None:
-    "All at once; the first failure ends the rest before it is raised"
+    "Await all at once; the first failure ends the rest before it is raised"
     tasks = [asyncio.ensure_future(w) for w in works]
     try: await asyncio.gather(*tasks)
     finally:
@@ -252,12 +302,12 @@ async def _step(timeline: Timeline, name: str, what: str, work: Awaitable) -> No
     log.info('boot: %s after %.1f s', what, timeline.elapsed())
 
 def absolute(settings: Settings) -> Settings:
-    "The same with absolute folders: ComfyUI works in another one"
+    "The same with absolute folders: ComfyUI works in another folder"
     places = {k: getattr(settings, k).resolve() for k in ('comfy_dir', 'models_dir')}
     return settings.model_copy(update=places | {'work_dir': absolute_folder(settings.work_dir)})
 
 def keep_timeline(timeline: Timeline, work_dir: Path) -> Path:
-    "The boot as JSON, for reports"
+    "Write the boot's timeline as JSON, for reports"
     with whole_file(work_dir / 'boot.json') as part: part.write_text(log_line('boot', timeline) + '\n')
     return work_dir / 'boot.json'
 
@@ -270,10 +320,10 @@ async def boot(
     "A studio that is ready: ComfyUI answers, the bucket is there, the disk has room, the weights are there and loaded"
     settings, profile = absolute(settings), profile_here(settings)
     place = ComfyPlace(settings.comfy_dir, settings.work_dir, settings.models_dir)
-    process = ComfyProcess(place, settings.comfy_start_seconds, launched)
-    comfy, store = Comfy(process), Store(settings)
+    comfy, store = Comfy(ComfyProcess(place, settings.comfy_start_seconds, launched)), Store(settings)
     bare = Studio(settings, store, comfy, {})
-    warm, answers, trackers = settings.warmup and bool(profile.weights), asyncio.Event(), asyncio.Event()
+    warm = settings.warmup and bool(profile.weights)
+    answers, trackers = asyncio.Event(), asyncio.Event()
     async def start() -> None:
         await _step(timeline, 'comfy', 'ComfyUI answers', comfy.start())
         check_card(profile, comfy.device, comfy.device_bytes, settings.allow_small_gpu)
@@ -296,8 +346,9 @@ async def boot(
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:
     "Settings of the RunPod SDK, unless the operator set them"
-    for name, value in {'RUNPOD_LOG_LEVEL': 'INFO', 'RUNPOD_SKIP_AUTO_SYSTEM_CHECKS': 'true', 'RUNPOD_SKIP_GPU_CHECK': 'true'}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault('RUNPOD_LOG_LEVEL', 'INFO')
+    os.environ.setdefault('RUNPOD_SKIP_AUTO_SYSTEM_CHECKS', 'true')
+    os.environ.setdefault('RUNPOD_SKIP_GPU_CHECK', 'true')
 
 class BareFormatter(logging.Formatter):
     "Log lines, tracebacks too, without the secrets of addresses"
@@ -312,19 +363,20 @@ def log_barely(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 def loud_argument(argv: Sequence[str]) -> str | None: # None: there is none
-    "The argument of the command line by which the SDK would be told to print requests"
+    "The command-line argument that would make the SDK print requests"
     for argument, following in zip(argv, [*argv[1:], ''], strict=False):
         name, _, value = argument.partition('=')
         if name.startswith('--rp_log') and (value or following).upper() in ('DEBUG', 'TRACE'): return argument
     return None
 
 def spare_the_core() -> None:
-    "What the SDK asks about the processor is answered without measuring it"
+    "Give the SDK the processor's name without measuring its clock"
     import cpuinfo # the SDK's
     cpuinfo.get_cpu_info = lambda: {'brand_raw': platform.processor() or platform.machine()}
 
-def serve(background: Background, booted: Future, settings: Settings, timeline: Timeline) -> None:
-    "Take jobs until RunPod or a signal ends it"
+# %% ../nbs/42_worker.ipynb #368e93d4
+def _serve(background: Background, booted: Future, settings: Settings, timeline: Timeline) -> None:
+    "Take jobs until RunPod or a signal ends the worker"
     with timeline.stage('sdk'):
         spare_the_core()
         import runpod # while ComfyUI boots
@@ -345,25 +397,28 @@ def fitness_check(booted: Future, timeline: Timeline):
         # only now: its imports take no core from the boot, and are done before a first job's files are here
         studio.reading.start()
     return ready
-
-# %% ../nbs/42_worker.ipynb #c7fb4dcf
 def progress_sender():
-    "Sends updates as the SDK does, but on our loop, where they can be awaited"
+    "Gives a function that sends updates as the SDK does, but on our loop, where they can be awaited"
     from runpod.http_client import AsyncClientSession
     from runpod.serverless.modules.rp_http import send_result
+
     async def send(event: dict, update: dict) -> None:
-        async with AsyncClientSession() as session: await send_result(session, {'status': 'IN_PROGRESS', 'output': update}, event)
+        progress = {'status': 'IN_PROGRESS', 'output': update}
+        async with AsyncClientSession() as session: await send_result(session, progress, event)
     return send
 
-def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, when it was started already
+# %% ../nbs/42_worker.ipynb #c7fb4dcf
+def main(
+    launched: Launched | None = None # its ComfyUI, when it was started already
+) -> None:
     "The process of the image: `python -m wan_avatar.worker`"
     timeline = Timeline()
     sdk_environment()
     try:
         settings = load_settings()
         if not settings.allow_sdk_debug and (loud := loud_argument(sys.argv[1:])):
-            raise SettingsError(f'{loud}: prints every request and answer with its signed addresses; leave it out, '
-                                'or set ALLOW_SDK_DEBUG=true')
+            raise SettingsError(f'{loud}: prints every request and answer with its signed addresses; '
+                                'leave it out, or set ALLOW_SDK_DEBUG=true')
     except SettingsError as e:
         if launched: launched.end()
         sys.exit(f'this worker is not configured: {e}')
@@ -372,7 +427,7 @@ def main(launched: Launched | None = None) -> None: # `launched`: its ComfyUI, w
     log.info(memory_line(find_memory()))
     background = Background()
     booted = background.submit(boot(settings, timeline, launched))
-    try: serve(background, booted, settings, timeline)
+    try: _serve(background, booted, settings, timeline)
     finally:
         shut_down(background, booted)
         if launched and launched.process.poll() is None: launched.end() # boot never began
