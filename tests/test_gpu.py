@@ -30,25 +30,30 @@ wan.optimized_attention = animate.optimized_attention = attention
 torch.set_grad_enabled(False)
 torch.set_default_device('meta')
 torch.set_default_dtype(torch.float16)
-model = animate.AnimateWanModel(in_dim=36, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, operations=comfy.ops.disable_weight_init)
+model = animate.AnimateWanModel(in_dim=36, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40,
+                                operations=comfy.ops.disable_weight_init)
 for width, height, length in json.loads(sys.argv[2]):
     latents = (length - 1) // 4 + 1
     cells = height // 8, width // 8
-    given = {'pose_latents': torch.empty(1, 16, latents, *cells), 'face_pixel_values': torch.empty(1, 3, length, 512, 512)}
+    pose, face = torch.empty(1, 16, latents, *cells), torch.empty(1, 3, length, 512, 512)
+    noise, time = torch.empty(1, 36, latents + 1, *cells), torch.empty(1)
+    text, vision = torch.empty(1, 512, 4096), torch.empty(1, 257, 1280)
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 36, latents + 1, *cells), torch.empty(1), torch.empty(1, 512, 4096), torch.empty(1, 257, 1280), **given)
+        model(noise, time, text, vision, pose_latents=pose, face_pixel_values=face)
     counted = {str(name): count for name, count in counter.get_flop_counts()['Global'].items()}
     print(json.dumps([counter.get_total_flops() - counted['aten.convolution'], counted['aten.bmm']]))
 """
 SIZES = [(1280, 720, 77), (1280, 720, 121), (640, 368, 65)]
 
 def test_operations_are_those_torch_counts():
-    counted = subprocess.run([PYTHON, '-c', COUNT, COMFY, json.dumps(SIZES)], capture_output=True, text=True, check=True, cwd='/')
+    command = [PYTHON, '-c', COUNT, COMFY, json.dumps(SIZES)]
+    counted = subprocess.run(command, capture_output=True, text=True, check=True, cwd='/')
     for size, line in zip(SIZES, counted.stdout.splitlines(), strict=True):
         products, attention = json.loads(line)
         formula = operations(*size, image=257)
         assert formula.attention == pytest.approx(attention, rel=1e-3), size
-        assert formula.total == pytest.approx(products, rel=1e-3), size # without convolutions: those of the close-up's encoder, 0.003 PFLOP at any size
+        # without convolutions: those of the close-up's encoder take 0.003 PFLOP at any size
+        assert formula.total == pytest.approx(products, rel=1e-3), size
 
 def test_a_step_of_production_is_mostly_attention():
     whole = operations(1280, 720, 77)
@@ -68,13 +73,14 @@ def test_memory_of_an_emulated_card(card, tensors, kept, free, pool):
     assert [gb / 1e9 for gb in found] == pytest.approx([free, pool])
 
 def test_cards_are_those_of_the_pools():
-    assert {(card.name, card.pool) for card in CARDS.values()} == {(name, pool) for pool, found in POOLS.items() for name in found.types}
+    of_pools = {(name, pool) for pool, found in POOLS.items() for name in found.types}
+    assert {(card.name, card.pool) for card in CARDS.values()} == of_pools
 
 def test_what_was_measured_lies_where_the_cards_say():
     for card, run in measured().items():
         folder = ROOT / 'runs/gpu' / folder_of(card)
         assert read_run(folder / 'gpu.json') == run
-        assert all((folder / name).is_file() for name in ('records.jsonl', 'table.md', 'window.png', 'memory.png')), card
+        for name in ('records.jsonl', 'table.md', 'window.png', 'memory.png'): assert (folder / name).is_file(), card
         assert run.commit not in ('', 'unknown'), card
 
 def bench(*options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -112,7 +118,8 @@ def test_a_case_that_fails_says_why_and_the_next_one_runs(dry_run):
 
 def test_every_phase_was_measured(dry_run):
     case = {c.name: c for c in read_run(dry_run[0] / 'gpu.json').cases}['first window']
-    seconds = {name: getattr(case, name) for name in ('load_s', 'pictures_s', 'encode_s', 'decode_s', 'frames_s', 'step_s', 'total_s')}
+    names = ('load_s', 'pictures_s', 'encode_s', 'decode_s', 'frames_s', 'step_s', 'total_s')
+    seconds = {name: getattr(case, name) for name in names}
     assert all(value > 0 for value in seconds.values()), seconds
     assert set(case.peaks) == {'encode', 'forward', 'decode'} and case.ram_peak_gb > 0.1 and case.finite
     assert sum(v for name, v in seconds.items() if name not in ('step_s', 'total_s')) < case.total_s

@@ -1,4 +1,4 @@
-"Whatever a request holds, its answer is one short line a terminal can show; the rest of the contract is tested where jobs run"
+"The answer to any request is one short printable line; the rest of the contract is tested where jobs run"
 import pickle
 
 import pytest
@@ -57,11 +57,15 @@ def test_messages_are_printable(name):
 @pytest.mark.parametrize('filler', ['x', '\ud800', '\0', 'портрет '])
 def test_a_long_message_keeps_beginning_and_end(filler):
     e = JobError('comfy_failed', f'begins{filler * 3_000_000}ends')
-    assert len(str(e)) <= LONGEST and str(e).startswith('comfy_failed: begins') and str(e).endswith('ends') and str(e).isprintable()
+    assert len(str(e)) <= LONGEST
+    assert str(e).startswith('comfy_failed: begins')
+    assert str(e).endswith('ends')
+    assert str(e).isprintable()
 
 def test_an_error_survives_pickling():
     made = pickle.loads(pickle.dumps(JobError('storage_failed', 'm' * 5000, worker_unfit=True)))
-    assert made.answer() == JobError('storage_failed', 'm' * 5000, worker_unfit=True).answer() and made.code == 'storage_failed' and made.worker_unfit
+    assert made.answer() == JobError('storage_failed', 'm' * 5000, worker_unfit=True).answer()
+    assert (made.code, made.worker_unfit) == ('storage_failed', True)
 
 @pytest.mark.parametrize('key', ['\ud800', 'a/\udc00.png', 'é' * 513])
 def test_keys_no_bucket_takes(key):

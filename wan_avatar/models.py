@@ -184,7 +184,8 @@ def misfit(
     if size != file.bytes: return f'has {size:,} bytes, not {file.bytes:,}'
     try: digest = sha256_of(path, tick)
     except OSError as e: return f'cannot be read: {e.strerror}'
-    return None if digest == file.sha256 else f'has the right size and sha256 {digest[:12]}…, not {file.sha256[:12]}…'
+    if digest == file.sha256: return None
+    return f'has the right size and sha256 {digest[:12]}…, not {str(file.sha256)[:12]}…'
 
 # %% ../nbs/10_models.ipynb #09131f08
 @dataclass(frozen=True)
