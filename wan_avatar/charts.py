@@ -275,7 +275,7 @@ def draw_download(records: Iterable[JobRecord], path: Path | str) -> Path: # `pa
     figure, axes = canvas(9, 3.6, 'Download speed while a worker boots')
     drawn = 0
     for r in starts:
-        if not (speeds := download_speed(r.boot['stages'])): continue
+        if r.boot is None or not (speeds := download_speed(r.boot['stages'])): continue
         size = sum(s['facts']['fetched'] for s in r.boot['stages'] if kind_of(s) == 'weights')
         times, rates = zip(*speeds, strict=True)
         axes.step([0, *times], [0, *(v / 1e6 for v in rates)], where='post', color=LINES[drawn % len(LINES)], lw=2.2,
@@ -314,7 +314,7 @@ def _words(axes: Any, y: float, value: float, text: str) -> None:
 
 def _estimated(axes: Any, y: float, e: Estimate, times: float, shown: str) -> None:
     "A pool in which no job ran; `shown` is a format"
-    if e.render is None: return _words(axes, y, 0, 'not measured')
+    if e.render is None or e.usd is None: return _words(axes, y, 0, 'not measured')
     value = e.usd * times
     _bar(axes, y, value, WINDOW if e.render.at else LIMIT, e.render.least + shown.format(value))
 

@@ -124,8 +124,8 @@ def lay_out(place: ComfyPlace) -> None:
     for name in ('input', 'output', 'user'): (place.home / name).mkdir(exist_ok=True)
     weights = {'base_path': str(place.models_dir.resolve())} | FOLDERS
     theirs = place.comfy_dir.glob('custom_nodes/*/') # those of the image
-    nodes = {f'custom_nodes/{node.name}': node.resolve() for node in theirs}
-    nodes |= {'custom_nodes/wan_avatar_nodes.py': _LOADED}
+    nodes: dict[str, str | Path] = {f'custom_nodes/{node.name}': node.resolve() for node in theirs}
+    nodes['custom_nodes/wan_avatar_nodes.py'] = _LOADED
     taken = {'input': '', 'custom_nodes/__pycache__': ''} # names that ComfyUI and Python would make folders of
     only(place.base, nodes | taken | {'extra_paths.json': json.dumps({'weights': weights})})
 def only(
@@ -146,7 +146,7 @@ def only(
     fresh.rename(folder)
 
 def _as_it_was(folder: Path, wanted: Mapping[str, str | Path]) -> bool:
-    files = {}
+    files: dict[str, Path] = {}
     for base, folders, names in os.walk(folder):
         paths = [Path(base) / name for name in names + folders]
         files |= {str(p.relative_to(folder)): p for p in paths if p.is_symlink() or not p.is_dir()}
@@ -353,10 +353,12 @@ def launch(
     secret = secrets.token_urlsafe(32)
     printed = Log(place.log_path)
     mine = {'PYTHONUNBUFFERED': '1', DOOR: f'{port}:{secret}', TREE: str(place.work_dir)}
-    options = {'stdin': subprocess.DEVNULL, 'stdout': printed.writer, 'stderr': printed.writer, 'umask': 0o077,
-               'env': _no_secrets(os.environ) | told(memory or find_memory()) | mine}
+    environment = _no_secrets(os.environ) | told(memory or find_memory()) | mine
     argv = command(place, port, has_gpu())
-    try: process = subprocess.Popen(argv, start_new_session=True, preexec_fn=die_with_parent, **options)
+    try:
+        process = subprocess.Popen(
+            argv, start_new_session=True, preexec_fn=die_with_parent, umask=0o077, env=environment,
+            stdin=subprocess.DEVNULL, stdout=printed.writer, stderr=printed.writer)
     finally: printed.follow()
     return Launched(place, process, port, secret, printed)
 

@@ -128,7 +128,7 @@ def _note_scan(lacking: dict[int, set[int]], content: bytes) -> None:
 def strip_webp(data: bytes) -> Bare:
     "A WebP reduced to frames and flags, in a container with its true size"
     kept = [b'WEBP']
-    found = {}
+    found: dict[bytes, bytes] = {}
     at = 12
     while len(data) - at >= 8:
         kind, length = struct.unpack('<4sI', data[at:at + 8])

@@ -162,7 +162,8 @@ class AvatarSegment:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        paths = {n: ('STRING', {}) for n in ('reference', 'reference_track', 'video', 'track')}
+        text: tuple[str, dict] = ('STRING', {})
+        paths = {n: text for n in ('reference', 'reference_track', 'video', 'track')}
         tail = 'STRING', {'tooltip': 'raw frames this window goes on from; empty for the first one'}
         start = 'INT', {'min': 0, 'max': 10**6}
         length = 'INT', {'min': 1, 'max': 1024}
@@ -386,7 +387,8 @@ class AvatarSavePrompt:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        words = {n: ('STRING', {}) for n in ('prompt', 'encoder_sha256', 'path')}
+        text: tuple[str, dict] = ('STRING', {})
+        words = {n: text for n in ('prompt', 'encoder_sha256', 'path')}
         return {'required': {'conditioning': ('CONDITIONING',), **words}}
 
     def run(self, conditioning: list, prompt: str, encoder_sha256: str, path: str) -> dict:
@@ -569,8 +571,9 @@ def _through_sage(sageattn: Callable) -> Callable:
 def _attention(kernels: Kernels) -> Callable:
     "The function ComfyUI calls in place of its own attention; it must be plain, since ComfyUI copies other objects"
     name = kernels.attention
-    if name == DEFAULT: through = None
-    else: through = _through_sage(_sageattn()) if name == 'sage' else _through_torch(name)
+    through: Callable | None = None
+    if name == 'sage' and (sageattn := _sageattn()): through = _through_sage(sageattn)
+    elif name != DEFAULT: through = _through_torch(name)
     def attention(own, *args, **more):
         out = (through or own)(*args, **more)
         kernels.note(name if through else own.__name__)

@@ -161,7 +161,7 @@ class Follower:
         weights = prominence(boxes, self.size)
         for p in self.open if len(boxes) else ():
             near = np.maximum(overlap(p.expected(i), boxes), overlap(p.boxes[p.last], boxes))
-            pairs += [(near[k] + alike(p.look, looks[k]), k, p) for k in np.flatnonzero(near >= SAME_PLACE)]
+            pairs += [(near[k] + alike(p.look, looks[k]), k, p) for k in np.flatnonzero(near >= SAME_PLACE).tolist()]
         taken: dict[int, Passage] = {}
         for _, k, p in sorted(pairs, key=lambda pair: -pair[0]):
             if k in taken or p.last == i: continue
@@ -273,7 +273,7 @@ class Company:
         ours = np.zeros(len(points), bool)
         last = None
         others = [elsewhere(faces, face) for faces, face in zip(self.faces, path, strict=True)]
-        for i in np.flatnonzero(~np.isnan(points[:, 0])):
+        for i in np.flatnonzero(~np.isnan(points[:, 0])).tolist():
             around = slice(max(i - NEARBY, 0), i + NEARBY + 1)
             near = apart(path[around], points[i])
             far = apart(np.concatenate(others[around]), points[i])

@@ -57,7 +57,7 @@ def plan(
     if frames < 1: raise JobError('input_unreadable', f'the driving video has {frames} frames; it needs at least 1')
     if length % 4 != 1 or not 0 <= overlap < length:
         raise ValueError(f'length {length} must be 4k + 1 and overlap {overlap} less than it')
-    segments = []
+    segments: list[Segment] = []
     even = even_length(frames - done, length, overlap, min(overlap, done))
     while done < frames:
         seed = min(overlap, done)
@@ -127,7 +127,7 @@ def draw_body(canvas: np.ndarray, joints: np.ndarray, threshold: float = THRESHO
         middle = int((xa + xb) / 2), int((ya + yb) / 2)
         axes = int(math.hypot(xa - xb, ya - yb) / 2), width
         angle = int(math.degrees(math.atan2(ya - yb, xa - xb)))
-        outline = cv2.ellipse2Poly(middle, axes, angle, 0, 360, 1)
+        outline = np.asarray(cv2.ellipse2Poly(middle, axes, angle, 0, 360, 1))
         cv2.fillConvexPoly(canvas, outline, [int(c * 0.6) for c in colour])
     for i in np.flatnonzero(seen):
         x, y = joints[i, :2].tolist()
@@ -208,7 +208,7 @@ def grow_mask(
     grown = mask.view(np.uint8)
     if how.dilation:
         side = 2 * how.dilation + 1
-        grown = cv2.dilate(grown, np.ones((side, side), np.uint8))
+        grown = np.asarray(cv2.dilate(grown, np.ones((side, side), np.uint8)), np.uint8)
     rows = np.flatnonzero(grown.any(1))
     columns = np.flatnonzero(grown.any(0))
     if not len(rows) or how.shape == 'outline': return grown.astype(bool)

@@ -290,7 +290,9 @@ def _person_detector(path: Path, gpu: bool) -> Callable[[np.ndarray], np.ndarray
         wanted = f'a YOLOX for 640x640 with {[1, *CANDIDATES]}; use detection/yolox_l.onnx'
         raise JobError('models_unavailable', f'{path.name} answers with the shape {shape}, {wanted}')
     def boxes(frame: np.ndarray) -> np.ndarray:
-        return person_boxes(*yolox(frame[..., ::-1]), frame.shape[1::-1]) # BGR, as it was trained
+        found, kinds = yolox(frame[..., ::-1]) # BGR, as it was trained
+        height, width = frame.shape[:2]
+        return person_boxes(found, kinds, (width, height))
     return boxes
 
 def _keypoint_detector(
@@ -371,7 +373,7 @@ def chunks(
 ) -> Iterator[list]:
     "Lists of so many items, the last one shorter; none has shared items alone"
     source = iter(items)
-    batch = []
+    batch: list = []
     while fresh := list(islice(source, size - len(batch))):
         batch += fresh
         del fresh
@@ -399,7 +401,7 @@ def count_people(
     points: np.ndarray # (m, 133, 3): keypoints of each box
 ) -> int:
     "Different people; noses closer than half a shoulder's width are one person's"
-    different = []
+    different: list[np.ndarray] = []
     for person in points[is_seen(points)]:
         near = [np.linalg.norm(person[0, :2] - p[0, :2]) < np.linalg.norm(p[5, :2] - p[6, :2]) / 2 for p in different]
         if not any(near): different.append(person)
@@ -432,7 +434,7 @@ def _describe(
     "Keypoints and masks of one person, chunk by chunk"
     n = len(boxes)
     points = []
-    masks = []
+    masks: list[bytes] = []
     first = None
     find_points = _keypoint_detector(detectors.keypoints, gpu)
     nothing = np.full((133, 3), np.nan, np.float32)
@@ -474,7 +476,7 @@ def _assemble(
     guessed = None if boxes is None else np.zeros(len(masks), bool)
     for i in np.flatnonzero(present):
         packed[i] = masks[i]
-        if guessed is None: continue
+        if guessed is None or boxes is None: continue
         mask, guessed[i] = mend_mask(unpack_mask(masks[i], size), points[i], boxes[i])
         packed[i] = pack_mask(mask)
     tracker = TRACKERS['wholebody-sam2']

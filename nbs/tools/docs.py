@@ -50,10 +50,12 @@ def lay_out() -> None:
     notebooks = sorted((ROOT / 'nbs').glob('*.ipynb'))
     for notebook in notebooks: (SOURCE / notebook.name).write_text(json.dumps(page(notebook)))
     shutil.copytree(ROOT / 'nbs/images', SOURCE / 'images')
-    shutil.copytree(ROOT / 'runs', SOURCE / 'runs', ignore=shutil.ignore_patterns('samples', 'local', 'demo', '*.jsonl', '*.log', '*.mp4', '*.ipynb'))
+    unread = shutil.ignore_patterns('samples', 'local', 'demo', '*.jsonl', '*.log', '*.mp4', '*.ipynb')
+    shutil.copytree(ROOT / 'runs', SOURCE / 'runs', ignore=unread)
     modules = [p.stem for p in sorted((ROOT / 'wan_avatar').glob('*.py')) if p.stem[0] != '_']
     for name in modules:
-        (SOURCE / f'api/{name}.md').write_text(f'# {name}\n\n```{{eval-rst}}\n.. automodule:: wan_avatar.{name}\n   :members:\n```\n')
+        api = f'```{{eval-rst}}\n.. automodule:: wan_avatar.{name}\n   :members:\n```'
+        (SOURCE / f'api/{name}.md').write_text(f'# {name}\n\n{api}\n')
     measured = [str(p.relative_to(SOURCE).with_suffix('')) for p in sorted(SOURCE.glob('runs/gpu/*/table.md'))]
     pages = [n.stem for n in notebooks if n.stem not in FIRST]
     (SOURCE / 'contents.md').write_text('\n'.join([

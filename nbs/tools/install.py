@@ -18,7 +18,8 @@ def run(*argv, **kw): subprocess.run([str(a) for a in argv], check=True, timeout
 
 def pip(env, *argv):
     "This Python's pip, at work in another environment: those that ship have none"
-    run(sys.executable, '-m', 'pip', '--python', Path(env) / 'bin/python', '--disable-pip-version-check', '--no-input', *argv)
+    quiet = ('--disable-pip-version-check', '--no-input')
+    run(sys.executable, '-m', 'pip', '--python', Path(env) / 'bin/python', *quiet, *argv)
 
 CODE = ('.py', '.json', '.txt', '.toml') # what ComfyUI runs and reads, and what it requires
 
@@ -42,7 +43,8 @@ def code_files(folder):
 
 def code_hash(folder):
     """SHA-256 of ComfyUI's code: the same for a clone and for a package that carries it, on every platform. So paths
-    are in the order of their characters, not the file system's, and lines end as in git: a Windows clone may have CRLF"""
+    are in the order of their characters, not the file system's, and lines end as in git: a Windows clone may have
+    CRLF"""
     total = hashlib.sha256()
     for name, path in sorted(code_files(folder).items()):
         content = hashlib.sha256(path.read_bytes().replace(b'\r\n', b'\n'))
@@ -62,7 +64,8 @@ def settle(folder, source, wanted):
 def checkout(repo, commit, folder):
     "The files of one commit, without history; anything but that commit is an error"
     if not repo: raise ValueError('no repository given; the arguments of a build come from `wan-avatar image build`')
-    if not re.fullmatch('[0-9a-f]{40}', commit): raise ValueError(f'commit {commit!r} of {repo} is not 40 hexadecimal digits')
+    if not re.fullmatch('[0-9a-f]{40}', commit):
+        raise ValueError(f'commit {commit!r} of {repo} is not 40 hexadecimal digits')
     if folder.exists() and any(folder.iterdir()): raise ValueError(f'{folder} is not empty')
     folder.mkdir(parents=True, exist_ok=True)
     git = ['git', '-C', folder, '-c', 'advice.detachedHead=false']
@@ -70,10 +73,12 @@ def checkout(repo, commit, folder):
     run(*git, 'init', '--quiet', env=env)
     run(*git, 'fetch', '--quiet', '--depth', '1', '--no-tags', repo, commit, env=env)
     run(*git, 'checkout', '--quiet', 'FETCH_HEAD', env=env)
-    got = subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    asked = subprocess.run([*git, 'rev-parse', 'HEAD'], check=True, capture_output=True, text=True, timeout=60)
+    got = asked.stdout.strip()
     if got != commit: raise ValueError(f'{repo} gave {got} for {commit}')
     shutil.rmtree(folder / '.git')
-    run(sys.executable, '-m', 'compileall', '-q', '--invalidation-mode', 'unchecked-hash', folder, stdout=subprocess.DEVNULL) # workers start cold
+    compiled = ('compileall', '-q', '--invalidation-mode', 'unchecked-hash') # workers start cold
+    run(sys.executable, '-m', *compiled, folder, stdout=subprocess.DEVNULL)
 
 def comfyui(repo, commit, wanted, folder):
     "ComfyUI's source, of the commit and with the code hash that the lock says"
@@ -93,12 +98,15 @@ def nodes(specs, folder):
 
 def environment(folder, requirements, satisfies=None):
     """A virtual environment with exactly the packages of a compiled file, each checked against its hash.
-    `satisfies`, ComfyUI's own requirements: what this Python has (the base image's torch) is seen, and they must then be met"""
+    `satisfies`, ComfyUI's own requirements: what this Python has (the base image's torch) is seen, and they must then
+    be met"""
     folder = Path(folder)
     if folder.exists(): raise ValueError(f'{folder} exists')
     venv.create(folder, system_site_packages=bool(satisfies))
-    pip(folder, 'install', '--no-deps', '--no-cache-dir', '--require-hashes', '--only-binary', ':all:', '-r', requirements)
-    if satisfies: pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies) # nothing may be left to install
+    exactly = ('--no-deps', '--no-cache-dir', '--require-hashes', '--only-binary', ':all:')
+    pip(folder, 'install', *exactly, '-r', requirements)
+    if satisfies: # nothing may be left to install
+        pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies)
 
 def wheel(env, source, folder):
     "Build the package's wheel with what an environment has, nothing fetched"
@@ -113,6 +121,7 @@ def package(folder, *environments):
 COMMANDS = {'comfyui': comfyui, 'nodes': nodes, 'environment': environment, 'wheel': wheel, 'package': package}
 
 if __name__ == '__main__':
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS: sys.exit(f'install.py {"|".join(COMMANDS)} ...; see the Dockerfile')
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit(f'install.py {"|".join(COMMANDS)} ...; see the Dockerfile')
     try: COMMANDS[sys.argv[1]](*sys.argv[2:])
     except (ValueError, OSError, subprocess.SubprocessError) as e: sys.exit(f'install.py {" ".join(sys.argv[1:])}: {e}')
