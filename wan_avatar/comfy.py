@@ -118,7 +118,6 @@ class ComfyProcess:
                 async with asyncio.timeout(grace_s): await self.child.wait()
             except TimeoutError: log.warning('ComfyUI ignored %s', sig.name)
 
-# %% ../nbs/31_comfy.ipynb #9f1e52ce
 async def _until_it_answers(process: ComfyProcess, http: aiohttp.ClientSession) -> None:
     exited = asyncio.create_task(process.child.wait())
     try:
@@ -373,7 +372,6 @@ async def _check_graph(comfy: Comfy, graph: Graph) -> None:
     if findings := validate(graph, comfy.object_info):
         raise JobError('comfy_failed', 'the graph does not fit this ComfyUI: ' + '; '.join(findings))
 
-# %% ../nbs/31_comfy.ipynb #8a0f9497
 class _Prompt:
     "One run of a graph in ComfyUI"
     def __init__(self, comfy: Comfy):
@@ -445,7 +443,6 @@ class _Prompt:
             await comfy.process.stop(grace_s=0.5)
             comfy.revive() # while the next job fetches its inputs
 
-# %% ../nbs/31_comfy.ipynb #cd17ae68
 @asynccontextmanager
 async def running_comfy(
     place: ComfyPlace,
