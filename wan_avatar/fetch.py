@@ -1032,7 +1032,7 @@ def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     found = hub.metadata(file)
     etag = found.etag or ''
     if found.size is None: raise Refused('no size', file, 'the hub states no size for it', 'look at it in a browser')
-    note = '' if file.one_source or not file.known else file.note # it told of doubts that are over
+    note = '' if file.one_source or not file.known else file.note # on doubts that are over
     stated = replace(file, revision=found.commit_hash, bytes=found.size, sha256=etag, note=note, one_source=())
     if re.fullmatch('[0-9a-f]{64}', etag): return stated
     if found.size > _READABLE:
