@@ -228,7 +228,6 @@ class Http:
             try: r.shutdown()
             except (OSError, ValueError, RuntimeError): pass # it has just ended
 
-# %% ../nbs/12_fetch.ipynb #e6b0d65b
 def _check_range(r: urllib3.BaseHTTPResponse, begin: int, end: int) -> None:
     "Passing, unless this answer is the span that was asked for"
     if r.status in (401, 403, 404, 410): raise Passing(f'HTTP {r.status} from storage', stale=True)
@@ -418,7 +417,6 @@ class _Xet:
             token_refresh_url=self.data.refresh_route, token_refresh_headers=headers,
             custom_headers=xet_headers_without_auth(headers))
 
-# %% ../nbs/12_fetch.ipynb #e3c3f92e
 def _pump(stream: Callable, begin: int, end: int, chunks: queue.Queue, over: threading.Event) -> None:
     "Copy a stream into a queue until the reader is over; the end is None, a fault the exception"
     def put(item) -> None:
@@ -1032,7 +1030,7 @@ def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     found = hub.metadata(file)
     etag = found.etag or ''
     if found.size is None: raise Refused('no size', file, 'the hub states no size for it', 'look at it in a browser')
-    note = '' if file.one_source or not file.known else file.note # it told of doubts that are over
+    note = '' if file.one_source or not file.known else file.note # on doubts that are over
     stated = replace(file, revision=found.commit_hash, bytes=found.size, sha256=etag, note=note, one_source=())
     if re.fullmatch('[0-9a-f]{64}', etag): return stated
     if found.size > _READABLE:

@@ -126,7 +126,7 @@ def measured_job(
     clock: Callable[[], float], # seconds since the run began
     on_status: Callable[[Status], None] = lambda status: None
 ) -> tuple[JobRecord, Status]: # the status holds the answer
-    "Run a job to its end, whatever that is"
+    "Run a job to its end, successful or not"
     at = datetime.now(UTC).isoformat(timespec='milliseconds')
     submitted = clock()
     picked = None

@@ -54,7 +54,6 @@ class LockedFile:
 
     def __str__(self) -> str: return f'{self.place} (of {self.repo})'
 
-# %% ../nbs/10_models.ipynb #6ab83798
 @dataclass(frozen=True)
 class Needs:
     "Files of one profile, by name"

@@ -114,7 +114,7 @@ def until_refused(url: str, limit_s: float, pause: Callable[[float], None] = tim
 # %% ../nbs/57_smoke.ipynb #18dfca58
 @dataclass(frozen=True)
 class Delivery:
-    "A job's evidence: what was asked, what came back"
+    "A job's evidence: the request, the answer and the video"
     job: dict # `Job` fields as submitted
     prefix: str # OUTPUT_PREFIX of the worker
     status: Status
