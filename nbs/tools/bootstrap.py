@@ -112,9 +112,11 @@ def make_samples(step):
     for wheel, members in SAMPLES.items(): unpack(step, wheel, members)
 
 def install_hooks():
-    "Merges of notebooks that do not end in broken JSON; a checkout without .git needs none"
+    "Merges of notebooks that do not end in broken JSON (.gitattributes names the driver); none without .git"
     if not (ROOT / '.git').exists() or not shutil.which('git'): return
-    subprocess.run([str(ROOT / '.venv/bin/nbdev_install_hooks')], cwd=ROOT, check=True, capture_output=True)
+    driver = {'name': 'notebooks, cell by cell', 'driver': '.venv/bin/nbdev_merge %O %A %B %P'} # from the top folder
+    for key, value in driver.items():
+        subprocess.run(['git', 'config', '--local', f'merge.nbdev-merge.{key}', value], cwd=ROOT, check=True)
 
 def main():
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
