@@ -93,7 +93,7 @@ from .client import Client, EndpointError, Status, fetch_result, upload_file
 from .comfy import tail
 from .config import SettingsError, WeightSettings, load_settings
 from .files import whole_file
-from .gpu import NoGpu, Options, bench_gpu
+from .gpu import CannotMeasure, Options, bench_gpu
 from .job import JobError, shorten
 from .local import Local, up
 from .media import filmstrip
@@ -248,7 +248,7 @@ def told() -> Iterator[None]:
     "Known failures become one line and an exit code"
     try: yield
     except (EndpointError, SettingsError, HubUnreachable) as e: _leave(str(e), Code.UNREACHABLE)
-    except (FileError, ImageError, NoGpu, RunDamaged) as e: _leave(str(e), Code.USAGE)
+    except (FileError, ImageError, CannotMeasure, RunDamaged) as e: _leave(str(e), Code.USAGE)
     except JobError as e: _leave(str(e), Code.UNREACHABLE if e.code == 'storage_failed' else Code.JOB_FAILED)
     except KeyboardInterrupt: _leave('interrupted', Code.INTERRUPTED)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIRST', 'RECTANGLES', 'CAPS', 'FRAMES', 'FOLDER', 'LOADS', 'PHASES', 'Case', 'cases', 'expected_s', 'stage',
            'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Budget', 'Kept',
-           'comfy_with_probe', 'NoGpu', 'Options', 'room_for', 'models_of', 'small_case', 'fresh_run', 'folder_of',
-           'bench_gpu', 'cases_of', 'main']
+           'comfy_with_probe', 'CannotMeasure', 'Options', 'room_for', 'models_of', 'small_case', 'fresh_run',
+           'folder_of', 'bench_gpu', 'cases_of', 'main']
 
 # %% ../nbs/55_gpu.ipynb #acf56eaf
 import argparse
@@ -269,10 +269,15 @@ class _Bench:
     async def case(self, case: Case, limit_s: float) -> Measured:
         "One of the cases, under its cap"
         self.seed += 1
-        if case.cap_gb or case.listed: await run(self.comfy, _hold(case.cap_gb or 0, case.listed))
-        try: return await self.measure(case, case_graph(case, self.profile, self.inputs, self.seed), limit_s)
-        finally:
-            if case.cap_gb: await run(self.comfy, _hold(0))
+        graph = case_graph(case, self.profile, self.inputs, self.seed)
+        if not (case.cap_gb or case.listed): return await self.measure(case, graph, limit_s)
+        try:
+            await run(self.comfy, _hold(case.cap_gb or 0, case.listed))
+            made = await self.measure(case, graph, limit_s)
+            await run(self.comfy, _hold(0))
+        except JobError as e: # ComfyUI ended; the next prompt starts it again, with all of the card
+            made = figures(case, [], self.card, self.size, failed=str(e)[:500])
+        return made
 
     async def picture(self) -> Measured:
         "The picture as CLIP sees it, once a job"
@@ -344,8 +349,8 @@ def comfy_with_probe(comfy_dir: Path) -> Iterator[Path]: # a COMFY_DIR
         yield Path(folder)
 
 # %% ../nbs/55_gpu.ipynb #6b59bc80
-class NoGpu(RuntimeError):
-    "There is nothing to measure here"
+class CannotMeasure(RuntimeError):
+    "There is no GPU to measure, or nothing to measure it with"
 
 @dataclass(frozen=True)
 class Options:
@@ -382,7 +387,12 @@ def _make_files(options: Options, models: Path, say: Callable[[str], None]) -> f
     words = ['production', *(['small'] if options.small else []), *(['bf16'] if options.unquantised else [])]
     say(f'random weights into {models}')
     command = _in_comfys_python(options, 'wan_avatar.tiny', models, options.comfy_dir / 'ComfyUI', *words)
-    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    try: made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    except FileNotFoundError as e:
+        raise CannotMeasure(f'{e.filename} is not there; run make setup, or set COMFY_DIR') from None
+    except subprocess.CalledProcessError as e:
+        raise CannotMeasure(f'random weights could not be written to {models}: exit status {e.returncode}, '
+                            'see above; --models names another folder') from None
     for line in made.stdout.splitlines(): say(line)
     return time.perf_counter() - began
 
@@ -418,10 +428,10 @@ def folder_of(card: str) -> str:
 
 # %% ../nbs/55_gpu.ipynb #be8489bd
 async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Path: # the card's folder
-    "Measure; raises NoGpu where there is nothing to measure"
+    "Measure; raises CannotMeasure where there is nothing to measure"
     budget, facts = Budget(options.seconds), {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
-        raise NoGpu('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
+        raise CannotMeasure('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
                     '--small is a dry run that needs none')
     folder = options.out / folder_of(facts.get('name', 'cpu'))
     folder.mkdir(parents=True, exist_ok=True)
@@ -491,7 +501,7 @@ def main() -> None:
     for name in ('small', 'unquantised'): parser.add_argument(f'--{name}', action='store_true')
     parser.add_argument('--tracker-s', type=float, default=Options.tracker_s)
     try: print(asyncio.run(bench_gpu(Options(**vars(parser.parse_args())), lambda text: print(text, flush=True))))
-    except NoGpu as e: sys.exit(str(e))
+    except CannotMeasure as e: sys.exit(str(e))
 
 # %% ../nbs/55_gpu.ipynb #8a66ce92
 #| eval: false

@@ -310,7 +310,9 @@ def _keypoint_detector(
 CHUNK = 72 # frames
 SAM2_KEEPS = 4 * (1024**2 * (3 + 1) + 256**2) + 4096 * 64 * (2 + 4) # bytes a frame: picture, masks, memory, position
 Masks = Iterator[tuple[int, np.ndarray]] # frame of a chunk, (h, w) bool: one for each frame with the person
-GPU_MEMORY = 6 * 2**30 # bytes asked of ComfyUI: 1.4 GB of weights and their working memory; not measured on a GPU
+# bytes asked of ComfyUI: 1.4 GB of weights and their working memory. On an H200 the keypoint network held 1.6 GB at
+# most, SAM2 0.9 after 68 frames (runs/gpu/h200), each by itself
+GPU_MEMORY = 6 * 2**30
 
 @contextmanager
 def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of frames, boxes, points, the first mask
