@@ -95,7 +95,7 @@ def test_without_a_gpu_it_says_so():
 @pytest.fixture(scope='module')
 def dry_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('gpu')
-    first = bench('--small', '--seconds', '200', '--out', str(out))
+    first = bench('--small', '--seconds', '200', '--tracker-seconds', '0', '--out', str(out)) # test_networks has those
     assert first.returncode == 0, first.stderr
     return out / 'cpu', first
 
@@ -107,7 +107,7 @@ def test_the_dry_run_runs_the_cases(dry_run):
     assert set(made) == {c.name for c in cases()} - on_gpu_alone | {'CLIP, once a job'}
     assert not run.left_out
     assert run.card == 'cpu' and all(c.least_s is None for c in run.cases), 'a dry run says nothing of a card'
-    assert len(run.tracker) >= 4
+
 
 def test_a_case_that_fails_says_why_and_the_next_one_runs(dry_run):
     made = {c.name: c for c in read_run(dry_run[0] / 'gpu.json').cases}

@@ -344,7 +344,6 @@ TIMES = re.compile(r'(\d+) s at (?:an assumed )?(\d+) MB/s')
 SUBJECT = re.compile(r'weights|checkpoints|bundle|download|fetches|text encoder|assumed|\blink\b')
 OTHERS = { # clauses that name other bytes than those of a start -> where
     'after 21 GB of weights were read': 'nbs/04_memory.ipynb', # a made-up machine
-    '1.4 GB of weights and what they work on': 'nbs/24_wholebody.ipynb', # the tracker's networks in memory
 }
 
 def stated_wrong(text: str) -> list[str]:

@@ -310,8 +310,8 @@ def _keypoint_detector(
 CHUNK = 72 # frames
 SAM2_KEEPS = 4 * (1024**2 * (3 + 1) + 256**2) + 4096 * 64 * (2 + 4) # bytes a frame: picture, masks, memory, position
 Masks = Iterator[tuple[int, np.ndarray]] # frame of a chunk, (h, w) bool: one for each frame with the person
-# bytes asked of ComfyUI: 1.4 GB of weights and their working memory. On an H200 the keypoint network held 1.6 GB at
-# most, SAM2 0.9 after 68 frames (runs/gpu/h200), each by itself
+# bytes asked of ComfyUI for the networks and what they work on. On an H200 torch kept 1.6 GB for the keypoint network,
+# 0.9 for SAM2 after 68 frames, each by itself (runs/gpu/h200)
 GPU_MEMORY = 6 * 2**30
 
 @contextmanager
