@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'TEXT', 'FACE', 'RUNS', 'PRODUCTION', 'Card', 'Operations', 'operations', 'least_seconds', 'Strict', 'Peak',
-           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'measured', 'unfounded', 'runs_by_folder']
+           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'runs_by_folder', 'measured', 'unfounded']
 
 # %% ../nbs/35_cards.ipynb #e8237069
 from dataclasses import dataclass
@@ -170,11 +170,15 @@ def read_run(path: Path) -> GpuRun:
         raise RunDamaged(f'{path}: {".".join(map(str, first["loc"])) or "the file"}: {first["msg"]}; '
                          'run `wan-avatar bench gpu` again') from None
 
+def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
+    "Every run, by its folder's name"
+    return {path.parent.name: read_run(path) for path in sorted(root.glob('*/gpu.json'))}
+
 def measured(
     root: Path = RUNS
 ) -> dict[str, GpuRun]: # by the card's name; a card that is not there is unmeasured
     "Every card that was measured"
-    return {run.card: run for run in map(read_run, sorted(root.glob('*/gpu.json')))}
+    return {run.card: run for run in runs_by_folder(root).values()}
 
 # %% ../nbs/35_cards.ipynb #ae48d5e8
 def unfounded(
@@ -193,7 +197,3 @@ def _unfounded(runs: dict[str, GpuRun], name: str, capability: tuple[int, int] |
     if run.case(PRODUCTION) is None: return f'{run.card} did not finish "{PRODUCTION}"'
     finished = {c.cap_gb for c in run.cases if c.cap_gb and not c.failed}
     return f'{run.card} was not held to {gb:g} GB, or did not finish so' if gb and gb not in finished else ''
-
-def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
-    "Every run, by its folder's name"
-    return {path.parent.name: read_run(path) for path in sorted(root.glob('*/gpu.json'))}
