@@ -15,8 +15,9 @@ from wan_avatar.config import load_settings
 from wan_avatar.handler import Handler
 from wan_avatar.local import bucket_server
 from wan_avatar.media import Encoder, normalise_video, read_frames
+from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
-from wan_avatar.worker import Background, boot, shut_down
+from wan_avatar.worker import boot, shut_down
 from wan_avatar.workflow import PROFILES
 
 ROOT = Path(__file__).parents[1]
@@ -115,10 +116,10 @@ class Service:
         self.reports: list[tuple[str, dict]] = []
         self.settings = make_settings(bucket, work, **more)
         self.booted = self.background.submit(boot(self.settings, Timeline()))
-        self.studio = self.booted.result(timeout=120)
-        self.store = self.studio.store
-        self.comfy = self.studio.comfy
-        self.handler = Handler(self.studio, self.note)
+        self.context = self.booted.result(timeout=120)
+        self.store = self.context.store
+        self.comfy = self.context.comfy
+        self.handler = Handler(self.context, self.note)
 
     async def note(self, event: dict, update: dict) -> None: self.reports.append((event['id'], update))
 

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,9 +20,12 @@ import pytest
 from PIL import Image
 
 from wan_avatar.apart import MEMORY, Apart, bare_environment, peak_memory
-from wan_avatar.avatar import Studio, in_thread, take_image, take_video
+from wan_avatar.comfy import Restarts
+from wan_avatar.inputs import take_image, take_video
 from wan_avatar.job import Job, JobError
 from wan_avatar.media import draw_test_video, normalise_video
+from wan_avatar.run import JobRun, WorkerContext
+from wan_avatar.tasks import in_thread
 from wan_avatar.timeline import Timeline
 
 
@@ -277,7 +281,9 @@ class Shelf:
 
 JOB = Job(input_image_minio_path='picture', driving_video_path='video')
 
-def shop(folder: Path, reading: Apart) -> Studio: return Studio(None, Shelf(folder), None, {}, reading=reading)
+def a_run(shelf: Path, reading: Apart, folder: Path) -> JobRun:
+    worker = WorkerContext(SimpleNamespace(default_driving_video_path=None), Shelf(shelf), None, {}, reading=reading)
+    return JobRun(worker, None, folder, Timeline(), Restarts(), job_id='j', job=JOB, key='j.mp4', seed=1, boot=None)
 
 @pytest.mark.hostile('processes that read')
 def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
@@ -288,9 +294,9 @@ def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
     folders = [tmp_path / name for name in ('a', 'b')]
     for folder in folders: folder.mkdir()
     with ThreadPoolExecutor(2) as pool:
-        studio = shop(tmp_path, reading)
-        whole = pool.submit(take_video, JOB, studio, folders[0], lambda *p: None, Timeline(), lambda: False)
-        crashed = pool.submit(take_image, JOB, studio, folders[1], lambda: False)
+        runs = [a_run(tmp_path, reading, folder) for folder in folders]
+        whole = pool.submit(take_video, runs[0], lambda *p: None, lambda: False)
+        crashed = pool.submit(take_image, runs[1], lambda: False)
         with pytest.raises(JobError) as e: crashed.result(timeout=60)
         assert whole.result(timeout=60)[0].frames == 48
     reading.close()
@@ -302,7 +308,7 @@ def test_a_cancelled_job_leaves_no_process(apart, tmp_path):
     draw_test_video(tmp_path / 'video', size=(320, 240), seconds=20, container='mp4')
     moving = threading.Event()
     async def job() -> None:
-        reading = in_thread(take_video, JOB, shop(tmp_path, apart), tmp_path, lambda *p: moving.set(), Timeline())
+        reading = in_thread(take_video, a_run(tmp_path, apart, tmp_path), lambda *p: moving.set())
         task = asyncio.create_task(reading)
         await asyncio.to_thread(moving.wait, 30)
         assert children(apart)

@@ -70,7 +70,7 @@ def test_request_in_the_store_sense(service):
 ])
 def test_store_that_refuses(service, bucket, tmp_path, variable, value, words):
     settings = make_settings(bucket, tmp_path, **{variable: value})
-    handler = Handler(type(service.studio)(settings, Store(settings), service.comfy, {}), service.note)
+    handler = Handler(type(service.context)(settings, Store(settings), service.comfy, {}), service.note)
     answer = service.background.submit(handler({'id': 'bad', 'input': {**IMAGE, **VIDEO}})).result(timeout=60)
     assert answer['error'].startswith('storage_failed: ')
     assert words in answer['error']
@@ -256,7 +256,7 @@ def fetching(service, bucket, trouble, tmp_path_factory):
     "Starts jobs whose pictures come from there, on a worker that may reach it"
     port = trouble.rpartition(':')[2]
     settings = make_settings(bucket, tmp_path_factory.mktemp('trouble'), ALLOW_PRIVATE_URLS='true', URL_PORTS=port)
-    handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
+    handler = Handler(type(service.context)(settings, service.store, service.comfy, {}), service.note)
     def start(path):
         event = {'id': path.strip('/'), 'input': {'input_image_url': trouble + path, **VIDEO}}
         return service.background.submit(handler(event))
@@ -292,7 +292,7 @@ def limited(service, bucket, samples, tmp_path_factory):
         said = {'INPUT_PREFIXES': 'in/, templates', 'DEFAULT_DRIVING_VIDEO_PATH': 'own/default.mp4',
                 'ALLOW_PRIVATE_URLS': 'true', 'URL_PORTS': str(web.server_port)}
         settings = make_settings(bucket, service.settings.work_dir, **said)
-        handler = Handler(type(service.studio)(settings, service.store, service.comfy, {}), service.note)
+        handler = Handler(type(service.context)(settings, service.store, service.comfy, {}), service.note)
         def run(job_id, **job):
             return service.background.submit(handler({'id': job_id, 'input': job})).result(timeout=120)
         run.web = f'http://127.0.0.1:{web.server_port}'

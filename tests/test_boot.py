@@ -21,8 +21,9 @@ from wan_avatar.job import JobError
 from wan_avatar.launch import ComfyPlace, launch
 from wan_avatar.models import Lock, LockedFile, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
+from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
-from wan_avatar.worker import Background, boot, check_fit, shut_down, warm_up
+from wan_avatar.worker import boot, check_fit, shut_down, warm_up
 from wan_avatar.workflow import TINY, WAN, Profile, Weight, needed_files, with_tracker
 
 EMBEDDING = Embedding(TINY.prompt, TINY.encoder_sha256)
@@ -119,11 +120,11 @@ def test_a_worker_boots_in_spite_of_a_poisoned_default_embedding(hub, bucket, en
         folder.mkdir(parents=True)
         (folder / EMBEDDING.name).write_bytes(poison)
     fetching.Store(make_settings(bucket, tmp_path)).write_bytes(EMBEDDING_KEY, poison, BINARY)
-    async def ask(wanted, target, *rest) -> None: # the encoder is 5.7 B parameters and cannot be had here
+    async def ask(run, wanted, target) -> None: # the encoder is 5.7 B parameters and cannot be had here
         assert wanted == EMBEDDING
         assert not target.exists()
         target.write_bytes(embedding_bytes(wanted))
-    monkeypatch.setattr('wan_avatar.avatar.make_embedding', ask)
+    monkeypatch.setattr('wan_avatar.embeddings.make_embedding', ask)
     service = Service(bucket, tmp_path / 'work', **environment)
     service.close()
     assert service.store.read_bytes(EMBEDDING_KEY, 10**8) == embedding_bytes(EMBEDDING)
@@ -196,13 +197,13 @@ FILES = [ # slot; edit; tensor; kind of file
 @pytest.mark.parametrize('slot, edit, tensor, kind', FILES, ids=[f[0] for f in FILES])
 def test_a_file_that_does_not_fit_fails_the_warm_up(cold, weights, slot, edit, tensor, kind):
     profile = edited(weights, slot, **{edit: tensor})
-    with pytest.raises(JobError) as e: cold.on_loop(warm_up(cold.studio, profile, Timeline()))
+    with pytest.raises(JobError) as e: cold.on_loop(warm_up(cold.context, profile, Timeline()))
     assert e.value.code == 'models_unavailable'
     assert e.value.worker_unfit
     assert f'{kind}: 1 ({tensor})' in e.value.message
 
 def test_files_that_fit_pass_it_after_others_did_not(cold):
-    cold.on_loop(warm_up(cold.studio, TINY, Timeline()))
+    cold.on_loop(warm_up(cold.context, TINY, Timeline()))
 
 def test_a_worker_whose_weights_do_not_fit_does_not_get_ready(bucket, weights, tmp_path):
     copy = shutil.copytree(weights, tmp_path / 'models')

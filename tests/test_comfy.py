@@ -19,7 +19,8 @@ from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError
 from wan_avatar.launch import HEADER, BoundedFile, ComfyPlace, Log, launch, lay_out, place_of, private_folder
 from wan_avatar.memory import Memory, find_memory, held, pinned_at_most, told
-from wan_avatar.worker import Background, check_disk
+from wan_avatar.tasks import Background
+from wan_avatar.worker import check_disk
 
 PICTURE = {'a': {'class_type': 'EmptyImage', 'inputs': {'width': 64, 'height': 64, 'batch_size': 1, 'color': 255}},
            'b': {'class_type': 'PreviewImage', 'inputs': {'images': ['a', 0]}}}

@@ -20,7 +20,7 @@ from PIL import Image
 from test_track import make_track
 
 from wan_avatar.apart import peak_memory
-from wan_avatar.avatar import find_embedding, take_cached_track
+from wan_avatar.embeddings import find_embedding
 from wan_avatar.media import Clip
 from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
 from wan_avatar.track import (
@@ -37,6 +37,7 @@ from wan_avatar.track import (
     wholebody_points,
     with_face,
 )
+from wan_avatar.tracks import load_cached_track
 
 MEMORY_DISK = '/dev/shm' if Path('/dev/shm').is_dir() else None # thousands of small files
 N = 5
@@ -241,7 +242,7 @@ def use(track) -> None:
 def taken(data: bytes) -> str:
     "Runs apart: what a worker makes of an object in its cache"
     with tempfile.TemporaryDirectory() as d:
-        track = take_cached_track(Bucket(data), 'key', Path(d) / 'x.track', CLIP, WHO)
+        track = load_cached_track(Bucket(data), 'key', Path(d) / 'x.track', CLIP, WHO)
         if track is None: return 'absent' if not any(Path(d).iterdir()) else 'a file is left'
         use(track)
         return 'taken' if (Path(d) / 'x.track').read_bytes() == data else 'another file'
@@ -268,9 +269,9 @@ def test_poisoned_tracks_take_little_memory(outcomes): assert outcomes['memory']
 @pytest.mark.hostile('tracks')
 def test_an_object_too_large_is_not_even_read():
     bucket = Bucket(bytes(track_bytes_at_most(N, SIZE) + 1))
-    assert take_cached_track(bucket, 'key', Path('x'), CLIP, WHO) is None
+    assert load_cached_track(bucket, 'key', Path('x'), CLIP, WHO) is None
     assert not bucket.asked
-    assert take_cached_track(Bucket(None), 'key', Path('x'), CLIP, WHO) is None
+    assert load_cached_track(Bucket(None), 'key', Path('x'), CLIP, WHO) is None
 
 @pytest.mark.hostile('tracks')
 def test_a_track_of_an_hour_is_none():

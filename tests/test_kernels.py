@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from conftest import ROOT, comfy_dir, make_settings
 
-from wan_avatar.avatar import profile_here
+from wan_avatar.run import profile_here
 from wan_avatar.cards import PRODUCTION, GpuRun, Measured, runs_by_folder, unfounded
 from wan_avatar.config import load_settings
 from wan_avatar.job import JobError

@@ -19,27 +19,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from wan_avatar.avatar import (
-    Inputs,
-    Outrun,
-    Studio,
-    deadline,
-    deliver,
-    delivered,
-    make_avatar,
-    room_needed,
-    take_cached_track,
-    work_folder,
-)
-from wan_avatar.comfy import Child, Comfy, ComfyProcess
+from wan_avatar.avatar import make_avatar
+from wan_avatar.comfy import Child, Comfy, ComfyProcess, Restarts
+from wan_avatar.delivery import Outrun, deliver, find_result
 from wan_avatar.handler import Handler
-from wan_avatar.job import Job, JobError, manifest_key
-from wan_avatar.media import Encoder, normalise_video
+from wan_avatar.inputs import Inputs, room_needed
+from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
+from wan_avatar.manifest import BootReport, Manifest
+from wan_avatar.media import Encoder, Rectangle, normalise_video
+from wan_avatar.run import JobRun, WorkerContext, deadline, work_folder
 from wan_avatar.store import Store, fetch_image
+from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.track import load_track, track_key
-from wan_avatar.worker import Background, shut_down
-from wan_avatar.workflow import get_profile
+from wan_avatar.tracks import load_cached_track
+from wan_avatar.worker import shut_down
+from wan_avatar.workflow import get_profile, prepare
 
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/two windows.mp4'}
 
@@ -55,9 +50,9 @@ def test_result_is_what_was_promised(service, alone):
     assert figures == {'width': 1280, 'height': 720, 'fps': 24, 'frames': 48, 'has_audio': True}
     assert alone['minio_key'] == 'avatars/alone.mp4'
     assert service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
-    manifest = service.store.read_json('avatars/alone.mp4.json')
-    assert manifest['sha256'] == alone['sha256']
-    assert [s['facts']['segment'] for s in manifest['timeline'] if s['name'] == 'render'] == [0, 1]
+    manifest = Manifest.model_validate(service.store.read_json('avatars/alone.mp4.json'))
+    assert manifest.result().answer() == alone
+    assert [s.facts['segment'] for s in manifest.timeline if s.name == 'render'] == [0, 1]
     stages = service.stages('alone')
     assert stages[:3] == ['fetch', 'track', 'render']
     assert stages[3:] in ([], ['upload']), 'a report of the end may come too late'
@@ -137,8 +132,8 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
     async def free() -> bool:
         import asyncio
         async with asyncio.timeout(2):
-            await service.studio.renderer.acquire()
-            service.studio.renderer.release()
+            await service.context.renderer.acquire()
+            service.context.renderer.release()
         return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
     assert service.on_loop(free())
     assert service.store.stat('avatars/cancelled.mp4') is None
@@ -214,18 +209,18 @@ class Doomed:
         self.job = self.background.submit(handler({'id': f'doomed-{reports}', 'input': BRIEF}))
         self.job.add_done_callback(lambda f: self.reached.set())
 
-    async def boot(self, service) -> Studio:
+    async def boot(self, service) -> WorkerContext:
         await self.comfy.start()
-        return replace(service.studio, store=Store(service.settings), comfy=self.comfy, renderer=asyncio.Lock())
+        return replace(service.context, store=Store(service.settings), comfy=self.comfy, renderer=asyncio.Lock())
 
     async def note(self, event: dict, update: dict) -> None: pass
 
-    async def make(self, reports: int, job_id, job, studio, report, timeline):
-        def count(update: dict) -> None:
+    async def make(self, reports: int, job_id, job, worker, report, timeline):
+        def count(update: ProgressUpdate) -> None:
             self.told += 1
             if self.told == reports: self.reached.set()
             report(update)
-        return await make_avatar(job_id, job, studio, count, timeline)
+        return await make_avatar(job_id, job, worker, count, timeline)
 
 MOMENTS = [
     (0, True),
@@ -293,15 +288,18 @@ def made(tmp_path_factory):
         with Encoder(folder / 'avatar.mp4', (64, 64)) as encoder:
             for n in range(24): encoder.write(np.full((64, 64, 3), n * shade, np.uint8))
     def inputs(of: int, frames: int = 24) -> Inputs:
-        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0)
+        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),
+                               content=Rectangle(0, 0, 64, 64))
         return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='')
     return inputs
 
 def delivery(service, key: str, inputs: Inputs, store: Store | None = None):
     "One attempt's delivery, from a worker of its own when it has a store of its own"
-    studio = replace(service.studio, store=store or service.store)
-    about = {'seed': 1, 'profile': 'draft', 'worker': {}}
-    return deliver(key, inputs, about, {'job_id': 'twice'}, studio, Timeline(), lambda update: None)
+    worker = replace(service.context, store=store or service.store)
+    boot = BootReport(job_number=1, process_s=0, taken_s=0, stages=[])
+    run = JobRun(worker, prepare(get_profile('draft')), inputs.folder, Timeline(), Restarts(), job_id='twice',
+                 job=Job(input_image_minio_path='a.png'), key=key, seed=1, boot=boot)
+    return deliver(run, inputs, track={}, kernels=None)
 
 def lost(put, asked): raise JobError('storage_failed', 'the line was cut')
 def arrived(put, asked):
@@ -354,7 +352,7 @@ def test_a_second_attempt_never_removes_what_the_first_delivered(service, made, 
         answer = None
         service.on_loop(settled(service))
     assert answer is None or answer.sha256 == first[0].sha256, 'the second attempt says something else'
-    found = delivered(service.store, key, 0)
+    found = find_result(service.store, key)
     assert found == first[0]
     assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == found.sha256
     assert service.store.read_json(manifest_key(key))['sha256'] == found.sha256
@@ -376,7 +374,7 @@ def test_what_a_killed_attempt_left_is_replaced(service, made, manifest):
     service.store.write_bytes(key, b'half a video', 'video/mp4', {'attempt': 'killed', 'sha256': '0' * 64})
     if manifest: service.store.write_bytes(manifest_key(key), manifest, 'application/json')
     result = service.on_loop(delivery(service, key, made(0)))
-    assert delivered(service.store, key, 0) == result
+    assert find_result(service.store, key) == result
     assert hashlib.sha256(service.store.read_bytes(key, 10**8)).hexdigest() == result.sha256
 
 def test_a_manifest_of_other_bytes_is_no_delivery(service, made):
@@ -384,7 +382,7 @@ def test_a_manifest_of_other_bytes_is_no_delivery(service, made):
     result = service.on_loop(delivery(service, key, made(0)))
     other = bytes(result.bytes)
     service.store.write_bytes(key, other, 'video/mp4', {'sha256': hashlib.sha256(other).hexdigest()})
-    assert delivered(service.store, key, 0) is None
+    assert find_result(service.store, key) is None
 
 # a disk that is full
 
@@ -431,7 +429,7 @@ def tracked(service, disk, source):
         while True: out.write(bytes(1 << 16))
     made = load_track(TRACK)
     clip = SimpleNamespace(frames=len(made), size=made.size)
-    take_cached_track(service.store, 'disk/track', disk / 'x.track', clip, made.tracker)
+    load_cached_track(service.store, 'disk/track', disk / 'x.track', clip, made.tracker)
 def encoded(service, disk, source):
     with Encoder(disk / 'avatar.mp4', (640, 360)) as encoder:
         for n in range(48): encoder.write(np.random.default_rng(n).integers(0, 255, (360, 640, 3), dtype=np.uint8))
@@ -473,7 +471,7 @@ def test_a_job_on_a_full_disk(service, monkeypatch, asks):
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
 
 def test_a_job_asks_for_its_room_before_it_starts(service, monkeypatch):
-    monkeypatch.setattr('wan_avatar.avatar.VIDEO_RATE', 10**12)
+    monkeypatch.setattr('wan_avatar.inputs.VIDEO_RATE', 10**12)
     service.reports.clear()
     answer = service.run('no-room', **JOB, max_seconds=10)
     assert answer['refresh_worker'] is True
@@ -490,7 +488,7 @@ def test_the_room_a_job_asks_for_grows_with_what_it_may_hold():
 
 def test_out_of_time_says_how_far_it_came(service, bucket):
     from wan_avatar.handler import Handler
-    hurried = replace(service.studio, settings=service.settings.model_copy(update={'job_seconds': 1.0}))
+    hurried = replace(service.context, settings=service.settings.model_copy(update={'job_seconds': 1.0}))
     handler = Handler(hurried, service.note)
     answer = service.background.submit(handler({'id': 'hurried', 'input': JOB})).result(timeout=60)
     assert answer['error'].startswith('timed_out: the job took longer than 1 s (JOB_SECONDS); so far: '), answer

@@ -1011,7 +1011,7 @@ def test_whose_key_it_is(said, key, good):
             check_reach('driving_video_path', key, settings)
 
 def test_the_workers_own_folders_are_those_it_writes_to():
-    from wan_avatar.avatar import embedding_key
+    from wan_avatar.embeddings import embedding_key
     from wan_avatar.prompt import Embedding
     from wan_avatar.track import track_key
     written = track_key('ab' * 32, (1280, 720), 24), embedding_key(Embedding('a', 'b'))

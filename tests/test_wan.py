@@ -12,7 +12,7 @@ import pytest
 from audit import rules
 from conftest import ROOT, Service, comfy_with_probe, cut
 
-from wan_avatar import avatar
+from wan_avatar import embeddings
 from wan_avatar.avatar import make_avatar
 from wan_avatar.comfy import run
 from wan_avatar.job import Job, JobError
@@ -475,7 +475,7 @@ def test_kernels_that_ran_are_said_even_of_a_result_from_the_cache(wan, window, 
 def test_the_setting_asks_for_sage_and_the_manifest_says_what_ran(wan, window, caplog):
     settings = wan.settings.model_copy(update={'use_sage_attention': True})
     job = Job(**BRIEF, seed=1)
-    wan.background.submit(make_avatar('sage', job, replace(wan.studio, settings=settings))).result(timeout=180)
+    wan.background.submit(make_avatar('sage', job, replace(wan.context, settings=settings))).result(timeout=180)
     manifest = wan.store.read_json('avatars/sage.mp4.json')
     asked, used = manifest['rendered_with']['attention'], manifest['kernels']['attention']
     assert (asked, used) == ('sage', 'default'), 'it is not installed'
@@ -607,7 +607,7 @@ def test_a_prompt_of_ones_own_needs_the_encoder_once(wan, weights, monkeypatch, 
     graph = load_graph('prompt')
     graph['encode'] = {'class_type': 'SayPrompt', 'inputs': {'text': '{{prompt}}', 'encoder': '{{text_encoder}}'}}
     del graph['encoder']
-    monkeypatch.setattr(avatar, 'load_graph', lambda name: graph if name == 'prompt' else load_graph(name))
+    monkeypatch.setattr(embeddings, 'load_graph', lambda name: graph if name == 'prompt' else load_graph(name))
     (weights / 'text_encoders/never-there.safetensors').write_bytes(b'umT5?')
     for job_id, source in (('own-made', None), ('own-again', 'here')):
         assert 'error' not in wan.run(job_id, **BRIEF, profile='tiny-prompted', prompt='a person waves')

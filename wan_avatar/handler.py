@@ -11,8 +11,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from .avatar import Studio, make_avatar
-from .job import JobError, parse_job
+from .avatar import make_avatar
+from .job import JobError, ProgressUpdate, parse_job
+from .run import Report, WorkerContext
 from .timeline import Timeline, log_line
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ async def progress_feed(
     send: Send,
     interval_s: float = 0.5, # least time between updates
     drain_s: float = 5 # longest wait for one update
-) -> AsyncIterator[Callable[[dict], None]]:
+) -> AsyncIterator[Report]:
     "Gives a function that takes updates at any rate; the newest one is sent"
-    newest: dict = {}
+    newest: list[ProgressUpdate] = [] # one at most
     fresh = asyncio.Event()
     closed = asyncio.Event()
 
@@ -36,15 +37,12 @@ async def progress_feed(
         while newest or not closed.is_set(): # the last update may have come while an earlier one was being sent
             await fresh.wait()
             fresh.clear()
-            update = dict(newest)
-            newest.clear()
-            if update: await _send_one(send, event, update, drain_s)
+            if newest: await _send_one(send, event, newest.pop().answer(), drain_s)
             try: await asyncio.wait_for(closed.wait(), interval_s)
             except TimeoutError: pass
 
-    def report(update: dict) -> None:
-        newest.clear()
-        newest.update(update)
+    def report(update: ProgressUpdate) -> None:
+        newest[:] = [update]
         loop.call_soon_threadsafe(fresh.set) # stages report from threads
 
     loop = asyncio.get_running_loop()
@@ -62,9 +60,9 @@ async def _send_one(send: Send, event: dict, update: dict, limit_s: float) -> No
 
 # %% ../nbs/41_handler.ipynb #7fa0c1b6
 class Handler:
-    "Answers RunPod's jobs with one studio"
-    def __init__(self, studio: Studio, send: Send):
-        self.studio = studio
+    "Answers RunPod's jobs on one worker"
+    def __init__(self, worker: WorkerContext, send: Send):
+        self.worker = worker
         self.send = send
 
     async def __call__(self, event: dict) -> dict: # `Result.answer()`, or an error
@@ -74,7 +72,7 @@ class Handler:
         outcome = 'CANCELLED'
         try:
             async with progress_feed(event, self.send) as report:
-                result = await make_avatar(job_id, parse_job(event.get('input')), self.studio, report, timeline)
+                result = await make_avatar(job_id, parse_job(event.get('input')), self.worker, report, timeline)
             outcome = 'COMPLETED'
             return result.answer()
         except JobError as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ErrorCode', 'LONGEST', 'Key', 'Name', 'without_secrets', 'printable', 'without_middle', 'JobError', 'check_key',
-           'Job', 'shorten', 'parse_job', 'Result', 'output_key', 'manifest_key', 'schemas']
+           'Job', 'shorten', 'parse_job', 'Result', 'ProgressUpdate', 'output_key', 'manifest_key', 'schemas']
 
 # %% ../nbs/00_job.ipynb #03bf8b56
 import re
@@ -208,6 +208,22 @@ class Result(BaseModel):
         "JSON for RunPod; `presigned_url` and `notes` only when there are any"
         return self.model_dump(exclude_none=True)
 
+# %% ../nbs/00_job.ipynb #ba5e48ff
+class ProgressUpdate(BaseModel):
+    "How far a running job is: the `output` of its status until there is a result"
+    model_config = ConfigDict(frozen=True) # not `forbid`: a newer worker may say more
+    stage: str = Field(description='what is being done: `fetch`, `track`, `render` or `upload`')
+    done: int | None = Field(None, description='frames or bytes done in this stage')
+    total: int | None = Field(None, description='frames or bytes in all')
+    percent: int | None = Field(None, description='done of total')
+    eta_s: float | None = Field(None, description='seconds the stage still takes at the pace it had so far')
+    segment: int | None = Field(None, description='the window that is rendered, from 1')
+    segments: int | None = Field(None, description='windows in all')
+
+    def answer(self) -> dict:
+        "JSON for RunPod: what is known"
+        return self.model_dump(exclude_none=True)
+
 # %% ../nbs/00_job.ipynb #1526bb16
 def output_key(
     job_id: str, # RunPod's id of the job
@@ -227,6 +243,7 @@ def manifest_key(
     return f'{video_key}.json'
 
 # %% ../nbs/00_job.ipynb #d2909a58
-def schemas() -> dict[str, dict]: # {'input': JSON Schema, 'output': JSON Schema}
-    "JSON Schema of a job's input and output"
-    return {'input': Job.model_json_schema(), 'output': Result.model_json_schema()}
+def schemas() -> dict[str, dict]: # 'input', 'output', 'progress': each a JSON Schema
+    "JSON Schemas of a job's input, of its output, and of what stands in its place while the job runs"
+    sides: dict[str, type[BaseModel]] = {'input': Job, 'output': Result, 'progress': ProgressUpdate}
+    return {name: model.model_json_schema() for name, model in sides.items()}

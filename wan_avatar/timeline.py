@@ -8,10 +8,11 @@ __all__ = ['Stage', 'Timeline', 'log_line', 'draw_timeline']
 # %% ../nbs/02_timeline.ipynb #9162795e
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/02_timeline.ipynb #3c1a9eba
 @dataclass
@@ -20,7 +21,17 @@ class Stage:
     name: str
     begin_s: float # seconds since the timeline's start
     end_s: float | None = None # None while it runs
-    facts: dict = field(default_factory=dict) # bytes, frames, cached: whatever explains the duration
+    facts: dict[str, Any] = field(default_factory=dict) # bytes, frames, cached: whatever explains the duration
+
+    @property
+    def seconds(self) -> float:
+        "How long it took; 0 while it runs"
+        return 0.0 if self.end_s is None else self.end_s - self.begin_s
+
+    @property
+    def ended_s(self) -> float:
+        "Its end, or its begin while it runs"
+        return self.begin_s + self.seconds
 
 class Timeline:
     "The stages of one run"
@@ -30,7 +41,7 @@ class Timeline:
         self.stages: list[Stage] = []
 
     @contextmanager
-    def stage(self, name: str, **facts) -> Iterator[Stage]:
+    def stage(self, name: str, **facts: Any) -> Iterator[Stage]:
         "Time a block; it ends whatever happens in it"
         stage = Stage(name, self.elapsed(), facts=facts)
         self.stages.append(stage)
@@ -45,42 +56,41 @@ class Timeline:
         "Finished stages: seconds by name, repeated names added up, and `total`"
         sums: dict[str, float] = {}
         for s in self.stages:
-            if s.end_s is not None: sums[s.name] = round(sums.get(s.name, 0) + s.end_s - s.begin_s, 3)
+            if s.end_s is not None: sums[s.name] = round(sums.get(s.name, 0) + s.seconds, 3)
         return sums | {'total': self.elapsed()}
 
-    def records(self) -> list[dict]:
-        "Every stage as plain JSON values"
-        return [asdict(s) for s in self.stages]
+    def finished(self) -> list[Stage]:
+        "The stages that have ended"
+        return [s for s in self.stages if s.end_s is not None]
 
 # %% ../nbs/02_timeline.ipynb #fee82ad6
 def log_line(
     event: str, # what happened: `job`, `boot`
     timeline: Timeline,
-    **facts # anything JSON can hold
+    **facts: Any # anything JSON can hold
 ) -> str: # one line, no newline inside
     "A run as one JSON line"
-    line = {'event': event, **facts, 'seconds': timeline.seconds(), 'stages': timeline.records()}
+    line = {'event': event, **facts, 'seconds': timeline.seconds(), 'stages': [asdict(s) for s in timeline.stages]}
     return json.dumps(line, ensure_ascii=False, default=str)
 
 # %% ../nbs/02_timeline.ipynb #2e54faf0
 def draw_timeline(
-    records: list[dict], # what `Timeline.records` gives
+    stages: Iterable[Stage], # those that run still are left out
     path: Path | str, # where the PNG goes
     title: str = ''
 ) -> Path: # `path`
     "Stages as bars over seconds"
     from matplotlib.figure import Figure # only who draws pays for the import
-    done = [r for r in records if r['end_s'] is not None]
-    rows = list(dict.fromkeys(r['name'] for r in done))
+    done = [s for s in stages if s.end_s is not None]
+    rows = list(dict.fromkeys(s.name for s in done))
     figure = Figure(figsize=(10, 0.45 * len(rows) + 1.2), layout='constrained')
     axes = figure.subplots()
-    total = max((r['end_s'] for r in done), default=1)
-    for r in done:
-        took = r['end_s'] - r['begin_s']
-        axes.barh(rows.index(r['name']), took, left=r['begin_s'], color='#3b6ea5', edgecolor='white', height=0.7)
+    total = max((s.ended_s for s in done), default=1.0)
+    for s in done:
+        axes.barh(rows.index(s.name), s.seconds, left=s.begin_s, color='#3b6ea5', edgecolor='white', height=0.7)
     for i, name in enumerate(rows):
-        seconds = sum(r['end_s'] - r['begin_s'] for r in done if r['name'] == name)
-        end = max(r['end_s'] for r in done if r['name'] == name)
+        seconds = sum(s.seconds for s in done if s.name == name)
+        end = max(s.ended_s for s in done if s.name == name)
         axes.text(end + total * 0.01, i, f'{seconds:.2f} s', va='center', fontsize=9)
     axes.set(yticks=range(len(rows)), yticklabels=rows, xlim=(0, total * 1.12))
     axes.set(xlabel='seconds since the job began', title=title)

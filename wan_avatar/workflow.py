@@ -6,8 +6,8 @@
 __all__ = ['Graph', 'VISIONS', 'LOCK', 'CLIP_VISION', 'NEGATIVE', 'WAN', 'REFERENCE', 'TINY', 'PROFILES', 'load_graph', 'slots',
            'bind', 'validate', 'Weight', 'Profile', 'weight', 'listed', 'get_profile', 'disconnected', 'relinked',
            'without_loras', 'with_vision', 'profile_graph', 'vision_graph', 'track_graph', 'needed_files',
-           'locked_files', 'tracker_places', 'loaders', 'detectors_digest', 'with_tracker', 'with_sage',
-           'check_weights', 'ranks', 'draw_graph']
+           'locked_files', 'tracker_places', 'loaders', 'detectors_digest', 'RenderSetup', 'prepare', 'with_tracker',
+           'with_sage', 'check_weights', 'ranks', 'draw_graph']
 
 # %% ../nbs/30_workflow.ipynb #52d5f354
 import hashlib
@@ -376,6 +376,20 @@ def detectors_digest(
     if not tracker_places(profile): return ''
     files = [(w.file, (models_dir / w.place).stat().st_size) for w in profile.detectors]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+
+# %% ../nbs/30_workflow.ipynb #569a1474
+@dataclass(frozen=True)
+class RenderSetup:
+    "A profile with the graphs that a job runs"
+    profile: Profile
+    window: Graph # of one window; the slots of window and job are open
+    loaders: Graph # the nodes that are the same in every prompt
+    track: Graph # slots: source, kind and track
+    vision: Graph # slots: reference and vision; empty: the profile reads no picture through CLIP
+
+def prepare(profile: Profile) -> RenderSetup:
+    "Work out the graphs of a profile"
+    return RenderSetup(profile, profile_graph(profile), loaders(profile), track_graph(profile), vision_graph(profile))
 
 # %% ../nbs/30_workflow.ipynb #51626173
 def with_tracker(
