@@ -34,7 +34,8 @@ from wan_avatar.avatar import (
 from wan_avatar.comfy import Child, Comfy, ComfyProcess
 from wan_avatar.handler import Handler
 from wan_avatar.job import Job, JobError, manifest_key
-from wan_avatar.media import Encoder, normalise_video
+from wan_avatar.mp4 import Encoder
+from wan_avatar.normalise import normalise_video
 from wan_avatar.store import Store, fetch_image
 from wan_avatar.timeline import Timeline
 from wan_avatar.track import load_track, track_key

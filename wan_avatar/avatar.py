@@ -40,10 +40,12 @@ from .comfy import Comfy, Progress, Restarts, run
 from .config import Settings
 from .fetch import fetch_weights
 from .files import check_room, room_on, sha256_of, whole_file
+from .frames import SIZE, RawFrames
 from .job import Job, JobError, Result, manifest_key, output_key
 from .kernels import DEFAULT
-from .media import SIZE, Clip, Encoder, RawFrames, check_mp4, normalise_image, normalise_video
 from .models import load_lock
+from .mp4 import Encoder, check_mp4
+from .normalise import Clip, normalise_image, normalise_video
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
 from .segments import Segment, fit_length, plan
 from .store import Replaced, Store, check_reach, fetch_image, ports_of
@@ -150,7 +152,7 @@ class Studio:
     boot: Timeline = field(default_factory=Timeline) # of this worker's start
     job_counter: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # numbers this worker's jobs
     # decodes the callers' files in a process of its own
-    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.media:load_decoders'))
+    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.normalise:load_decoders'))
 
 # %% ../nbs/40_avatar.ipynb #486572c3
 @asynccontextmanager
@@ -535,16 +537,16 @@ def keep_tail(
 ) -> Path: # `target`
     "Keep the last frames made so far, byte for byte"
     last = frames.last(count)
-    rest = count * frames.frame_bytes - len(last)
-    kept = before.read_bytes()[-rest:] if before and rest else b''
-    with whole_file(target) as part: part.write_bytes(kept + last)
+    rest = count - len(last)
+    kept = RawFrames(before, frames.size).last(rest) if before and rest else ()
+    RawFrames(target, frames.size).write(itertools.chain(kept, last))
     return target
 
 # %% ../nbs/40_avatar.ipynb #0744fd6a
 def append(encoder: Encoder, frames: RawFrames, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
     "Encode a window's new frames and remove their file"
     with timeline.stage('encode', frames=len(frames)):
-        for frame in frames.pixels():
+        for frame in frames:
             if cancelled(): return
             encoder.write(frame)
     frames.path.unlink()
