@@ -12,9 +12,11 @@ from PIL import Image
 
 from wan_avatar.apart import Apart
 from wan_avatar.config import load_settings
+from wan_avatar.frames import read_frames
 from wan_avatar.handler import Handler
 from wan_avatar.local import bucket_server
-from wan_avatar.media import Encoder, normalise_video, read_frames
+from wan_avatar.mp4 import Encoder
+from wan_avatar.normalise import normalise_video
 from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import boot, shut_down
@@ -90,7 +92,7 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(scope='module')
 def apart(request):
     "Runs functions of the test's module in processes of their own; its `ready` loads the module there, once"
-    made = Apart('wan_avatar.media:load_decoders', f'{request.module.__name__}:ready')
+    made = Apart('wan_avatar.normalise:load_decoders', f'{request.module.__name__}:ready')
     made.start()
     yield made
     made.close()

@@ -23,8 +23,9 @@ from wan_avatar.apart import MEMORY, Apart, bare_environment, peak_memory
 from wan_avatar.comfy import Restarts
 from wan_avatar.inputs import take_image, take_video
 from wan_avatar.job import Job, JobError
-from wan_avatar.media import draw_test_video, normalise_video
+from wan_avatar.normalise import normalise_video
 from wan_avatar.run import JobRun, WorkerContext
+from wan_avatar.samples import draw_test_video
 from wan_avatar.tasks import in_thread
 from wan_avatar.timeline import Timeline
 
@@ -270,8 +271,8 @@ def test_a_video_that_needs_more_is_refused(apart, tmp_path):
 
 def sabotage() -> None:
     "Runs in the waiting process: a decoder of pictures that crashes"
-    import wan_avatar.media
-    wan_avatar.media.read_image = lambda path: segfault()
+    import wan_avatar.normalise
+    wan_avatar.normalise.read_image = lambda path: segfault()
 
 class Shelf:
     "A store of files on this disk"
@@ -290,7 +291,7 @@ def test_a_decoder_that_crashes_fails_its_job_alone(tmp_path):
     "Two jobs in hand share the waiting process"
     draw_test_video(tmp_path / 'video', size=(320, 240), seconds=2, container='mp4')
     Image.new('RGB', (64, 64)).save(tmp_path / 'picture', 'PNG')
-    reading = Apart('wan_avatar.media:load_decoders', f'{__name__}:sabotage')
+    reading = Apart('wan_avatar.normalise:load_decoders', f'{__name__}:sabotage')
     folders = [tmp_path / name for name in ('a', 'b')]
     for folder in folders: folder.mkdir()
     with ThreadPoolExecutor(2) as pool:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from conftest import ROOT, cut
 
-from wan_avatar.media import check_mp4
+from wan_avatar.mp4 import check_mp4
 
 WAN_AVATAR = str(ROOT / '.venv/bin/wan-avatar')
 OTHERS = {k: v for k, v in os.environ.items() if not k.startswith(('MINIO_', 'RUNPOD_'))}

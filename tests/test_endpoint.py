@@ -16,8 +16,8 @@ from wan_avatar.client import Client, fetch_result
 from wan_avatar.config import load_settings
 from wan_avatar.launch import FOLDERS, OWN_FOLDERS
 from wan_avatar.local import up
-from wan_avatar.media import check_mp4
 from wan_avatar.memory import find_memory
+from wan_avatar.mp4 import check_mp4
 from wan_avatar.store import Store
 
 

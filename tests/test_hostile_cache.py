@@ -21,7 +21,7 @@ from test_track import make_track
 
 from wan_avatar.apart import peak_memory
 from wan_avatar.embeddings import find_embedding
-from wan_avatar.media import Clip
+from wan_avatar.normalise import Clip
 from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
 from wan_avatar.track import (
     GROUPS,

@@ -31,7 +31,7 @@ from wan_avatar.image import (
     stale_requirements,
 )
 from wan_avatar.local import up
-from wan_avatar.media import check_mp4
+from wan_avatar.mp4 import check_mp4
 
 BASE = 'runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404'
 

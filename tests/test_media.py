@@ -15,30 +15,19 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from wan_avatar import media
+
+from wan_avatar.clocks import ClockPart, Reading, sound_on_one_clock
+from wan_avatar.decoders import decoder_threads, pictures_kept
+from wan_avatar.files import whole_file
+from wan_avatar.fit import resample
+from wan_avatar.frames import Rectangle, read_frames, thread_count
 from wan_avatar.job import JobError
-from wan_avatar.media import (
-    Encoder,
-    Part,
-    Reading,
-    Rectangle,
-    check_mp4,
-    decoder_threads,
-    draw_test_video,
-    extract_audio,
-    filmstrip,
-    nearest,
-    normalise_image,
-    normalise_video,
-    pictures_at,
-    pictures_kept,
-    probe,
-    read_frames,
-    read_image,
-    read_test_picture,
-    sound_on_one_clock,
-    whole_file,
-)
+from wan_avatar.media import probe
+from wan_avatar.mp4 import Encoder, check_mp4, filmstrip, pictures_at
+from wan_avatar.normalise import normalise_image, normalise_video
+from wan_avatar.pictures import read_image
+from wan_avatar.samples import draw_test_picture, draw_test_video, read_test_picture
+from wan_avatar.sound import extract_audio
 
 SMALL = (320, 180)
 LANDSCAPE = slice(160, 1120) # where a 4:3 picture lies in 1280x720
@@ -132,7 +121,7 @@ def test_nearest_counts_and_picks(rates):
     for n in (1, 2, 3, 10, 101):
         times = [k / Fraction(*rates) for k in range(n)]
         items = ((t, 1 / Fraction(*rates), k) for k, t in enumerate(times))
-        got = [k for k, times_shown in nearest(items) for _ in range(times_shown)]
+        got = [k for k, times_shown in resample(items) for _ in range(times_shown)]
         assert got == expected(times, 1 / Fraction(*rates))
 
 
@@ -229,7 +218,7 @@ COUNTS = [
 def test_as_many_frames_as_ffmpeg_gives(fps, frames, wanted):
     rate = Fraction(fps)
     assert wanted == max(1, math.floor(frames / rate * 24 + Fraction(1, 2)))
-    assert sum(n for _, n in nearest((k / rate, 1 / rate, k) for k in range(frames))) == wanted
+    assert sum(n for _, n in resample((k / rate, 1 / rate, k) for k in range(frames))) == wanted
 
 
 def interlaced(codec, **options):
@@ -312,9 +301,9 @@ def test_sound_finds_its_part_when_another_has_none():
             self.pts = pts
             self.pos = pos
     parts = [
-        Part(0, Fraction(0), Fraction(0)), # of 3 s
-        Part(1000, Fraction(0), Fraction(3)), # of 2 s
-        Part(2000, Fraction(0), Fraction(5)), # of 9 s
+        ClockPart(0, Fraction(0), Fraction(0)), # of 3 s
+        ClockPart(1000, Fraction(0), Fraction(3)), # of 2 s
+        ClockPart(2000, Fraction(0), Fraction(5)), # of 9 s
     ]
     silent_middle = [Packet(t, 10 * t) for t in range(0, 30, 5)] + [Packet(t, 1990 + 10 * t) for t in range(0, 30, 5)]
     assert [p.pts for p in sound_on_one_clock(silent_middle, parts)] == [*range(0, 30, 5), *range(50, 80, 5)]
@@ -898,7 +887,7 @@ def test_truncated(tmp_path, ending, codec, part):
 @pytest.mark.hostile('videos')
 def test_truncated_behind_its_index(tmp_path):
     with Encoder(tmp_path / 'whole.mp4', size=(320, 240)) as encoder:
-        for i in range(72): encoder.write(media.draw_test_picture(i))
+        for i in range(72): encoder.write(draw_test_picture(i))
     data = (tmp_path / 'whole.mp4').read_bytes()
     (tmp_path / 'in.mp4').write_bytes(data[:len(data) * 6 // 10])
     with pytest.raises(JobError, match=r'cut off after \d+ bytes: its frames from \d\.\d\d s on are missing'):
@@ -1037,7 +1026,7 @@ def with_larger_frames(path, codec, pix_fmt, side, at, count=6):
 READ_AND_SAY_MEMORY = """
 import sys
 from wan_avatar.job import JobError
-from wan_avatar.media import normalise_video
+from wan_avatar.normalise import normalise_video
 try: print('accepted', normalise_video(*sys.argv[1:4], 60).frames)
 except JobError as e: print(e)
 print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))
@@ -1090,7 +1079,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
 ])
 @pytest.mark.hostile('videos')
 def test_memory_is_counted_before_it_is_taken(size, pixel_format, kept, fits):
-    if fits: assert 1 <= decoder_threads(size, pixel_format, kept, 'a.mp4') <= media.thread_count()
+    if fits: assert 1 <= decoder_threads(size, pixel_format, kept, 'a.mp4') <= thread_count()
     else:
         with pytest.raises(JobError, match=r'^input_unreadable: a.mp4 is .* at most'):
             decoder_threads(size, pixel_format, kept, 'a.mp4')
@@ -1205,7 +1194,7 @@ def test_check_names_the_figure(tmp_path):
     audio = tmp_path / 'a.m4a'
     extract_audio(source, audio, seconds=1)
     with Encoder(tmp_path / 'a.mp4', size=(320, 240), audio=audio) as encoder:
-        for i in range(24): encoder.write(media.draw_test_picture(i))
+        for i in range(24): encoder.write(draw_test_picture(i))
     good = dict(frames=24, size=(320, 240), has_audio=True, audio_s=1.0)
     assert check_mp4(tmp_path / 'a.mp4', **good).audio_s == pytest.approx(1, abs=0.05)
     for change, says in (

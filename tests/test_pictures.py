@@ -14,8 +14,9 @@ from PIL import Image, ImageCms
 
 from wan_avatar.apart import peak_memory
 from wan_avatar.job import JobError
-from wan_avatar.media import normalise_image, read_image
 from wan_avatar.metadata import strip_metadata
+from wan_avatar.normalise import normalise_image
+from wan_avatar.pictures import read_image
 
 MEMORY_DISK = '/dev/shm' if Path('/dev/shm').is_dir() else None # thousands of small files
 SIZE = (96, 64)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, Service, cut
 
-from wan_avatar.media import check_mp4, read_frames
+from wan_avatar.frames import read_frames
+from wan_avatar.mp4 import check_mp4
 from wan_avatar.workflow import PROFILES, TINY, WAN, profile_graph, vision_graph
 
 PYTHON = ROOT / '.comfy/env/bin/python'

@@ -22,11 +22,13 @@ import pytest
 from wan_avatar.avatar import make_avatar
 from wan_avatar.comfy import Child, Comfy, ComfyProcess, Restarts
 from wan_avatar.delivery import Outrun, deliver, find_result
+from wan_avatar.frames import Rectangle
 from wan_avatar.handler import Handler
 from wan_avatar.inputs import Inputs, room_needed
 from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
 from wan_avatar.manifest import BootReport, Manifest
-from wan_avatar.media import Encoder, Rectangle, normalise_video
+from wan_avatar.mp4 import Encoder
+from wan_avatar.normalise import normalise_video
 from wan_avatar.run import JobRun, WorkerContext, deadline, work_folder
 from wan_avatar.store import Store, fetch_image
 from wan_avatar.tasks import Background

@@ -13,8 +13,10 @@ import pytest
 from conftest import ROOT, cut
 
 from wan_avatar.client import Status
+from wan_avatar.frames import read_frames
 from wan_avatar.local import up
-from wan_avatar.media import Encoder, check_mp4, normalise_video, read_frames
+from wan_avatar.mp4 import Encoder, check_mp4
+from wan_avatar.normalise import normalise_video
 from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, run_smoke, until_refused
 
 ANSWER = {
@@ -185,7 +187,7 @@ import os, time, runpod
 from pathlib import Path
 from wan_avatar.config import load_settings
 from wan_avatar.job import output_key, parse_job
-from wan_avatar.media import check_mp4
+from wan_avatar.mp4 import check_mp4
 from wan_avatar.store import Store
 def handler(event):
     job, store = parse_job(event['input']), Store(load_settings())

@@ -15,9 +15,10 @@ from conftest import ROOT, Service, comfy_with_probe, cut
 from wan_avatar import embeddings
 from wan_avatar.avatar import make_avatar
 from wan_avatar.comfy import run
+from wan_avatar.frames import SIZE, RawFrames, read_frames
 from wan_avatar.job import Job, JobError
-from wan_avatar.media import normalise_video, read_frames
 from wan_avatar.nodes import sized
+from wan_avatar.normalise import normalise_video
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.track import load_track, parse_track
 from wan_avatar.workflow import (
@@ -296,7 +297,7 @@ def window(wan, made, tmp_path_factory):
     wan.store.download(key, folder / 'driving.track', 'x', 10**9)
     shutil.copy(folder / 'driving.track', folder / 'reference.track') # the production graph does not read it
     tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
-    tail.tofile(folder / 'tail.u8')
+    RawFrames(folder / 'tail.u8', SIZE).write(tail)
     values = window_values()
     described = bind(vision_graph(TINY), {k: values[k] for k in ('reference', 'vision')})
     wan.on_loop(run(wan.comfy, described))
@@ -507,7 +508,7 @@ def audited(wan, window) -> tuple[dict, dict, dict]:
     for name in ('driving.mp4', 'driving.track', 'reference.png'): shutil.copy(ROOT / 'tests/audit' / name, folder)
     shutil.copy(folder / 'driving.track', folder / 'reference.track')
     seeds = np.stack(list(read_frames(folder / 'driving.mp4', rules.START, rules.SEEDS)))
-    seeds.tofile(folder / 'tail.u8')
+    RawFrames(folder / 'tail.u8', SIZE).write(seeds)
     paths = {k: v.replace('by-hand', 'audit') for k, v in window_values().items() if str(v).startswith('jobs/by-hand')}
     values = window_values() | paths | {'start': rules.START, 'length': rules.LENGTH, 'overlap': 5, 'new': 4}
     profile = TINY.changed(width=rules.SAMPLED[0], height=rules.SAMPLED[1], face=True, vision='unconnected')

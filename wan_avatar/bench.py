@@ -37,16 +37,20 @@ import psutil
 from minio import Minio
 from PIL import Image
 
-from .avatar import Inputs, prove, upload_proven
+from .avatar import Inputs
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import Comfy, ComfyProcess, run, running_comfy
 from .config import Settings, load_settings
+from .delivery import prove, upload_proven
+from .ffmpeg import bench_media, timed_call
 from .files import sha256_of, whole_file
+from .frames import FPS, SIZE, read_frames
 from .job import manifest_key
 from .launch import ComfyPlace
 from .local import Local, bucket_server, up
-from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames, timed_call
 from .models import LockedFile, Needs, dump_lock, load_lock
+from .mp4 import Encoder
+from .normalise import normalise_video
 from .segments import window_pictures
 from .store import Store, address
 from .timeline import Timeline

@@ -96,9 +96,9 @@ from .files import whole_file
 from .gpu import CannotMeasure, Options, bench_gpu
 from .job import JobError, shorten
 from .local import Local, up
-from .media import filmstrip
 from .metrics import Difference, RecordsError
 from .models import LINK_MB_S, Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan, plan_table, verified
+from .mp4 import filmstrip
 from .reports import ReportError, ReportFailed, compare_folders, run_report
 from .smoke import Row, keep_summary, rows, run_smoke
 from .store import Store

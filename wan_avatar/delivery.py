@@ -22,7 +22,7 @@ from .files import sha256_of
 from .inputs import Inputs
 from .job import JobError, Result, manifest_key
 from .manifest import KernelsRan, Manifest, RenderSettings
-from .media import check_mp4
+from .mp4 import check_mp4
 from .run import JobRun
 from .store import Replaced, Store
 from .tasks import in_thread, start_in_thread, together

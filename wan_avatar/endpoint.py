@@ -29,6 +29,7 @@ from rich.table import Table
 from .cards import CARDS, PRODUCTION, Card, GpuRun, Measured, Operations, least_seconds, measured, operations
 from .client import EndpointError
 from .config import Settings
+from .frames import FPS
 from .job import shorten
 from .models import LINK_MB_S, Lock, LockedFile, load_lock
 from .segments import plan as plan_windows
@@ -177,7 +178,7 @@ def render_time(
     chosen = PROFILES[profile]
     gpus = tuple(gpus)
     if chosen.graph != WAN.graph or chosen.name == TINY.name: return None
-    lengths = [w.length for w in plan_windows(max(1, round(video_s * 24)), chosen.length, chosen.overlap)]
+    lengths = [w.length for w in plan_windows(max(1, round(video_s * FPS)), chosen.length, chosen.overlap)]
     known = {g: run for g, run in (measured() if runs is None else runs).items() if g in gpus and _whole(run, chosen)}
     times = [RenderTime(sum(_window(_whole(run, chosen), chosen, n) for n in lengths), g, run.at)
              for g, run in known.items()]

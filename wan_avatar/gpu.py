@@ -31,10 +31,11 @@ import numpy as np
 from PIL import Image
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
 from .comfy import Comfy, run, running_comfy
+from .frames import SIZE
 from .gpu_charts import write_report
 from .job import JobError
 from .launch import ComfyPlace, has_gpu
-from .media import SIZE, Encoder
+from .mp4 import Encoder
 from .probe import PACKAGE, RECORD
 
 from .segments import LEFT_HAND, RIGHT_HAND

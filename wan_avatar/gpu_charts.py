@@ -17,6 +17,7 @@ from typing import Any
 
 from .cards import CARDS, PRODUCTION, RUNS, Card, GpuRun, Measured, least_seconds, operations, read_run
 from .files import whole_file
+from .frames import SIZE
 
 UNMEASURED = 'not measured'
 
@@ -309,7 +310,7 @@ HEAD = ('card', 'pool', 'a step', 'at least, by its datasheet', 'share of its ra
         'measured')
 
 def _card_row(name: str, card: Card | None, run: GpuRun | None) -> list[str]:
-    least = least_seconds(operations(1280, 720, 77), card, fp8=True) if card else None
+    least = least_seconds(operations(*SIZE, 77), card, fp8=True) if card else None
     limit = _shown(least, 1, ' s')
     pool = f'`{card.pool}`' if card else '–'
     case = run and shown_case(run)

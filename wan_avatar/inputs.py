@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .config import Settings
 from .files import check_room, sha256_of
+from .frames import SIZE
 from .job import Job, JobError
-from .media import SIZE, Clip, normalise_image, normalise_video
+from .normalise import Clip, normalise_image, normalise_video
 from .run import JobRun
 from .store import check_reach, fetch_image, ports_of
 from .tasks import in_thread, together

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .files import whole_file
+from .frames import SIZE
 from .wholebody import CHUNK, CROP, _keypoint_detector, _person_detector, _segmenter, _session
 
 # %% ../nbs/36_networks.ipynb #1a44355d
@@ -260,10 +261,10 @@ def _twin(name: str, shape: tuple[int, ...], batches: tuple[int, ...]) -> Callab
     return measure
 
 # %% ../nbs/36_networks.ipynb #b7451955
-BOX = np.array([400, 80, 760, 700], np.float32) # of the person, in a frame of 1280x720
+BOX = np.array([400, 80, 760, 700], np.float32) # of the person, in a frame of `SIZE`
 
 def _noise(n: int) -> list[np.ndarray]: # frames
-    return list(np.random.default_rng(0).integers(0, 255, (n, 720, 1280, 3), np.uint8))
+    return list(np.random.default_rng(0).integers(0, 255, (n, *SIZE[::-1], 3), np.uint8))
 
 def _masks(place: Place, found: dict[str, Any]) -> None:
     net = network('sam2', place.small)

@@ -27,10 +27,12 @@ import numpy as np
 
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
+from .frames import FPS, RawFrames, read_frames
 from .job import JobError
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS, chosen
 from .launch import SHARED, TREE
-from .media import FPS, RawFrames, probe, read_frames, read_image
+from .media import probe
+from .pictures import read_image
 from .prompt import Embedding
 from .segments import SHAPES, MaskShape, letterbox, window_pictures
 from wan_avatar.track import (
@@ -257,10 +259,11 @@ def write_frames(
     size: tuple[int, int] # width, height to write; a research profile may render smaller
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"
-    with whole_file(target) as part, part.open('wb') as f:
+    def converted() -> Iterator[np.ndarray]:
         for done, image in enumerate(images, 1):
-            f.write(sized(to_uint8(np.asarray(image)), size).data)
+            yield sized(to_uint8(np.asarray(image)), size)
             progress(done, count)
+    RawFrames(target, size).write(converted())
 
 def to_uint8(
     frame: np.ndarray # (h, w, 3) uint8, or float in 0..1
@@ -324,7 +327,7 @@ def _tail(segment: Window, size: tuple[int, int]):
     import torch
     if segment.tail is None: return None
     video = probe(segment.video)
-    frames = RawFrames(segment.tail, (video.width, video.height)).pixels()
+    frames = RawFrames(segment.tail, (video.width, video.height))
     return torch.from_numpy(np.stack([sized(f, size) for f in frames])) / 255
 
 # %% ../nbs/32_nodes.ipynb #a05ef142

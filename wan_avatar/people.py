@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .media import FPS
+from .frames import FPS
 
 # %% ../nbs/20_people.ipynb #63ed2408
 def area(

@@ -9,6 +9,7 @@ __all__ = ['log', 'RenderPlan', 'segment_seed', 'window_graph', 'keep_tail', 'ap
 # %% ../nbs/39_render.ipynb #a6f50217
 import asyncio
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -17,14 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .comfy import Progress
-from .comfy import run as run_graph
-from .files import whole_file
+from .comfy import Progress, run as run_graph
+
+from .frames import RawFrames
 from .inputs import Inputs
 from .job import JobError
 from .kernels import DEFAULT
 from .manifest import KernelsRan
-from .media import Encoder, RawFrames
+from .mp4 import Encoder
 from .run import Run
 from .segments import Segment, fit_length, plan
 from .tasks import entered_in_thread, one_at_a_time
@@ -82,16 +83,16 @@ def keep_tail(
 ) -> Path: # `target`
     "Keep the last frames made so far, byte for byte"
     last = frames.last(count)
-    rest = count * frames.frame_bytes - len(last)
-    kept = before.read_bytes()[-rest:] if before and rest else b''
-    with whole_file(target) as part: part.write_bytes(kept + last)
+    rest = count - len(last)
+    kept = RawFrames(before, frames.size).last(rest) if before and rest else ()
+    RawFrames(target, frames.size).write(itertools.chain(kept, last))
     return target
 
 # %% ../nbs/39_render.ipynb #09fcca2f
 def append(encoder: Encoder, frames: RawFrames, timeline: Timeline, cancelled: Callable[[], bool]) -> None:
     "Encode a window's new frames and remove their file"
     with timeline.stage('encode', frames=len(frames)):
-        for frame in frames.pixels():
+        for frame in frames:
             if cancelled(): return
             encoder.write(frame)
     frames.path.unlink()

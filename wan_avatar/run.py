@@ -50,7 +50,7 @@ class WorkerContext:
     boot: Timeline = field(default_factory=Timeline) # of this worker's start
     job_counter: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # numbers this worker's jobs
     # decodes the callers' files in a process of its own
-    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.media:load_decoders'))
+    reading: Apart = field(default_factory=lambda: Apart('wan_avatar.normalise:load_decoders'))
 
 def boot_report(
     worker: WorkerContext,

@@ -23,9 +23,10 @@ import numpy as np
 
 from .client import Client, EndpointError, Status, fetch_result
 from .files import sha256_of, whole_file
+from .frames import FPS, SIZE
 from .job import JobError, output_key, parse_job
-from .media import FPS, SIZE, filmstrip, pictures_at
 from .metrics import JobRecord, measured_job, summarise, write_records
+from .mp4 import filmstrip, pictures_at
 from .store import Store
 from .timeline import draw_timeline
 
@@ -153,7 +154,7 @@ def video_checks(d: Delivery) -> list[Check]:
         Check('every frame decodes', v.trouble is None, 'no damage', v.trouble or 'no damage'),
         _same('size', f'{SIZE[0]}x{SIZE[1]}', f'{v.width}x{v.height}'),
         Check('frame rate', v.fps == FPS and v.even, f'{FPS} a second, evenly', rate),
-        _same('frames: driving video\'s seconds x 24', frames, v.frames),
+        _same(f'frames: driving video\'s seconds x {FPS}', frames, v.frames),
         Check('sound as in the driving video', in_step, until(sound), until(v.audio_s)),
         Check('not the driving video unchanged', d.change >= LEAST_CHANGE, f'at least {LEAST_CHANGE} levels of change',
               f'{d.change:g}'),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .comfy import run as run_graph
 from .inputs import Inputs
-from .media import Clip
+from .normalise import Clip
 from .run import Run, cache_file, cached_bytes
 from .store import Store
 from wan_avatar.track import (

@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from .comfy import Comfy, ComfyPlace, ComfyProcess
+from .comfy import Comfy, ComfyProcess
 from .config import load_settings
+from .frames import read_frames
 from .job import Job
+from .launch import ComfyPlace
 from .local import bucket_server
-from .media import Encoder, read_frames
+from .mp4 import Encoder
 from .run import WorkerContext
 from .store import Store
 

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .comfy import Comfy, ComfyPlace, ComfyProcess, Restarts, run, unloaded_keys
+from .comfy import Comfy, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .embeddings import describe_picture, find_embedding, prompt_embeddings
 from .fetch import Coming, ProgressLines, fetch_weights, places_of
@@ -43,7 +43,7 @@ from .files import check_room, whole_file
 from .handler import Handler
 from .job import JobError, without_secrets
 from .kernels import NEEDED_GB, Need, lacking
-from .launch import Launched, absolute_folder, private_folder
+from .launch import ComfyPlace, Launched, absolute_folder, private_folder
 from .memory import find_memory, memory_line
 from .models import Lock, LockedFile, link, load_lock, snapshots
 from .prompt import Embedding, EmbeddingDamaged, check_embedding

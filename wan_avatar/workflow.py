@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .frames import SIZE
 from .job import JobError, shorten
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS
 from .models import Lock, LockedFile, Needs, load_lock
@@ -222,7 +223,7 @@ NEGATIVE = ('色调艳丽，过曝，静态，细节模糊不清，字幕，风�
             '静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走') # upstream's, of wan/configs/shared_config.py
 
 _SHARED_VALUES: dict[str, Any] = {
-    'width': 1280, 'height': 720, 'cfg': 1.0, 'scheduler': 'simple', 'relight_strength': 1.0,
+    'width': SIZE[0], 'height': SIZE[1], 'cfg': 1.0, 'scheduler': 'simple', 'relight_strength': 1.0,
     'mask_shape': BLOCKS.shape, 'mask_dilation': BLOCKS.dilation, 'mask_block': BLOCKS.block,
     'attention': DEFAULT, 'fp8_products': DEFAULT,
 }
