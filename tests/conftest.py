@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from wan_avatar.apart import Apart
+from wan_avatar.bucket import bucket_server
 from wan_avatar.config import load_settings
 from wan_avatar.handler import Handler
-from wan_avatar.local import bucket_server
 from wan_avatar.media import Encoder, normalise_video, read_frames
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import Background, boot, shut_down

@@ -38,13 +38,14 @@ from minio import Minio
 from PIL import Image
 
 from .avatar import Inputs, prove, upload_proven
+from .bucket import bucket_server
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import Comfy, ComfyProcess, run, running_comfy
 from .config import Settings, load_settings
 from .files import sha256_of, whole_file
 from .job import manifest_key
 from .launch import ComfyPlace
-from .local import Local, bucket_server, up
+from .local import Local, up
 from .media import FPS, SIZE, Encoder, bench_media, normalise_video, read_frames, timed_call
 from .models import LockedFile, Needs, dump_lock, load_lock
 from .segments import window_pictures
