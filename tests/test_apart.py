@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from wan_avatar.apart import MEMORY, Apart, bare_environment, peak_memory
+from wan_avatar.apart import MEMORY_LIMIT, Apart, bare_environment, peak_memory
 from wan_avatar.avatar import Studio, in_thread, take_image, take_video
 from wan_avatar.job import Job, JobError
 from wan_avatar.media import draw_test_video, normalise_video
@@ -127,7 +127,7 @@ def test_what_the_child_is_given(apart, monkeypatch):
     fresh.close()
     assert 'secret' not in told['environment'].values()
     assert set(told['environment']) <= set(bare_environment(os.environ)) | {'LC_CTYPE'}
-    assert told['limit'] == MEMORY < 10**9
+    assert told['limit'] == MEMORY_LIMIT < 10**9
     assert told['core'] == 0
     assert told['score'] == '1000'
     assert told['threads'] == 1

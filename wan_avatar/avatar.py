@@ -36,7 +36,7 @@ import psutil
 from pydantic import ConfigDict, ValidationError
 
 from .apart import Apart
-from .comfy import Comfy, Progress, Restarts, run
+from .comfy import Comfy, NodeProgress, Restarts, run
 from .config import Settings
 from .fetch import fetch_weights
 from .files import check_room, room_on, sha256_of, whole_file
@@ -517,10 +517,10 @@ def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: 
         raise JobError('out_of_memory', f'{why}: {error.message}') from error
     return max(fit_length(s.length // 2), profile.overlap + 4)
 
-def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[Progress], None]:
+def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[NodeProgress], None]:
     "Turns a window's node progress into frames done; sampling counts as nine tenths of a window that is sampled"
     parts = {'sample': (0, 0.9), 'frames': (0.9, 0.1)} if 'sample' in graph else {'frames': (0, 1)}
-    def step(p: Progress) -> None:
+    def step(p: NodeProgress) -> None:
         if p.node not in parts: return
         begin, share = parts[p.node]
         done = begin + share * p.value / p.maximum
