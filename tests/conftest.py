@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from wan_avatar.apart import Apart
+from wan_avatar.bucket import bucket_server
 from wan_avatar.config import load_settings
 from wan_avatar.frames import read_frames
 from wan_avatar.handler import Handler
-from wan_avatar.local import bucket_server
 from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
 from wan_avatar.tasks import Background

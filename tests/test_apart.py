@@ -19,9 +19,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from wan_avatar.apart import MEMORY, Apart, bare_environment, peak_memory
 from wan_avatar.comfy import Restarts
 from wan_avatar.inputs import take_image, take_video
+from wan_avatar.apart import MEMORY_LIMIT, Apart, bare_environment, peak_memory
 from wan_avatar.job import Job, JobError
 from wan_avatar.normalise import normalise_video
 from wan_avatar.run import JobRun, WorkerContext
@@ -132,7 +132,7 @@ def test_what_the_child_is_given(apart, monkeypatch):
     fresh.close()
     assert 'secret' not in told['environment'].values()
     assert set(told['environment']) <= set(bare_environment(os.environ)) | {'LC_CTYPE'}
-    assert told['limit'] == MEMORY < 10**9
+    assert told['limit'] == MEMORY_LIMIT < 10**9
     assert told['core'] == 0
     assert told['score'] == '1000'
     assert told['threads'] == 1

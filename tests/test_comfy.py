@@ -18,7 +18,7 @@ from wan_avatar.comfy import Comfy, ComfyProcess, node_error, run
 from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError
 from wan_avatar.launch import HEADER, BoundedFile, ComfyPlace, Log, launch, lay_out, place_of, private_folder
-from wan_avatar.memory import Memory, find_memory, held, pinned_at_most, told
+from wan_avatar.memory import Memory, find_memory, held, memory_variable, pinned_at_most
 from wan_avatar.tasks import Background
 from wan_avatar.worker import check_disk
 
@@ -158,8 +158,8 @@ def told_of_5_gb(running) -> dict:
     async def drive() -> dict:
         await run(comfy, PICTURE)
         pids = {'pid': comfy.process.child.pid, 'early': running.early.process.pid}
-        return pids | {'history': await comfy._get('/history'),
-                       'system': (await comfy._get('/system_stats'))['system'], 'log': comfy.process.log.since(0)}
+        return pids | {'history': await comfy.get('/history'),
+                       'system': (await comfy.get('/system_stats'))['system'], 'log': comfy.process.log.since(0)}
     return running.do(drive())
 
 def test_one_that_was_started_early_is_taken_over(told_of_5_gb):
@@ -195,7 +195,8 @@ print(json.dumps(said))
 def test_what_may_be_pinned_and_cached_is_of_the_container(tmp_path: Path, limited):
     memory = Memory(64 * GB, 2 * GB, str(tmp_path)) if limited else Memory(64 * GB)
     argv = [comfy_dir() / 'env/bin/python', '-B', '-c', IN_COMFYUI, comfy_dir() / 'ComfyUI']
-    done = subprocess.run(argv, env=os.environ | told(memory), check=True, capture_output=True, text=True, timeout=120)
+    environment = os.environ | memory_variable(memory)
+    done = subprocess.run(argv, env=environment, check=True, capture_output=True, text=True, timeout=120)
     pinned, total, free, available = json.loads(done.stdout.splitlines()[-1])
     if limited:
         assert (pinned, total) == (pinned_at_most(memory), 2 * GB)

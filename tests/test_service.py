@@ -100,7 +100,7 @@ def test_comfyui_killed_in_mid_job(service, alone):
 
 def test_comfyui_that_hangs_is_as_good_as_dead(service, alone, monkeypatch):
     "The process lives, and answers nothing any more"
-    monkeypatch.setattr(service.comfy, 'answer_s', 2)
+    monkeypatch.setattr(service.comfy, 'request_timeout_s', 2)
     future = service.submit('hung', **JOB)
     service.wait_report('hung', stage='render', segment=2)
     os.killpg(service.comfy.process.child.pid, signal.SIGSTOP)
@@ -112,7 +112,7 @@ def test_comfyui_that_keeps_dying_fails_the_job_and_the_worker(service):
     for _ in range(3):
         while not future.done():
             child = service.comfy.process.child
-            if service.comfy.process.alive and service.comfy.heard:
+            if service.comfy.process.alive and service.comfy.inboxes:
                 os.killpg(child.pid, signal.SIGKILL)
                 break
             threading.Event().wait(0.02)
@@ -136,7 +136,7 @@ def test_cancel_frees_the_renderer_within_two_seconds(service, alone):
         async with asyncio.timeout(2):
             await service.context.renderer.acquire()
             service.context.renderer.release()
-        return not service.comfy.process.alive or not (await service.comfy._get('/queue'))['queue_running']
+        return not service.comfy.process.alive or not (await service.comfy.get('/queue'))['queue_running']
     assert service.on_loop(free())
     assert service.store.stat('avatars/cancelled.mp4') is None
     assert service.run('after', **JOB)['sha256'] == alone['sha256']

@@ -161,7 +161,7 @@ def test_one_seed_one_video_another_seed_another(wan, made):
 def test_models_stay_loaded_from_job_to_job(wan, made):
     "The prompts in between, which find the person, do not push them out"
     assert 'error' not in wan.run('warm', **JOB, seed=9)
-    async def history() -> dict: return await wan.comfy._get('/history')
+    async def history() -> dict: return await wan.comfy.get('/history')
     def cached(node: str) -> list[set[str]]: # nodes that were not run anew, of each prompt that has this node
         prompts = [p for p in wan.on_loop(history()).values() if node in p['prompt'][2]]
         return [set(dict(p['status']['messages'])['execution_cached']['nodes']) for p in prompts]

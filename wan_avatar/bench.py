@@ -37,7 +37,8 @@ import psutil
 from minio import Minio
 from PIL import Image
 
-from .avatar import Inputs
+from .inputs import Inputs
+from .bucket import bucket_server
 from .client import Client, EndpointError, Status, upload_file
 from .comfy import Comfy, ComfyProcess, run, running_comfy
 from .config import Settings, load_settings
@@ -47,7 +48,7 @@ from .files import sha256_of, whole_file
 from .frames import FPS, SIZE, read_frames
 from .job import manifest_key
 from .launch import ComfyPlace
-from .local import Local, bucket_server, up
+from .local import Local, up
 from .models import LockedFile, Needs, dump_lock, load_lock
 from .mp4 import Encoder
 from .normalise import normalise_video

@@ -90,7 +90,7 @@ from .bench import BENCHES, run_bench, table
 from .bundle import build, bundle_revision, check, push, relocated
 from .cards import RunDamaged
 from .client import Client, EndpointError, Status, fetch_result, upload_file
-from .comfy import tail
+from .comfy import last_lines
 from .config import SettingsError, WeightSettings, load_settings
 from .files import whole_file
 from .gpu import CannotMeasure, Options, bench_gpu
@@ -442,7 +442,7 @@ class BootWatch:
         began = self.began # the endpoint's thread may set it to None meanwhile
         if began is not None and self.log.exists():
             spent = time.monotonic() - began
-            steps = [line for line in tail(self.log, 40).splitlines() if line.startswith('boot: ')]
+            steps = [line for line in last_lines(self.log, 40).splitlines() if line.startswith('boot: ')]
             text = f'worker starts ({steps[-1].removeprefix("boot: ")})' if steps else 'worker starts'
             eta = f'about {max(self.usual - spent, 1):.0f} s to go'
             self.screen.show('worker', text, min(spent, self.usual), self.usual, eta=eta)

@@ -457,9 +457,9 @@ async def _in_comfy(
         os.environ[RECORD] = str(records)
         booted = time.perf_counter()
         try:
-            async with running_comfy(place, start_seconds=120) as comfy:
+            async with running_comfy(place, start_timeout_s=120) as comfy:
                 took = {'boot_s': time.perf_counter() - booted, 'weights_s': weights_s}
-                kept = Kept(folder, fresh_run(facts, await comfy._get('/system_stats'), **took))
+                kept = Kept(folder, fresh_run(facts, await comfy.get('/system_stats'), **took))
                 bench = _Bench(comfy, kept.run.card, options.small, inputs, records)
                 for_cases = Budget(options.seconds - options.tracker_s, budget.began)
                 try: await _run_cases(bench, kept, cases_of(options, models), for_cases, say)

@@ -403,7 +403,7 @@ def model_hub(
             s.server_close()
 
 # %% ../nbs/13_hub.ipynb #efacd4f6
-def _main() -> None:
+def _serve_folder() -> None:
     """`python -m wan_avatar.hub FOLDER [BYTES_PER_SECOND]`: FOLDER/org/name/... as repositories
 
     Prints its addresses and the lock of its files as JSON"""
@@ -419,4 +419,4 @@ def _main() -> None:
 
 # %% ../nbs/13_hub.ipynb #b80d96eb
 #| eval: false
-if __name__ == '__main__': _main()
+if __name__ == '__main__': _serve_folder()

@@ -26,7 +26,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .memory import Memory, find_memory, told
+from .memory import Memory, find_memory, memory_variable
 
 # %% ../nbs/05_launch.ipynb #54e74d2a
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def launch(
     secret = secrets.token_urlsafe(32)
     printed = Log(place.log_path)
     mine = {'PYTHONUNBUFFERED': '1', DOOR: f'{port}:{secret}', TREE: str(place.work_dir)}
-    environment = _no_secrets(os.environ) | told(memory or find_memory()) | mine
+    environment = _no_secrets(os.environ) | memory_variable(memory or find_memory()) | mine
     argv = command(place, port, has_gpu())
     try:
         process = subprocess.Popen(

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .comfy import Progress, run as run_graph
+from .comfy import NodeProgress, run as run_graph
 
 from .frames import RawFrames
 from .inputs import Inputs
@@ -107,11 +107,11 @@ def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: 
         raise JobError('out_of_memory', f'{why}: {error.message}') from error
     return max(fit_length(s.length // 2), profile.overlap + 4)
 
-def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[Progress], None]:
+def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[NodeProgress], None]:
     "Turns a window's node progress into frames done; sampling counts as nine tenths of a window that is sampled"
     parts: dict[str, tuple[float, float]] = {'frames': (0, 1)}
     if 'sample' in graph: parts = {'sample': (0, 0.9), 'frames': (0.9, 0.1)}
-    def step(p: Progress) -> None:
+    def step(p: NodeProgress) -> None:
         if p.node not in parts: return
         begin, share = parts[p.node]
         done = begin + share * p.value / p.maximum

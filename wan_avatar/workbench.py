@@ -15,7 +15,7 @@ from .config import load_settings
 from .frames import read_frames
 from .job import Job
 from .launch import ComfyPlace
-from .local import bucket_server
+from .bucket import bucket_server
 from .mp4 import Encoder
 from .run import WorkerContext
 from .store import Store
