@@ -8,13 +8,13 @@ __all__ = ['BATCH', 'BATCH_S', 'CHUNK_SIZES', 'Download', 'ConnectionRamp', 'Dow
 # %% ../nbs/14_download.ipynb #4dd0a2ac
 import hashlib
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
 
 from .partial import PartialFile, Span
-from .sources import Http, Open, TransientError, SourceFailed
+from .retry import RetryPolicy, TransientError
+from .sources import Http, Open, SourceFailed
 
 # %% ../nbs/14_download.ipynb #90884cfd
 BATCH = 1 << 20 # bytes a kill may lose per connection
@@ -47,9 +47,8 @@ class Download:
         elif now - self.moved > patience_s:
             self.error = SourceFailed(f'{why}, and nothing else for {patience_s:.0f} s')
         else:
-            growing_s = min(0.1 * 2 ** min(self.failures, 7), 10)
-            spread = random.uniform(0.5, 1) # noqa: S311 - spreads retries, guards nothing
-            self.not_before = now + max(why.after_s, growing_s * spread)
+            # no `retry` here: the connection does not wait for this file, it goes on with another one
+            self.not_before = now + RetryPolicy(limit_s=patience_s).pause(self.failures, why.after_s)
 
     def progress(self, count: int, now: float) -> None:
         "Bytes came"

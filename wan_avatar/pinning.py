@@ -10,10 +10,9 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
 from .models import FIGURES, LockedFile
-from .sources import Hub, TransientError, HubRefusal, unreachable
+from .retry import RetryPolicy, TransientError, retry
+from .sources import Hub, HubRefusal, unreachable
 
 # %% ../nbs/13_pinning.ipynb #7ad3cc8c
 _READABLE = 50_000_000 # bytes: the largest file that is read to be hashed, when the hub states no hash
@@ -30,9 +29,8 @@ def pinned(
     except TransientError as e: raise unreachable(asked, str(e), 'try again later') from None
 
 def _ask_hub(file: LockedFile, hub: Hub, tries: int) -> LockedFile: # TransientError when the hub stays out of reach
-    patient = Retrying(retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(tries), reraise=True,
-                       wait=wait_exponential_jitter(multiplier=0.2, max=4))
-    return patient(_pinned, file, hub)
+    policy = RetryPolicy(attempts=tries, first_s=0.5, longest_s=4)
+    return retry(lambda: _pinned(file, hub), policy, f'{file.place} at the hub')
 
 def _pinned(file: LockedFile, hub: Hub) -> LockedFile:
     found = hub.metadata(file)
