@@ -14,14 +14,14 @@ import pytest
 from conftest import ROOT, Service, cut, make_settings
 from test_bundle import embedding_bytes
 
-import wan_avatar.fetch as fetching
-from wan_avatar.fetch import Hub
+from wan_avatar import sources
 from wan_avatar.hub import ModelHub, model_hub
 from wan_avatar.job import JobError
 from wan_avatar.launch import ComfyPlace, launch
 from wan_avatar.models import Lock, LockedFile, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
 from wan_avatar.tasks import Background
+from wan_avatar.store import Store
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import boot, check_fit, shut_down, warm_up
 from wan_avatar.workflow import TINY, WAN, Profile, Weight, needed_files, with_tracker
@@ -56,7 +56,7 @@ def lock(hub: ModelHub, weights) -> Lock:
 @pytest.fixture
 def environment(hub, lock, tmp_path, monkeypatch) -> dict[str, str]:
     (tmp_path / 'lock.json').write_text(dump_lock(lock))
-    monkeypatch.setattr(fetching, 'Hub', functools.partial(Hub, endpoint=hub.endpoint))
+    monkeypatch.setattr(sources, 'Hub', functools.partial(sources.Hub, endpoint=hub.endpoint))
     hub.requests.clear()
     return {
         'PROFILE': TINY.name,
@@ -73,7 +73,7 @@ BINARY = 'application/octet-stream'
 
 def test_a_cold_worker_fetches_warms_up_and_renders(hub, bucket, samples, weights, environment, lock, tmp_path, caplog):
     caplog.set_level('INFO')
-    store_before = fetching.Store(make_settings(bucket, tmp_path))
+    store_before = Store(make_settings(bucket, tmp_path))
     store_before.upload(weights / EMBEDDING_KEY, EMBEDDING_KEY, BINARY)
     service = Service(bucket, tmp_path / 'work', **environment)
     try:
@@ -119,7 +119,7 @@ def test_a_worker_boots_in_spite_of_a_poisoned_default_embedding(hub, bucket, en
     for folder in (snapshot, tmp_path / 'models/embeddings', tmp_path / 'work/embeddings'):
         folder.mkdir(parents=True)
         (folder / EMBEDDING.name).write_bytes(poison)
-    fetching.Store(make_settings(bucket, tmp_path)).write_bytes(EMBEDDING_KEY, poison, BINARY)
+    Store(make_settings(bucket, tmp_path)).write_bytes(EMBEDDING_KEY, poison, BINARY)
     async def ask(run, wanted, target) -> None: # the encoder is 5.7 B parameters and cannot be had here
         assert wanted == EMBEDDING
         assert not target.exists()
@@ -262,7 +262,7 @@ def test_production_with_the_other_tracker_boots_without_sam2(bucket, tmp_path):
             'WARMUP': 'false',
         }
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(fetching, 'Hub', functools.partial(Hub, endpoint=hub.endpoint))
+            patched.setattr(sources, 'Hub', functools.partial(sources.Hub, endpoint=hub.endpoint))
             service = Service(bucket, tmp_path / 'work', **settings)
         try: fetched = {w.place for w in needed_files(WAN) if (tmp_path / 'models' / w.place).exists()}
         finally: service.close()

@@ -14,15 +14,17 @@ import pytest
 from conftest import ROOT, make_settings
 from typer.testing import CliRunner
 
-import wan_avatar.fetch as fetching
 import wan_avatar.hub as hub_module
+from wan_avatar import download, fetch as fetching, partial, pinning, sources
 from wan_avatar.cli import app
-from wan_avatar.fetch import Http, Hub, HubUnreachable, Mirror, ProgressLines
-from wan_avatar.fetch import arrived, changes, checked, fetch, merged, pinned, read_journal
+from wan_avatar.fetch import ProgressLines, fetch
 from wan_avatar.hub import Fault, model_hub
 from wan_avatar.job import JobError
 from wan_avatar.models import FIGURES, Lock, LockDamaged, LockedFile, Needs, Places
 from wan_avatar.models import dump_lock, load_lock, parse_lock, part_path, remembered, verified
+from wan_avatar.partial import arrived, merged, read_journal
+from wan_avatar.pinning import HubUnreachable, changes, checked, pinned
+from wan_avatar.sources import Http, Hub, Mirror
 from wan_avatar.store import Store
 from wan_avatar.track import TRACKERS
 from wan_avatar.workflow import PROFILES, WAN, check_weights, locked_files, needed_files, with_tracker
@@ -93,13 +95,13 @@ def test_all_faults_at_once(hub, site):
     faults = [replace(dice.choice(FAULTS), after=dice.randrange(300_000)) for _ in range(40)]
     refusals = sum(f.kind == 'status' and f.status == 403 for f in faults)
     assert sum(f.kind == 'corrupt' for f in faults) < fetching.TRIES, 'else one file may rightly be given up'
-    assert refusals <= fetching.REFUSALS, 'else one file may rightly be given up'
+    assert refusals <= sources.REFUSALS, 'else one file may rightly be given up'
     hub.faults = iter(faults)
     site.fetch(*files, patience_s=60)
     assert [hub.blob(f.sha256).read_bytes() == site.path(f).read_bytes() for f in files] == [True] * 6
 
 def test_addresses_that_expire_on_the_way(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching, 'PIECE', (20_000, 20_000))
+    monkeypatch.setattr(download, 'CHUNK_SIZES', (20_000, 20_000))
     file = hub.put('org/w', 'a.safetensors', some_bytes(1_500_000))
     def expire():
         for n in range(10**6):
@@ -460,7 +462,7 @@ DOUBTED = {'another hash', 'another size, in git', 'no such revision', 'no such 
 @pytest.mark.parametrize('name', CHECKS)
 def test_a_row_of_the_lock_beside_the_hub(hub, tmp_path, monkeypatch, name):
     repo, in_git, token, change, verdict, words = CHECKS[name]
-    if in_git == 'large': monkeypatch.setattr(fetching, '_READABLE', 99)
+    if in_git == 'large': monkeypatch.setattr(pinning, '_READABLE', 99)
     file = replace(hub.put('org/w', 'a', some_bytes(100), small=bool(in_git), **repo), **change)
     source = Site(hub, tmp_path / 'models', token=token).sources[0]
     found = checked(file, source)
@@ -621,7 +623,7 @@ def test_a_lock_of_ones_own_may_add_files():
 
 def test_urgent_files_arrive_first(hub, tmp_path, monkeypatch):
     "Each piece is of the most urgent file that lacks any, whichever asked first"
-    monkeypatch.setattr(fetching, 'PIECE', (50_000, 50_000))
+    monkeypatch.setattr(download, 'CHUNK_SIZES', (50_000, 50_000))
     hub.speed = 2e6
     files = [hub.put('org/w', f'{n}.safetensors', some_bytes(1_000_000, n)) for n in range(3)]
     ended: list[str] = []
@@ -655,14 +657,14 @@ def test_the_real_client_takes_the_hub_for_one(hub, tmp_path):
 @pytest.mark.parametrize(('records', 'expected'), [
     (b'', []),
     (b'\x00' * 15, []),
-    (fetching._RECORD.pack(5, 9) + fetching._RECORD.pack(0, 5) + b'torn', [(0, 9)]),
-    (fetching._RECORD.pack(0, 99), []),
-    (fetching._RECORD.pack(7, 3), []),
+    (partial._RECORD.pack(5, 9) + partial._RECORD.pack(0, 5) + b'torn', [(0, 9)]),
+    (partial._RECORD.pack(0, 99), []),
+    (partial._RECORD.pack(7, 3), []),
 ])
 def test_a_torn_journal_promises_nothing_it_should_not(tmp_path, records, expected):
     part = tmp_path / 'a.part'
     part.write_bytes(bytes(10))
-    fetching.journal_path(part).write_bytes(records)
+    partial.journal_path(part).write_bytes(records)
     assert read_journal(part, 10) == expected
     assert read_journal(part, 11) == []
 

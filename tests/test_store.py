@@ -146,7 +146,7 @@ def test_missing_key_and_too_large(store, tmp_path):
 
 def test_bucket_that_stays_away_is_given_up(bucket, tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    away = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=f'http://127.0.0.1:{port}'), window_s=0.5)
+    away = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=f'http://127.0.0.1:{port}'), outage_s=0.5)
     with pytest.raises(JobError, match='storage_failed: .*did not answer'): away.read_bytes('x', 10)
 
 @contextmanager
@@ -176,7 +176,7 @@ def proxy(answers: list[int]):
 def test_what_a_proxy_says_in_the_buckets_place(bucket, tmp_path, what, code, again):
     (tmp_path / 'in').write_bytes(b'in')
     with proxy([code]) as (endpoint, asked):
-        store = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=endpoint), window_s=1)
+        store = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=endpoint), outage_s=1)
         works = {
             'read': lambda: store.read_bytes('k', 10),
             'stat': lambda: store.stat('k'),
@@ -203,7 +203,7 @@ def test_a_cancelled_upload_leaves_nothing(store, tmp_path):
 
 def test_a_cancelled_wait_for_the_bucket_ends(bucket, tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    away = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=f'http://127.0.0.1:{port}'), window_s=3600)
+    away = Store(make_settings(bucket, tmp_path, MINIO_ENDPOINT=f'http://127.0.0.1:{port}'), outage_s=3600)
     asked = itertools.count()
     with pytest.raises(JobError, match='cancelled'):
         away.download('x', tmp_path / 'x', 'driving_video_path', 10, cancelled=lambda: next(asked) > 1)
@@ -484,7 +484,7 @@ def strict(answer):
 
 def at(server, bucket, work, **more) -> Store:
     said = {'MINIO_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'MINIO_BUCKET': 'media'} | more
-    return Store(make_settings(bucket, work, **said), window_s=30)
+    return Store(make_settings(bucket, work, **said), outage_s=30)
 
 def packed_object(said, body):
     headers = {'Content-Encoding': said}
@@ -825,7 +825,7 @@ def test_what_an_error_says_about_the_settings(bucket, tmp_path, name):
     headers = XML if b'<' in body else {'Content-Type': 'text/plain'}
     with strict(lambda method, begin: (status, headers, body)) as server:
         store = at(server, bucket, tmp_path)
-        store.window_s = 0.5
+        store.outage_s = 0.5
         with pytest.raises(JobError, match='storage_failed: ') as e: store.write_bytes('k', b'x', 'text/plain')
     assert words in e.value.message, e.value
     assert not e.value.worker_unfit, e.value

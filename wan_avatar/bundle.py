@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
-from .fetch import Hub, Passing, hub_trouble, pinned
 from .files import whole_file
 from .job import JobError
 from .models import Lock, LockedFile, Needs, Places, dump_lock, refuse_unknown, verified
+from .pinning import pinned
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
+from .retry import RetryPolicy, TransientError, retry
+from .sources import Hub, hub_trouble
 from .workflow import Profile, locked_files
 
 # %% ../nbs/53_bundle.ipynb #34991db2
@@ -146,10 +146,8 @@ def push(
         done = attempt(lambda: api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message='Weights of wan_avatar', delete_patterns='*'))
         return Pushed(repo, done.oid, attempt(lambda: api.model_info(repo).private))
-    patient = Retrying(retry=retry_if_exception_type(Passing), wait=wait_exponential_jitter(multiplier=0.5, max=10),
-                       stop=stop_after_attempt(6), reraise=True)
-    try: return patient(upload)
-    except Passing as e:
+    try: return retry(upload, RetryPolicy(attempts=6, first_s=1), f'the upload of {repo}')
+    except TransientError as e:
         why = f'{repo} could not be uploaded: {e}; run it again: what has arrived is not sent again'
         raise JobError('models_unavailable', why) from None
 

@@ -59,22 +59,7 @@ from wan_avatar.endpoint import (
     read_state,
     state_tables,
 )
-from wan_avatar.fetch import (
-    Checked,
-    Coming,
-    Http,
-    Hub,
-    HubUnreachable,
-    Mirror,
-    ProgressLines,
-    arrived,
-    changes,
-    checked,
-    fetch_weights,
-    pinned,
-    places_of,
-    sources_of,
-)
+from .fetch import FileProgress, ProgressLines, fetch_weights, places_of
 from wan_avatar.image import (
     ImageError,
     build_image,
@@ -97,10 +82,14 @@ from .gpu import CannotMeasure, Options, bench_gpu
 from .job import JobError, shorten
 from .local import Local, up
 from .metrics import Difference, RecordsError
-from .models import LINK_MB_S, Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan, plan_table, verified
 from .mp4 import filmstrip
+from .models import LINK_MB_S, Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan_files
+from .models import plan_table, verified
+from .partial import arrived
+from .pinning import Checked, HubUnreachable, changes, checked, pinned
 from .reports import ReportError, ReportFailed, compare_folders, run_report
 from .smoke import Row, keep_summary, rows, run_smoke
+from .sources import Http, Hub, Mirror, sources_of
 from .store import Store
 from .timeline import draw_timeline
 from .workflow import PROFILES, get_profile, locked_files, with_tracker
@@ -679,7 +668,7 @@ class FetchBars:
                              TimeRemainingColumn(), TextColumn('{task.fields[note]}'), console=console)
         self.rows: dict[str, TaskID] = {}
 
-    def __call__(self, files: list[Coming]) -> None:
+    def __call__(self, files: list[FileProgress]) -> None:
         for f in files:
             note = f.source if f.state == 'done' else f.state
             self._row(f.file.place, f.done, f.file.bytes, note)
@@ -697,7 +686,7 @@ def shorten_name(
     return name if len(name) <= most else f'{name[:most // 2 - 1]}…{name[-most // 2:]}'
 
 @contextmanager
-def watching() -> Iterator[Callable[[list[Coming]], None]]:
+def watching() -> Iterator[Callable[[list[FileProgress]], None]]:
     "Shows a fetch: bars on a terminal, JSON lines elsewhere"
     console = Console(stderr=True)
     if not console.is_terminal: yield ProgressLines(lambda line: print(line, file=sys.stderr, flush=True))
@@ -748,7 +737,7 @@ def models_plan(
     with weights_of(profile, text_encoder) as w:
         places = places_of(w.settings)
         mirror = next((s for s in sources_of(w.settings, Http(1), w.store) if isinstance(s, Mirror)), None)
-        steps = plan(w.wanted, places, mirror.has if mirror else lambda f: False, arrived)
+        steps = plan_files(w.wanted, places, mirror.has if mirror else lambda f: False, arrived)
         if as_json: print(json.dumps([asdict(s) | {'to_fetch': s.to_fetch} for s in steps]))
         else: print_rows(plan_table(steps, speed), 'file', 'bytes', 'where it is')
 

@@ -17,6 +17,7 @@ import httpx
 from .files import sha256_of
 from .job import manifest_key
 from .queue import FINAL
+from .retry import RetryPolicy, TransientError, retry, retry_after
 from .store import Store
 
 # %% ../nbs/51_client.ipynb #d5b6b4cf
@@ -35,7 +36,7 @@ class Status:
         "Nothing will change any more"
         return self.state in FINAL
 
-def read_status(body: dict) -> Status:
+def read_status(body: dict[str, Any]) -> Status:
     "An answer of `/run`, `/status` or `/cancel`"
     def seconds(name: str) -> float | None: return None if body.get(name) is None else body[name] / 1000
     return Status(body['id'], body['status'], body.get('output'), body.get('error'),
@@ -44,6 +45,9 @@ def read_status(body: dict) -> Status:
 # %% ../nbs/51_client.ipynb #b63de866
 class EndpointError(Exception):
     "The endpoint cannot be reached, or refuses a request"
+
+class _Refused(Exception):
+    "This request is not worth another try"
 
 _AGAIN = (429, 500, 502, 503, 504)
 
@@ -65,7 +69,7 @@ class Client:
 
     def submit(
         self,
-        job: dict, # `Job` fields
+        job: dict[str, Any], # `Job` fields
         ttl_s: float = 3600,
         execution_timeout_s: float = 1200
     ) -> Status:
@@ -95,25 +99,29 @@ class Client:
 
     # the endpoint
 
-    def health(self) -> dict: # {'jobs': counts, 'workers': counts}
+    def health(self) -> dict[str, Any]: # {'jobs': counts, 'workers': counts}
         "Counts of the endpoint's jobs and workers"
         return self.call('GET', '/health')
 
-    def call(self, method: str, path: str, body: dict | None = None) -> dict:
-        "One request; EndpointError says what went wrong and where"
-        why = ''
-        for attempt in range(self.attempts):
-            if attempt: self.pause(0.25 * 2**attempt)
-            try: r = self.http.request(method, self.endpoint + path, json=body)
-            except httpx.TransportError as e:
-                why = f'{type(e).__name__}: {e}'
-                # a POST may have arrived: a second /run is a second bill
-                if method == 'POST' and not isinstance(e, httpx.ConnectError): break
-                continue
-            if r.status_code == 200: return r.json()
-            why = f'HTTP {r.status_code} {r.text[:200]}'
-            if r.status_code not in ((429,) if method == 'POST' else _AGAIN): break
-        raise EndpointError(f'{method} {self.endpoint}{path}: {why}')
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        "One request, repeated where that is safe; EndpointError says what went wrong and where"
+        policy = RetryPolicy(attempts=self.attempts, first_s=0.7)
+        request = f'{method} {self.endpoint}{path}'
+        try: return retry(lambda: self._once(method, path, body), policy, request, pause=self.pause)
+        except (TransientError, _Refused) as e: raise EndpointError(f'{request}: {e}') from None
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        try: r = self.http.request(method, self.endpoint + path, json=body)
+        except httpx.TransportError as e:
+            # a POST may have arrived: a second /run is a second bill
+            unsafe = method == 'POST' and not isinstance(e, httpx.ConnectError)
+            raise (_Refused if unsafe else TransientError)(f'{type(e).__name__}: {e}') from e
+        if r.status_code == 200:
+            answer: dict[str, Any] = r.json()
+            return answer
+        why = f'HTTP {r.status_code} {r.text[:200]}'
+        if r.status_code in ((429,) if method == 'POST' else _AGAIN): raise TransientError(why, retry_after(r.headers))
+        raise _Refused(why)
 
 # %% ../nbs/51_client.ipynb #3d7bc0d5
 def upload_file(
@@ -126,10 +134,10 @@ def upload_file(
     return key
 
 def fetch_result(
-    output: dict, # of a COMPLETED job
+    output: dict[str, Any], # of a COMPLETED job
     folder: Path,
     store: Store
-) -> tuple[Path, dict | None]: # the MP4, and its manifest; None: it is gone
+) -> tuple[Path, dict[str, Any] | None]: # the MP4, and its manifest; None: it is gone
     "Download the video of a job and its manifest"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / 'avatar.mp4'

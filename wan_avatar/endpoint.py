@@ -32,6 +32,7 @@ from .config import Settings
 from .frames import FPS
 from .job import shorten
 from .models import LINK_MB_S, Lock, LockedFile, load_lock
+from .retry import RetryPolicy, TransientError, retry, retry_after
 from .segments import plan as plan_windows
 from .workflow import PROFILES, TINY, WAN, Profile, locked_files
 
@@ -503,34 +504,29 @@ class Control:
     def call(self, method: str, path: str, body: Any = None, jobs: bool = False) -> Any:
         "One request, repeated where that is safe; EndpointError with RunPod's detail, Unclear if it may have happened"
         url = (self.jobs if jobs else self.base) + path
-        for attempt in range(self.attempts):
-            if attempt: self.pause(min(0.5 * 2**attempt, 8))
-            answer = self._once(method, url, body)
-            if isinstance(answer, httpx.Response): return answer.json() if answer.content else None
-        raise EndpointError(self.masked(f'{method} {url}: {answer}, {self.attempts} times'))
+        request = self.masked(f'{method} {url}')
+        policy = RetryPolicy(attempts=self.attempts, first_s=1.3)
+        try: answer = retry(lambda: self._once(method, url, body), policy, request, pause=self.pause)
+        except TransientError as e: raise EndpointError(f'{request}: {e}, {self.attempts} times') from None
+        return answer.json() if answer.content else None
 
-    def _once(self, method: str, url: str, body: Any) -> httpx.Response | str: # an answer, or why to try again
+    def _once(self, method: str, url: str, body: Any) -> httpx.Response: # TransientError when it may be tried again
         creates = method == 'POST' and not url.endswith('/graphql')
         def failed(kind: type[EndpointError], why: str) -> EndpointError:
             return kind(self.masked(f'{method} {url}: {why}'))
+        def passing(why: str, after_s: float = 0) -> TransientError: return TransientError(self.masked(why), after_s)
         try: r = self.http.request(method, url, json=body)
         except httpx.TransportError as e:
             why = f'{type(e).__name__}: {e}'
             unsent = isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout))
             if creates and not unsent: raise failed(Unclear, why) from e
-            return why
+            raise passing(why) from e
         if r.is_success or (method == 'DELETE' and r.status_code == 404): return r # it is gone already
         why = f'HTTP {r.status_code} {_detail(r)}'
-        if r.status_code == 429:
-            self.pause(_retry_after(r))
-            return why
+        if r.status_code == 429: raise passing(why, retry_after(r.headers) or 1)
         if r.status_code < 500: raise failed(EndpointError, why)
         if creates: raise failed(Unclear, why)
-        return why
-
-def _retry_after(r: httpx.Response) -> float: # seconds, at most 60
-    text = r.headers.get('Retry-After', '')
-    return min(float(text) if text.isdigit() else 1, 60)
+        raise passing(why)
 
 def _detail(r: httpx.Response) -> str:
     "RunPod's explanation"

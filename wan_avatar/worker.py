@@ -38,7 +38,7 @@ from PIL import Image
 from .comfy import Comfy, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .embeddings import describe_picture, find_embedding, prompt_embeddings
-from .fetch import Coming, ProgressLines, fetch_weights, places_of
+from .fetch import FileProgress, ProgressLines, fetch_weights, places_of
 from .files import check_room, whole_file
 from .handler import Handler
 from .job import JobError, without_secrets
@@ -128,7 +128,7 @@ def unpinned(
             'compare it with the lock that ships')
 
 def missing_trackers(
-    files: list[Coming],
+    files: list[FileProgress],
     places: set[str] # of the tracker's files
 ) -> bool:
     "Are files that the tracker needs still on their way?"
@@ -147,14 +147,14 @@ async def get_weights(
     loop = asyncio.get_running_loop()
     lines = ProgressLines(log.info)
     tracker = tracker_places(profile)
-    def watch(files: list[Coming]) -> None:
+    def watch(files: list[FileProgress]) -> None:
         lines(files)
         if not missing_trackers(files, tracker): loop.call_soon_threadsafe(trackers.set)
     with timeline.stage('weights') as stage:
         at_hand = await asyncio.to_thread(embeddings_at_hand, profile, settings, store)
         wanted = locked_files(profile, lock, text_encoder=not at_hand)
         if lacking := unpinned(profile, wanted, lock): log.warning('%s', lacking)
-        options = {'timeline': timeline, 'watch': watch, 'settle': False}
+        options = {'timeline': timeline, 'watch': watch, 'wait_until_synced': False}
         files = await in_thread(fetch_weights, wanted, settings, store, **options) if wanted else []
         trackers.set()
         stage.facts['files'] = len(files)
