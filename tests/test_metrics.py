@@ -16,7 +16,7 @@ from wan_avatar.charts import (
     draw_cold_starts, draw_costs, draw_distribution, draw_download, draw_full_size, draw_gantt, draw_jobs,
     draw_months, draw_percentiles, full_size_bars,
 )
-from wan_avatar.cli import models_plan
+from wan_avatar.cli_weights import models_plan
 from wan_avatar.endpoint import start_bytes
 from wan_avatar.metrics import (
     PRICES, FullSize, JobRecord, Price, PricesError, RecordsError, billed_s, billing_figures, by_kind, cold_parts,
