@@ -18,7 +18,8 @@ from typing import Any
 
 from .client import Client, EndpointError, upload_file
 from .config import load_settings
-from .endpoint import JOBS, read_file
+from .endpoint import JOBS
+from .endpoint_file import read_file
 from .files import whole_file
 from .local import Local, up
 from .store import Store

@@ -23,7 +23,7 @@ from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_weights import bundle, models
-from .client import Client, Status, fetch_result
+from .client import Client, EndpointError, Status, fetch_result
 from .job import shorten
 from .local import Local
 from .media import filmstrip
@@ -47,7 +47,7 @@ def _version(asked: bool) -> None:
 ShowVersion = Annotated[bool, typer.Option('--version', is_eager=True, callback=_version, help='version and commit')]
 
 @app.callback()
-def _options(shown: ShowVersion = False) -> None: ...
+def _root(shown: ShowVersion = False) -> None: ...
 
 Picture = Annotated[str, typer.Option(help='picture: file, http(s) address, or key in the bucket')]
 Driving = Annotated[str | None, typer.Option(help='video: file, or key in the bucket')]
@@ -167,6 +167,7 @@ def _demo(
             done = _show_until_over(client, client.submit(job_inputs(image, driving, store)).id, screen)
             if done.state != 'COMPLETED': answer(done, as_json=False)
             video, manifest = fetch_result(done.output, out, store)
+            if manifest is None: raise EndpointError(f'the manifest of {video} is gone')
     _present(video, Path(driving), manifest, done)
 
 def _present(video: Path, driving: Path, manifest: dict, done: Status) -> None:

@@ -27,7 +27,7 @@ from .bench import BENCHES, run_bench, table
 from .client import Client
 from .gpu import Options, bench_gpu
 from .job import shorten
-from .metrics import Difference, RecordsError
+from .metrics import RecordsError, RunDifference
 from .reports import ReportError, ReportFailed, compare_folders, run_report
 from .smoke import Row, keep_summary, rows, run_smoke
 from wan_avatar.terminal import (
@@ -118,7 +118,8 @@ def _report(name: str, given: list[str] | None) -> None:
     try: print(run_report(name, given or (), lambda text: print(text, file=sys.stderr, flush=True)))
     except ReportFailed as e: exit_with(str(e), Code.JOB_FAILED)
     except ReportError as e: exit_with(str(e), Code.USAGE)
-    except ModuleNotFoundError as e: exit_with(f'{e}; reports need the development requirements: make setup', Code.USAGE)
+    except ModuleNotFoundError as e:
+        exit_with(f'{e}; reports need the development requirements: make setup', Code.USAGE)
 
 @report.command(name='smoke')
 def _report_smoke(given: Parameters = None) -> None:
@@ -131,7 +132,7 @@ def _report_cold_start(given: Parameters = None) -> None:
     _report('cold-start', given)
 
 # %% ../nbs/60_cli_checks.ipynb #5a0d0003
-def differences_table(found: list[Difference]) -> Table:
+def differences_table(found: list[RunDifference]) -> Table:
     "Two runs for people"
     table = Table('figure', 'a, s', 'b, s', 'ratio', '95 % interval', 'n', 'verdict', box=None)
     for d in found:

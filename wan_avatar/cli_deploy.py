@@ -23,12 +23,11 @@ from wan_avatar.endpoint import (
     delete,
     difference_table,
     find,
-    look,
-    pool_table,
-    read_file,
+    make_plan,
     read_state,
     state_tables,
 )
+from .endpoint_file import pool_table, read_file
 from wan_avatar.image import (
     build_image,
     compile_requirements,
@@ -81,7 +80,7 @@ def _show_plan(file: Path, image: str | None, console: Console) -> tuple[Control
     "Compare RunPod with the file, and print the differences"
     wanted = read_file(file, image)
     control = control_from(os.environ, wanted)
-    plan = look(control, wanted, os.environ)
+    plan = make_plan(control, wanted, os.environ)
     console.print(difference_table(plan), '', pool_table(wanted), sep='\n')
     for note in plan.notes: console.print(f'note: {note}', markup=False, highlight=False)
     return control, plan

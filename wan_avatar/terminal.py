@@ -25,7 +25,7 @@ from .cards import RunDamaged
 from .client import EndpointError, Status
 from .comfy import tail
 from .config import SettingsError
-from .endpoint import FileError
+from .endpoint_file import FileError
 from .fetch import HubUnreachable
 from .gpu import CannotMeasure
 from .image import ImageError
