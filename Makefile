@@ -21,7 +21,7 @@ lab: setup ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir nbs --config nbs/tools/jupyter_server_config.py
 
 sync: setup ## notebooks -> package and README.md, outputs cleaned
-	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/python nbs/tools/refresh.py --only 'what_gpus_say(measured())' nbs/guide_deploy.ipynb nbs/guide_research.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
+	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/python nbs/tools/refresh.py --only 'cards_section(measured())' nbs/guide_deploy.ipynb nbs/guide_research.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py
 
 house: setup ## how readable the code is, in numbers
 	@$(BIN)/python nbs/tools/house.py

@@ -18,21 +18,19 @@ from wan_avatar.cli import app
 from wan_avatar.client import EndpointError
 from wan_avatar.config import load_settings
 from wan_avatar.endpoint import (
-    POOLS,
     Control,
-    FileError,
-    Unclear,
+    OutcomeUnknown,
     apply,
-    check_file,
     create,
     delete,
     find,
-    look,
+    make_plan,
     model_references,
-    read_file,
-    render_time,
     request_body,
 )
+from wan_avatar.endpoint_file import FileError, check_file, read_file
+from wan_avatar.forecast import render_time
+from wan_avatar.prices import POOLS
 
 IMAGE = 'dexsynccom/twin-avatar:wan-worker-20261124-8f3a1c2b4d5e'
 OPERATOR = {
@@ -60,7 +58,7 @@ def edited(folder: Path, *edits: tuple[str, str], image: str | None = IMAGE):
     return read_file(folder / 'endpoint.toml', image)
 
 def settle(control, file) -> str: # endpoint id
-    return apply(control, look(control, file, OPERATOR), lambda q: pytest.fail(f'asked: {q}'))
+    return apply(control, make_plan(control, file, OPERATOR), lambda q: pytest.fail(f'asked: {q}'))
 
 def value_at(block: dict, path: str): # a dotted path
     for name in path.split('.'): block = block[name]
@@ -97,13 +95,13 @@ def test_every_field_of_the_file_is_applied_once_and_undone(control, plane, tmp_
     for old, new, values in FIELDS:
         field = next(iter(values))
         file = edited(tmp_path, (old, new))
-        plan = look(control, file, OPERATOR)
+        plan = make_plan(control, file, OPERATOR)
         assert plan.action == 'update', (field, plan.differences)
         assert field in [d.field for d in plan.differences], (field, plan.differences)
         assert settle(control, file) == id, field
         assert {path: value_at(plane.endpoints[id], path) for path in values} == values
         writes = len(plane.writes())
-        assert look(control, file, OPERATOR).action == 'nothing', f'{field} is applied twice'
+        assert make_plan(control, file, OPERATOR).action == 'nothing', f'{field} is applied twice'
         assert settle(control, file) == id, f'{field} is applied twice'
         assert len(plane.writes()) == writes, f'{field} is applied twice'
         settle(control, usual)
@@ -141,9 +139,9 @@ def test_a_worker_gives_up_before_runpod_does(control, tmp_path, timeout, said, 
     file = edited(tmp_path, *edits.items())
     if expected is None:
         with pytest.raises(FileError, match=f'JOB_SECONDS is .*up to {timeout - 60}, .*TIMED_OUT'):
-            look(control, file, OPERATOR)
+            make_plan(control, file, OPERATOR)
     else:
-        plan = look(control, file, OPERATOR)
+        plan = make_plan(control, file, OPERATOR)
         assert plan.body['env']['JOB_SECONDS'] == expected
         assert 0 < float(expected) < timeout
         assert load_settings({k: v for k, v in plan.body['env'].items()}).job_seconds == float(expected)
@@ -161,7 +159,7 @@ def test_a_name_is_an_endpoint(control, plane, tmp_path):
     assert find(control, 'staging')['id'] == two
     plane.endpoints[two]['name'] = 'wan-avatar'
     with pytest.raises(EndpointError, match=f'2 endpoints are called wan-avatar: {one}, {two}'):
-        look(control, edited(tmp_path), OPERATOR)
+        make_plan(control, edited(tmp_path), OPERATOR)
 
 def test_changing_one_gpu_setting_keeps_the_exclusions(control, plane, tmp_path):
     excluded = (r'^excluded_types = .*', 'excluded_types = ["NVIDIA L40"]')
@@ -181,7 +179,7 @@ def test_what_others_set_by_hand_is_found(control, plane, tmp_path):
     plane.endpoints[id]['env'] |= {'BY_HAND': 'x'}
     plane.endpoints[id]['gpu'] |= {'allowedCudaVersions': ['12.4'], 'minCudaVersion': None}
     plane.endpoints[id]['gpu']['pools'].reverse() # the same set: v2 knows no order
-    plan = look(control, edited(tmp_path), OPERATOR)
+    plan = make_plan(control, edited(tmp_path), OPERATOR)
     assert sorted(d.field for d in plan.differences) == [
         'args',
         'env.BY_HAND',
@@ -190,7 +188,7 @@ def test_what_others_set_by_hand_is_found(control, plane, tmp_path):
         'networkVolumes',
     ]
     settle(control, edited(tmp_path))
-    assert look(control, edited(tmp_path), OPERATOR).action == 'nothing'
+    assert make_plan(control, edited(tmp_path), OPERATOR).action == 'nothing'
 
 # %% the cached model
 CACHED = (r'^# \[cached_model\]\n# model = .*\n# revision = .*',
@@ -204,16 +202,16 @@ def test_cached_model_is_set_kept_and_removed(control, plane, tmp_path, forgetfu
     id = settle(control, file)
     assert plane.models[id] == ['https://huggingface.co/dexsync/bundle:v2'] == model_references(file)
     assert plane.order[id] == 'ADA_80_PRO,AMPERE_80,ADA_48_PRO,AMPERE_48'
-    assert look(control, file, OPERATOR).action == 'nothing'
+    assert make_plan(control, file, OPERATOR).action == 'nothing'
     before = {k: v for k, v in plane.endpoints[id].items() if k != 'workers'}
     settle(control, edited(tmp_path, CACHED, (r'^idle_s = .*', 'idle_s = 60')))
     assert plane.models[id] == model_references(file)
     assert {k: v for k, v in plane.endpoints[id].items() if k != 'workers'} == before
     swapped = edited(tmp_path, CACHED, SWAPPED)
-    assert [d.field for d in look(control, swapped, OPERATOR).by_graphql] == ['order of pools']
+    assert [d.field for d in make_plan(control, swapped, OPERATOR).by_graphql] == ['order of pools']
     assert settle(control, swapped) == id
     assert plane.order[id].startswith('AMPERE_80,ADA_80')
-    assert look(control, swapped, OPERATOR).action == 'nothing'
+    assert make_plan(control, swapped, OPERATOR).action == 'nothing'
     plane.models[id] = ['https://huggingface.co/somebody/else:main']
     settle(control, file)
     assert plane.models[id] == model_references(file)
@@ -224,11 +222,11 @@ def test_a_plan_is_possible_when_graphql_is_gone(control, plane, tmp_path, monke
     settle(control, edited(tmp_path, CACHED))
     def gone(body): return 200, {'errors': [{'message': 'GraphQL is retired'}]}
     monkeypatch.setattr(plane, 'graphql', gone)
-    plan = look(control, edited(tmp_path, CACHED), OPERATOR)
+    plan = make_plan(control, edited(tmp_path, CACHED), OPERATOR)
     assert plan.models is None
     assert plan.action == 'update'
     assert any('GraphQL is retired' in n for n in plan.notes)
-    action = look(control, edited(tmp_path), OPERATOR).action
+    action = make_plan(control, edited(tmp_path), OPERATOR).action
     assert action == 'nothing', 'a file without a cached model does without GraphQL'
 
 # %% faults
@@ -273,7 +271,7 @@ def test_gives_up_in_the_end(plane, tmp_path):
     absent = Control(KEY, 'http://127.0.0.1:9', pause=paused.append)
     with pytest.raises(EndpointError, match='ConnectError'): find(absent, 'x')
     with pytest.raises(EndpointError, match='ConnectError') as e: absent.call('POST', '/v2/serverless', {})
-    assert not isinstance(e.value, Unclear), 'a connection that never was has created nothing'
+    assert not isinstance(e.value, OutcomeUnknown), 'a connection that never was has created nothing'
 
 def test_who_may_ask(plane, control, tmp_path):
     bearer = {'Authorization': f'Bearer {KEY}'}
@@ -323,7 +321,7 @@ def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
         assert file.init_timeout_s == 420, 'RunPod\'s own'
     else:
         assert any(words in p for p in problems), problems
-        with pytest.raises(ValueError, match='cannot be applied'): look(control, file, OPERATOR, runs={})
+        with pytest.raises(ValueError, match='cannot be applied'): make_plan(control, file, OPERATOR, runs={})
         assert plane.asked == []
 
 @pytest.mark.parametrize('edit, words', [
@@ -366,15 +364,15 @@ def run_of(card: str, **changed) -> dict[str, GpuRun]:
                          versions={}, cases=(case,))}
 
 TIMES = [ # seconds of video, types, profile, runs, seconds, the card that says so, measured
-    (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', run_of(H100), 68.5, H100, True), # one whole window
+    (77 / 24, POOLS['ADA_80_PRO'].gpus, 'wan22-animate', run_of(H100), 68.5, H100, True), # one whole window
     (77 / 24, [H100], 'wan22-animate-reference', run_of(H100), 208.5, H100, True), # its step, twenty times
     (149 / 24, [H100], 'wan22-animate', run_of(H100), 137.0, H100, True), # two windows
     (10, [H100], 'wan22-animate', run_of(H100, steps_s=(10.0,) * 3), 213.6, H100, True), # four windows of 65
     (77 / 24, [H100, H100_PCIE], 'wan22-animate', run_of(H100) | run_of(H100_PCIE, decode_s=9), 73.5, H100_PCIE, True),
-    (77 / 24, POOLS['HOPPER_141'].types, 'wan22-animate', run_of(H100), 34.4, H200, False), # another pool's run
-    (77 / 24, POOLS['ADA_80_PRO'].types, 'wan22-animate', {}, 34.4, H100, False), # the fastest of three
+    (77 / 24, POOLS['HOPPER_141'].gpus, 'wan22-animate', run_of(H100), 34.4, H200, False), # another pool's run
+    (77 / 24, POOLS['ADA_80_PRO'].gpus, 'wan22-animate', {}, 34.4, H100, False), # the fastest of three
     (77 / 24, [H100_PCIE], 'wan22-animate', {}, 45.0, H100_PCIE, False),
-    (77 / 24, POOLS['AMPERE_48'].types, 'wan22-animate', {}, 256.0, A6000, False), # no products in fp8
+    (77 / 24, POOLS['AMPERE_48'].gpus, 'wan22-animate', {}, 256.0, A6000, False), # no products in fp8
     (77 / 24, [H100], 'wan22-animate', run_of(H100, failed='out of memory'), 34.4, H100, False),
     (77 / 24, [H100], 'wan22-animate', run_of(H100, name='as production runs it'), 34.4, H100, False), # no whole window
     (77 / 24, [H100], 'wan22-animate', run_of(H100, decode_s=0), 34.4, H100, False), # nor this
@@ -397,8 +395,8 @@ def test_a_time_is_measured_or_at_least(video_s, gpus, profile, runs, seconds, c
 
 def test_no_card_of_a_pool_is_faster_than_its_at_least():
     for name, pool in POOLS.items():
-        known = [t for t in pool.types if t in CARDS]
-        least = render_time(10, pool.types, runs={})
+        known = [t for t in pool.gpus if t in CARDS]
+        least = render_time(10, pool.gpus, runs={})
         assert known, 'datasheets and pools name the same cards'
         assert all(CARDS[t].pool == name for t in known), 'datasheets and pools name the same cards'
         assert all(least.seconds <= render_time(10, [t], runs={}).seconds for t in known)
@@ -490,7 +488,7 @@ ROWS = [ # profile, what `plan` says of the pool ADA_80_PRO with an H100 measure
 
 @pytest.mark.parametrize('profile, measured_row, limit_row', ROWS)
 def test_plan_says_what_a_video_takes_and_costs(operator, monkeypatch, tmp_path, profile, measured_row, limit_row):
-    monkeypatch.setattr('wan_avatar.endpoint.measured', lambda: run_of(H100))
+    monkeypatch.setattr('wan_avatar.endpoint_file.measured', lambda: run_of(H100))
     path = tmp_path / 'endpoint.toml'
     path.write_text(path.read_text().replace('profile = "wan22-animate"', f'profile = "{profile}"'))
     said = operator('plan', '--image', IMAGE).stdout
@@ -501,7 +499,7 @@ def test_plan_says_what_a_video_takes_and_costs(operator, monkeypatch, tmp_path,
 def test_a_damaged_run_is_a_line_with_a_remedy(operator, monkeypatch, tmp_path):
     (tmp_path / 'gpu/h100').mkdir(parents=True)
     (tmp_path / 'gpu/h100/gpu.json').write_text('{"card": 5}')
-    monkeypatch.setattr('wan_avatar.endpoint.measured', lambda: measured(tmp_path / 'gpu'))
+    monkeypatch.setattr('wan_avatar.endpoint_file.measured', lambda: measured(tmp_path / 'gpu'))
     said = operator('plan', '--image', IMAGE)
     assert said.exit_code == 2
     assert 'run `wan-avatar bench gpu` again' in said.stderr

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from wan_avatar.cards import CARDS, measured, operations, read_run
-from wan_avatar.endpoint import POOLS
 from wan_avatar.gpu import cases, folder_of
+from wan_avatar.prices import POOLS
 from wan_avatar.probe import capped
 
 WAN_AVATAR, PYTHON, COMFY = ROOT / '.venv/bin/wan-avatar', ROOT / '.comfy/env/bin/python', ROOT / '.comfy/ComfyUI'
@@ -74,7 +74,7 @@ def test_memory_of_an_emulated_card(card, tensors, kept, free, pool):
     assert [gb / 1e9 for gb in found] == pytest.approx([free, pool])
 
 def test_cards_are_those_of_the_pools():
-    of_pools = {(name, pool) for pool, found in POOLS.items() for name in found.types}
+    of_pools = {(name, pool) for pool, found in POOLS.items() for name in found.gpus}
     assert {(card.name, card.pool) for card in CARDS.values()} == of_pools
 
 def test_what_was_measured_lies_where_the_cards_say():

@@ -16,7 +16,7 @@ from wan_avatar.gpu_charts import (
     pool_sizes,
     shown_case,
     table_of,
-    what_gpus_say,
+    cards_section,
     whole_windows,
     write_report,
 )
@@ -130,34 +130,34 @@ def test_a_pool_has_as_much_memory_as_its_smallest_card():
     for pool, gb in sizes.items(): assert gb == min(c.memory_gb for c in CARDS.values() if c.pool == pool)
 
 def test_a_card_is_unmeasured_until_its_folder_is_there(tmp_path):
-    before = what_gpus_say(measured(tmp_path), tmp_path)
+    before = cards_section(measured(tmp_path), tmp_path)
     assert [r[0] for r in rows(before)[2:]] == list(CARDS)
     assert before.count(UNMEASURED) == 2 * len(CARDS)
     assert 'runs/gpu' not in before
     (folder := tmp_path / 'h100').mkdir()
     write_run(given := run(whole(PRODUCTION), CAPPED), folder / 'gpu.json')
-    told = what_gpus_say(measured(tmp_path), tmp_path)
+    told = cards_section(measured(tmp_path), tmp_path)
     line, = [r for r in rows(told) if r[0] == H100]
     assert line == [H100, '`ADA_80_PRO`', '12.0 s', '6.0 s', '50 %', '77 s', '56 GB', '2000-01-02']
     assert told.count(UNMEASURED) == 2 * (len(CARDS) - 1)
     assert '24 GB: does not fit' in told
     assert 'runs/gpu' not in told
     write_report(given, folder)
-    links = re.findall(r'\]\((.*)\)', what_gpus_say(measured(tmp_path), tmp_path))
+    links = re.findall(r'\]\((.*)\)', cards_section(measured(tmp_path), tmp_path))
     assert links == [f'../runs/gpu/h100/{name}' for name in ('table.md', 'window.png', 'memory.png')]
 
 def test_a_card_that_finished_nothing_and_one_without_a_datasheet(tmp_path):
-    told = rows(what_gpus_say({H100: run(BAD_NAME), 'Another': run(whole(least_s=None), card='Another')}, tmp_path))
+    told = rows(cards_section({H100: run(BAD_NAME), 'Another': run(whole(least_s=None), card='Another')}, tmp_path))
     line, = [r for r in told if r[0] == H100]
     assert line == [H100, '`ADA_80_PRO`', UNMEASURED, '5.7 s', '–', '–', '–', '2000-01-02, in vain']
     assert told[-1] == ['Another', '–', '12.0 s', '–', '–', '77 s', '56 GB', '2000-01-02']
 
 def test_readme_and_guides_say_what_was_measured():
-    told = what_gpus_say(measured())
+    told = cards_section(measured())
     assert told.replace('](../runs/', '](runs/') in (ROOT / 'README.md').read_text(), 'run `make sync`'
     for name in ('index', 'guide_deploy', 'guide_research'):
         cells = json.loads((ROOT / f'nbs/{name}.ipynb').read_text())['cells']
-        cells = [c for c in cells if 'what_gpus_say(measured())' in ''.join(c['source'])]
+        cells = [c for c in cells if 'cards_section(measured())' in ''.join(c['source'])]
         shown = [''.join(c['outputs'][0]['data']['text/markdown']) for c in cells]
         assert shown == [told], f'{name}: run `make sync`'
 

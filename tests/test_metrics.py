@@ -16,15 +16,16 @@ from wan_avatar.charts import (
     draw_cold_starts, draw_costs, draw_distribution, draw_download, draw_full_size, draw_gantt, draw_jobs,
     draw_months, draw_percentiles, full_size_bars,
 )
-from wan_avatar.cli import models_plan
-from wan_avatar.endpoint import start_bytes
+from wan_avatar.cli_weights import models_plan
+from wan_avatar.forecast import start_bytes
 from wan_avatar.metrics import (
-    PRICES, FullSize, JobRecord, Price, PricesError, RecordsError, billed_s, billing_figures, by_kind, cold_parts,
-    cold_share, cold_share_at, compare_runs, costs, difference, download_speed, estimates, full_size_start,
-    full_weights, load_prices, months, percentiles, price_of, read_records, start_of, summarise, waited_for,
+    FullSize, JobRecord, RecordsError, billed_s, billing_figures, by_kind, cold_parts, cold_share, cold_share_at,
+    compare_runs, costs, difference, download_speed, estimates, full_size_start, full_weights, months, percentiles,
+    read_records, start_of, summarise, waited_for,
     what_is_saved, without_price, write_records,
 )
 from wan_avatar.models import LINK_MB_S, load_lock, plan_table
+from wan_avatar.prices import POOLS, GpuPool, PricesError, load_prices, pool_of
 from wan_avatar.reports import report_parameters, report_path
 from wan_avatar.workflow import WAN
 
@@ -186,9 +187,9 @@ def test_what_is_billed(tmp_path):
     cold, warm = costs([r.model_copy(update={'gpu': 'NVIDIA X'}) for r in jobs], prices)
     assert (cold.start, cold.n, cold.per_job) == ('cold', 1, pytest.approx(0.135))
     assert (warm.start, warm.per_job, warm.per_video_s) == ('warm', pytest.approx(0.03), pytest.approx(0.015))
-    assert price_of('NVIDIA X', prices).pool == 'X'
-    assert price_of('NVIDIA X') is None
-    assert len({g for p in PRICES for g in p.gpus}) == sum(len(p.gpus) for p in PRICES)
+    assert pool_of('NVIDIA X', prices).name == 'X'
+    assert pool_of('NVIDIA X') is None
+    assert len({g for p in POOLS.values() for g in p.gpus}) == sum(len(p.gpus) for p in POOLS.values())
 
 # %% a job is priced on its own card, every other pool by a run of its own or at least
 H100 = 'NVIDIA H100 80GB HBM3'
@@ -211,7 +212,7 @@ PRICED_JOBS = [ # devices of a cold and a warm job, costs as (card, pool, start,
 ]
 
 @pytest.mark.parametrize('gpus, wanted, said', PRICED_JOBS)
-def test_seconds_of_one_device_never_meet_the_price_of_another(gpus, wanted, said):
+def test_seconds_of_one_device_never_meet_the_pool_of_another(gpus, wanted, said):
     jobs = [record(gpu=gpus[0]), record(gpu=gpus[1], **WARM)]
     found = costs(jobs)
     assert [(c.card, c.pool, c.start) for c in found] == [w[:3] for w in wanted]
@@ -272,13 +273,13 @@ def test_every_pool_has_one_kind_of_figure(jobs_on, runs, shown):
     for c in found: kinds.setdefault('jobs', set()).add(c.pool)
     for e in guessed: kinds.setdefault('measured' if e.render.at else 'at least', set()).add(e.pool)
     assert kinds == shown
-    assert len(guessed) + len({c.pool for c in found}) == len(PRICES)
+    assert len(guessed) + len({c.pool for c in found}) == len(POOLS)
     own = {e.pool: e for e in guessed}
     if 'measured' in shown: assert own['HOPPER_141'].usd == pytest.approx(68.5 * 0.00155)
     assert own['AMPERE_48'].usd == pytest.approx(256.0 * 0.00034, rel=0.001)
 
 def test_a_pool_of_unknown_cards_is_not_measured():
-    (e,) = estimates(10, prices=(Price('MINE', ('NVIDIA B200',), 0.003),), runs={})
+    (e,) = estimates(10, prices=(GpuPool('MINE', ('NVIDIA B200',), 0.003),), runs={})
     assert e.render is None
     assert e.usd is None
 

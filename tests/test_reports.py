@@ -13,8 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from wan_avatar.cli import app
-from wan_avatar.endpoint import POOLS, render_time
+from wan_avatar.forecast import render_time
 from wan_avatar.metrics import JobRecord, costs, estimates, read_records, start_of, without_price, write_records
+from wan_avatar.prices import POOLS
 from wan_avatar.reports import Phase, ReportError, read_phases, report_parameters, report_path
 
 ENV = (
@@ -205,7 +206,7 @@ def test_the_guides_table_is_what_is_known_today():
     again = 'make it again: .venv/bin/python nbs/tools/refresh.py nbs/guide_deploy.ipynb'
     for name, pool in POOLS.items():
         for seconds in (3, 10):
-            render = render_time(seconds, pool.types)
-            cost = f'{render.least}{render.seconds * pool.dollars_per_s:.2f} USD'
+            render = render_time(seconds, pool.gpus)
+            cost = f'{render.least}{render.seconds * pool.usd_per_s:.2f} USD'
             assert f'{render}, {cost} |' in rows[name], again
             assert render.source in rows[name], again

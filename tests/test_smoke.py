@@ -17,7 +17,7 @@ from wan_avatar.frames import read_frames
 from wan_avatar.local import up
 from wan_avatar.mp4 import Encoder, check_mp4
 from wan_avatar.normalise import normalise_video
-from wan_avatar.smoke import LEAST_CHANGE, Decoded, Delivery, change, checks_of, decode, run_smoke, until_refused
+from wan_avatar.smoke import LEAST_CHANGE, Decoded, Evidence, change, checks_of, decode_result, run_smoke, until_refused
 
 ANSWER = {
     'minio_key': 'avatars/smoke/now/j1.mp4',
@@ -33,7 +33,7 @@ MANIFEST = (
     {k: v for k, v in ANSWER.items() if k != 'presigned_url'}
     | {'job_id': 'j1', 'timeline': [1], 'boot': {'job_number': 1}, 'worker': {'id': 'w'}}
 )
-GOOD = Delivery(
+GOOD = Evidence(
     {'input_image_minio_path': 'a.png', 'user_id': 'smoke', 'avatar_id': 'now'}, 'avatars/',
     Status('j1', 'COMPLETED', ANSWER), Decoded(640, 360, 30, 72, True, 2.4, 2.38), MANIFEST,
     Decoded(1280, 720, 24, 58, True, 58 / 24, 2.37), 5, 'ab', 90.0, (200, 'ab', ''), 403
@@ -115,9 +115,9 @@ def clips(samples, tmp_path_factory):
 
 def judge(clips, name: str) -> dict[str, bool]:
     folder, driving = clips
-    found = decode(folder / f'{name}.mp4')
+    found = decode_result(folder / f'{name}.mp4')
     d = replace(
-        GOOD, driving=decode(driving), video=found,
+        GOOD, driving=decode_result(driving), video=found,
         change=change(driving, folder / f'{name}.mp4', found.end_s) if found.trouble is None else 0.0
     )
     return {c.name: c.ok for c in checks_of(d)}
@@ -149,7 +149,7 @@ def test_damage_is_found(clips, name): assert not judge(clips, name)['every fram
 def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples, tmp_path):
     for source in (clips[1], samples / 'single_face.mp4', samples / 'pexels.mp4'):
         clip = normalise_video(source, tmp_path / 'n.mp4', tmp_path / 'n.m4a', 60, size=(320, 180))
-        found = decode(source)
+        found = decode_result(source)
         assert round(found.end_s * 24) == clip.frames
         assert abs(min(found.audio_s, clip.frames / 24) - clip.audio_s) < 0.05
 

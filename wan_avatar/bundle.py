@@ -29,8 +29,9 @@ def own_lock(lock: Lock, profile: Profile, text_encoder: bool) -> Lock:
     files = {f.name: f for f in locked_files(profile, lock, text_encoder)}
     refuse_unknown(files.values())
     needs = lock.profiles.get(profile.name, Needs())
-    lists = {part: tuple(n for n in getattr(needs, part) if n in files) for part in ('renderer', 'tracker')}
-    own = replace(needs, **lists, text_encoder=needs.text_encoder if text_encoder else None)
+    def here(names: tuple[str, ...]) -> tuple[str, ...]: return tuple(n for n in names if n in files)
+    encoder = needs.text_encoder if text_encoder else None
+    own = replace(needs, renderer=here(needs.renderer), tracker=here(needs.tracker), text_encoder=encoder)
     return replace(lock, profiles={profile.name: own}, files=files)
 
 def relocated(
@@ -48,7 +49,7 @@ def readme(
     embedding: str | None # its place in the bundle
 ) -> str: # Markdown
     "The bundle's own README"
-    total = sum(f.bytes for f in lock.files.values())
+    total = sum(f.bytes or 0 for f in lock.files.values())
     made = 'made of the default prompt with the text encoder, which is not in here'
     extra = f'| `{embedding}` | | of this project | {made} |'
     return '\n'.join([
@@ -58,9 +59,9 @@ def readme(
         '`models.lock.json` has their hashes.', '',
         f'Each file has the licence of its origin, which binds everyone who passes it on. {lock.licences}'.rstrip(), '',
         '| file | bytes | licence | from |', '|---|---|---|---|',
-        *map(_row, lock.files.values()), *([extra] if embedding else []), ''])
+        *map(_file_row, lock.files.values()), *([extra] if embedding else []), ''])
 
-def _row(file: LockedFile) -> str:
+def _file_row(file: LockedFile) -> str:
     origin = f'[{file.repo}](https://huggingface.co/{file.repo}) `{file.path}` @ `{file.revision}`'
     return f'| `{file.place}` | {file.bytes:,} | {file.licence} | {origin} |'
 
@@ -97,13 +98,15 @@ def build(
         why = (f'no embedding of the default prompt in {models_dir / "embeddings"}; '
                'copy embeddings/ from the bucket of a worker that has run, or build --with-text-encoder')
         raise JobError('models_unavailable', why)
-    lacking = [f'{f.place} {why}' for f in own.files.values() if (why := verified(f, Places(models_dir)))]
+    lacking = [f'{f.place} {wrong}' for f in own.files.values() if (wrong := verified(f, Places(models_dir)))]
     if lacking:
         why = f'{"; ".join(lacking)}; run: wan-avatar models fetch --profile {profile.name}'
         raise JobError('models_unavailable', why)
     parts = {f.place: models_dir / f.place for f in own.files.values()}
-    place = f'embeddings/{embedding.name}' if embedding else None
-    if embedding: parts[place] = embedding
+    place: str | None = None
+    if embedding:
+        place = f'embeddings/{embedding.name}'
+        parts[place] = embedding
     _write(folder, parts, {'models.lock.json': dump_lock(own), 'README.md': readme(own, profile.name, place)}, say)
     return own
 
@@ -180,15 +183,17 @@ def _differs(remote: LockedFile, wanted: LockedFile | None, hub: Hub) -> str | N
     try: found = pinned(remote, hub)
     except JobError as e: return e.message
     if wanted is None or (found.bytes, found.sha256) == (wanted.bytes, wanted.sha256): return None
-    return (f'has {found.bytes:,} bytes, sha256 {found.sha256[:12]}…; '
-            f'wanted are {wanted.bytes:,}, {wanted.sha256[:12]}…')
+    return (f'has {found.bytes:,} bytes, sha256 {(found.sha256 or "")[:12]}…; '
+            f'wanted are {wanted.bytes:,}, {(wanted.sha256 or "")[:12]}…')
 
 def bundle_revision(repo: str, hub: Hub) -> str: # commit
     "The commit that main of a repository is at now"
     import httpx2
     from huggingface_hub import HfApi
-    try: return HfApi(endpoint=hub.endpoint, token=hub.token).model_info(repo).sha
+    try: revision = HfApi(endpoint=hub.endpoint, token=hub.token).model_info(repo).sha
     except (httpx2.HTTPError, OSError) as e:
         trouble = hub_trouble(e, _repository(repo))
         if isinstance(trouble, JobError): raise trouble from None
         raise JobError('models_unavailable', f'{repo}: {trouble}') from None
+    if revision is None: raise JobError('models_unavailable', f'{repo}: the hub names no commit of it')
+    return revision

@@ -22,7 +22,7 @@ class Card:
     "A GPU by its datasheet"
     name: str # as torch, nvidia-smi and RunPod call it
     folder: str # below runs/gpu
-    pool: str # RunPod's, as `endpoint.POOLS` names it
+    pool: str # RunPod's, as `prices.POOLS` names it
     capability: tuple[int, int] # CUDA's
     memory_gb: float # 10**9 bytes
     half_tflops: float # dense

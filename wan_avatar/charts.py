@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from .endpoint import RenderTime
-from .metrics import LEAST, PRICES_DATE, Cost, Difference, Estimate, FullSize, JobRecord, Part, by_kind
-from .metrics import cold_parts, download_speed, full_size_start, full_weights, kind_of, months, named
+from .forecast import RenderTime
+from .metrics import LEAST, Cost, Estimate, FullSize, JobRecord, RunDifference, StartPart, by_kind
+from .metrics import cold_parts, download_speed, full_size_start, full_weights, kind_of, months, stage_label
 from .metrics import percentiles, start_of
 from .models import LINK_MB_S
+from .prices import PRICES_DATE
 
 # %% ../nbs/58_charts.ipynb #823a6b92
 COLOURS = {
@@ -87,7 +88,7 @@ def _boot_rows(
     return [
         ('queue', 0.0, process, COLOURS['queue']),
         ('process starts', process, max(began, 0.0), COLOURS['process']),
-        *((named(s), began + s['begin_s'], began + s['end_s'], COLOURS[kind_of(s)]) for s in inner),
+        *((stage_label(s), began + s['begin_s'], began + s['end_s'], COLOURS[kind_of(s)]) for s in inner),
     ]
 
 def draw_gantt(record: JobRecord, path: Path | str, title: str | None = None) -> Path: # `path`
@@ -135,7 +136,7 @@ def draw_jobs(records: Sequence[JobRecord], path: Path | str) -> Path: # `path`
 # %% ../nbs/58_charts.ipynb #8a94191e
 _DARK = ('process', 'ComfyUI', 'first segment', 'other boot') # colours that need white letters
 
-def _stack(axes: Any, row: float, parts: Iterable[Part], width_s: float, hatch: str | None = None) -> None:
+def _stack(axes: Any, row: float, parts: Iterable[StartPart], width_s: float, hatch: str | None = None) -> None:
     "One bar; a part that is wide enough carries its name"
     left = 0.0
     for p in parts:
@@ -149,18 +150,18 @@ def _stack(axes: Any, row: float, parts: Iterable[Part], width_s: float, hatch: 
                       bbox={'facecolor': colour, 'edgecolor': 'none', 'pad': 1.5} if hatch else None)
         left += p.seconds
 
-def mean_of(starts: Sequence[list[Part]]) -> list[Part]: # same parts, mean seconds
+def mean_of(starts: Sequence[list[StartPart]]) -> list[StartPart]: # same parts, mean seconds
     "Several starts as one: parts of one name are averaged, a part that is missing counts as 0 s"
     order = list(dict.fromkeys((p.kind, p.name) for s in starts for p in s))
     order.sort(key=lambda k: [*COLOURS].index(k[0])) # stable: files keep their order
     def seconds(kind: str, name: str) -> float:
         return sum(p.seconds for s in starts for p in s if (p.kind, p.name) == (kind, name)) / len(starts)
-    return [Part(name, kind, seconds(kind, name)) for kind, name in order]
+    return [StartPart(name, kind, seconds(kind, name)) for kind, name in order]
 
 # %% ../nbs/58_charts.ipynb #4d4ad1e2
 def draw_cold_starts(records: Iterable[JobRecord], path: Path | str) -> Path: # `path`
     "Cold starts by phase, stacked"
-    phases: dict[str, list[list[Part]]] = {}
+    phases: dict[str, list[list[StartPart]]] = {}
     for r in records:
         if r.state == 'COMPLETED' and start_of(r) == 'cold': phases.setdefault(r.group, []).append(cold_parts(r))
     totals = {k: [sum(p.seconds for p in s) for s in starts] for k, starts in phases.items()}
@@ -183,7 +184,7 @@ def draw_cold_starts(records: Iterable[JobRecord], path: Path | str) -> Path: # 
 def full_size_bars(
     links: Sequence[float], # MB a second
     full: FullSize
-) -> dict[str, list[Part]]: # label -> parts
+) -> dict[str, list[StartPart]]: # label -> parts
     "A normal start at each link speed, the first start of all at the assumed one, and one whose weights RunPod cached"
     bars = {f'B, link {link:g} MB/s': full_size_start(replace(full, link=link), False) for link in links}
     first = f'B, first start of all,\nwith text encoder, {full.link:g} MB/s'
@@ -202,7 +203,7 @@ def draw_full_size(
     widest = max(sum(p.seconds for p in parts) for parts in bars.values())
     figure, axes = canvas(11, 0.62 * len(bars) + 1.9, f'MODEL, not measured: cold start with {size:.1f} GB of weights')
     for row, parts in enumerate(bars.values()):
-        _stack(axes, row, [Part(k, k, s) for k, s in by_kind(parts).items()], widest, hatch='//')
+        _stack(axes, row, [StartPart(k, k, s) for k, s in by_kind(parts).items()], widest, hatch='//')
         total = sum(p.seconds for p in parts)
         axes.text(total + widest * 0.012, row, f'{total:.0f} s', va='center', fontsize=12, fontweight='bold')
     note = (f'disk writes {full.disk_write:g}, reads {full.disk_read:g}, hashing {full.hashing:g} MB/s; '
@@ -403,7 +404,7 @@ def _month_bars(axes: Any, cards: list[str], known: dict, guessed: Sequence[Esti
 # %% ../nbs/58_charts.ipynb #30120805
 _VERDICTS = {'slower': '#d55e00', 'faster': '#009e73'} # outside the noise
 
-def draw_compare(found: Sequence[Difference], names: tuple[str, str], path: Path | str) -> Path: # `path`
+def draw_compare(found: Sequence[RunDifference], names: tuple[str, str], path: Path | str) -> Path: # `path`
     "Run B against run A"
     whole = ('total', 'delay', 'execution')
     found = [d for d in found if d.verdict in _VERDICTS or d.what.rsplit(': ', 1)[1] in whole] or found
@@ -421,7 +422,7 @@ def draw_compare(found: Sequence[Difference], names: tuple[str, str], path: Path
     axes.minorticks_off()
     return save(figure, path)
 
-def _ratio(axes: Any, row: int, d: Difference) -> None:
+def _ratio(axes: Any, row: int, d: RunDifference) -> None:
     colour = _VERDICTS.get(d.verdict, '#777777')
     axes.plot([max(d.low, 0.02), min(d.high, 50)], [row, row], color=colour, lw=3, alpha=0.5)
     filled = colour if d.verdict in _VERDICTS else 'white'

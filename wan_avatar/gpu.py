@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'RECTANGLES', 'CAPS', 'FRAMES', 'FOLDER', 'LOADS', 'PHASES', 'Case', 'cases', 'expected_s', 'stage',
-           'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Budget', 'Kept',
+           'bench_profile', 'case_graph', 'Watch', 'card_facts', 'ram_peak_gb', 'figures', 'Budget', 'KeptRun',
            'comfy_with_probe', 'CannotMeasure', 'Options', 'room_for', 'models_of', 'small_case', 'fresh_run',
-           'folder_of', 'bench_gpu', 'cases_of', 'main']
+           'folder_of', 'bench_gpu', 'cases_of']
 
 # %% ../nbs/55_gpu.ipynb #acf56eaf
 import argparse
@@ -227,9 +227,9 @@ def figures(
         decode_s=total('decode'), frames_s=total('node', 'frames'), petaflop=ops.total / 1e15,
         least_s=least_seconds(ops, known, fp8) if known else None, finite=all(r['finite'] for r in forwards),
         tiled=any(r['kind'] == 'tiled' for r in records),
-        peaks={phase: _peak(phase, records) for phase in PHASES if any(r['kind'] == phase for r in records)}, **more)
+        peaks={phase: _phase_peak(phase, records) for phase in PHASES if any(r['kind'] == phase for r in records)}, **more)
 
-def _peak(phase: str, records: Sequence[Mapping[str, Any]]) -> Peak:
+def _phase_peak(phase: str, records: Sequence[Mapping[str, Any]]) -> Peak:
     def most(name: str) -> float: return max(r[name] for r in records if r['kind'] == phase) / 1e9
     return Peak(allocated_gb=most('allocated'), reserved_gb=most('reserved'))
 
@@ -298,7 +298,7 @@ class Budget:
     @property
     def left(self) -> float: return self.seconds - (time.perf_counter() - self.began)
 
-class Kept:
+class KeptRun:
     "The figures of one card on disk"
     def __init__(self, folder: Path, fresh: GpuRun):
         self.folder, self.run = folder, fresh
@@ -318,7 +318,7 @@ class Kept:
 
 # %% ../nbs/55_gpu.ipynb #c37316f7
 async def _run_cases(
-    bench: _Bench, kept: Kept, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]
+    bench: _Bench, kept: KeptRun, todo: Sequence[Case], budget: Budget, say: Callable[[str], None]
 ) -> None:
     "Each that fits the time that is left"
     kept.add(await bench.picture())
@@ -448,7 +448,7 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
 async def _in_comfy(
     options: Options, models: Path, folder: Path, budget: Budget, facts: Mapping[str, str], weights_s: float,
     say: Callable[[str], None]
-) -> Kept:
+) -> KeptRun:
     bench_dir = tempfile.TemporaryDirectory(prefix='wan_avatar_bench-')
     with bench_dir as work, comfy_with_probe(options.comfy_dir) as comfy_dir:
         place = ComfyPlace(comfy_dir, Path(work).resolve(), models)
@@ -459,7 +459,7 @@ async def _in_comfy(
         try:
             async with running_comfy(place, start_timeout_s=120) as comfy:
                 took = {'boot_s': time.perf_counter() - booted, 'weights_s': weights_s}
-                kept = Kept(folder, fresh_run(facts, await comfy.get('/system_stats'), **took))
+                kept = KeptRun(folder, fresh_run(facts, await comfy.get('/system_stats'), **took))
                 bench = _Bench(comfy, kept.run.card, options.small, inputs, records)
                 for_cases = Budget(options.seconds - options.tracker_s, budget.began)
                 try: await _run_cases(bench, kept, cases_of(options, models), for_cases, say)
@@ -492,7 +492,7 @@ def _networks(options: Options, seconds: float, before: dict) -> dict: # as `Gpu
         return json.loads(result.read_text()) if result.exists() else before
 
 # %% ../nbs/55_gpu.ipynb #f7c77938
-def main() -> None:
+def _bench_from_arguments() -> None:
     "`python -m wan_avatar.gpu`: where `wan-avatar` is not installed; the same options"
     parser = argparse.ArgumentParser(description=bench_gpu.__doc__)
     for name in ('out', 'comfy-dir', 'models'): parser.add_argument(f'--{name}', type=Path)
@@ -506,4 +506,4 @@ def main() -> None:
 
 # %% ../nbs/55_gpu.ipynb #8a66ce92
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__': _bench_from_arguments()

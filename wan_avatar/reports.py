@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .charts import draw_compare
 from .client import Client, EndpointError
 from .files import whole_file
 from .hub import ModelHub, model_hub
-from .metrics import Difference, JobRecord, compare_runs, measured_job, read_records, start_of
+from .metrics import JobRecord, RunDifference, compare_runs, measured_job, read_records, start_of
 from .models import LockedFile, Needs, dump_lock, link, load_lock
 from .prompt import Embedding
 from .store import Store
@@ -38,7 +38,7 @@ class ReportError(ValueError):
 def project_root(start: Path | None = None) -> Path: # a folder with nbs/reports
     "The checkout around a folder (default: the current one), else the one this package is in"
     here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents, Path(find_spec('wan_avatar').origin).parents[1]):
+    for folder in (here, *here.parents, Path(str(files('wan_avatar'))).parent):
         if (folder / 'nbs/reports').is_dir(): return folder
     raise ReportError('there is no nbs/reports here; reports run in a checkout of the project')
 
@@ -55,7 +55,8 @@ def report_parameters(path: Path) -> dict[str, Any]: # name -> default
     "A report's parameters; read as Python, since papermill's own reader drops a line whose comment holds a `=`"
     cells = json.loads(path.read_text())['cells']
     source = ''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', ())))
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    assigned = [(line.targets[0], line.value) for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    return {name.id: ast.literal_eval(value) for name, value in assigned if isinstance(name, ast.Name)}
 
 def read_parameters(path: Path, given: Iterable[str]) -> dict[str, Any]: # each `name=value`
     "Check and convert; ReportError names what is wrong and which parameters there are"
@@ -160,11 +161,11 @@ def tiny_phases(folder: Path, hub: ModelHub, comfy_dir: Path) -> dict[str, Phase
     weights = folder / 'weights'
     mount = folder / 'mount'
     make = [comfy_dir / 'env/bin/python', '-m', 'wan_avatar.tiny', weights, comfy_dir / 'ComfyUI']
-    subprocess.run(make, check=True, capture_output=True)
+    subprocess.run([str(a) for a in make], check=True, capture_output=True)
     def put(w: Weight) -> LockedFile:
         return replace(hub.put('local/tiny', w.place, weights / w.place), name=w.slot, folder=w.folder, file=w.file)
     pinned = {w.slot: put(w) for w in needed_files(TINY)}
-    embedding = f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'
+    embedding = f'embeddings/{Embedding(TINY.prompt or "", TINY.encoder_sha256).name}'
     for place in [*(f.place for f in pinned.values()), embedding]:
         link(weights / place, mount / 'models--local--tiny/snapshots/0123456' / place)
     needs = Needs(tuple(pinned), prompt=TINY.prompt)
@@ -261,16 +262,17 @@ def compare_folders(
     a: Path, # `runs/<name>`, or a records file
     b: Path,
     out: Path
-) -> list[Difference]:
+) -> list[RunDifference]:
     "Two runs side by side: compare.png and summary.json in `out`"
-    files = [p / 'records.jsonl' if p.is_dir() else p for p in (a, b)]
-    found = compare_runs(*map(read_records, files))
+    def records_of(path: Path) -> Path: return path / 'records.jsonl' if path.is_dir() else path
+    def name_of(path: Path) -> str: return path.parent.name if path.name == 'records.jsonl' else path.stem
+    first, second = records_of(a), records_of(b)
+    found = compare_runs(read_records(first), read_records(second))
     if not found:
         why = 'they measured other phases, or no job was completed'
         raise ReportError(f'{a} and {b} have no figure in common: {why}')
     out.mkdir(parents=True, exist_ok=True)
-    names = tuple(p.parent.name if p.name == 'records.jsonl' else p.stem for p in files)
-    draw_compare(found, names, out / 'compare.png')
+    draw_compare(found, (name_of(first), name_of(second)), out / 'compare.png')
     differences = [asdict(d) | {'verdict': d.verdict} for d in found]
     summary = {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': differences}
     write_summary(out, summary)
