@@ -123,7 +123,8 @@ def reached(tree, package):
     prose = {id(n.body[0].value) for n in ast.walk(tree)
              if isinstance(n, holders) and n.body and isinstance(n.body[0], ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): modules |= {a.name.partition('.')[2] for a in node.names if ours(a.name, package)}
+        if isinstance(node, ast.Import):
+            modules |= {a.name.partition('.')[2] for a in node.names if ours(a.name, package)}
         elif isinstance(node, ast.ImportFrom) and (node.level or ours(node.module, package)):
             within = (node.module or '') if node.level else node.module.partition('.')[2]
             modules |= {within} if within else {a.name for a in node.names}
@@ -154,7 +155,8 @@ def wheel(env, source, folder):
     "Build a wheel of what the image needs of the package, with what an environment has, nothing fetched"
     source = Path(source)
     with tempfile.TemporaryDirectory() as staged:
-        for path in (*(source / n for n in ('pyproject.toml', 'setup.py', 'settings.ini')), *shipped(source / 'wan_avatar')):
+        metadata = [source / name for name in ('pyproject.toml', 'setup.py', 'settings.ini')]
+        for path in metadata + shipped(source / 'wan_avatar'):
             target = Path(staged, path.relative_to(source))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
