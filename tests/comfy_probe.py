@@ -11,6 +11,7 @@ from comfy import ops
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from PIL import Image
 
+
 class Any(str):
     "A type that takes every link"
     def __ne__(self, other): return False

@@ -30,11 +30,9 @@ EMBEDDING = Embedding(TINY.prompt, TINY.encoder_sha256)
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/short.mp4'}
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory) -> Path:
+def weights(tiny) -> Path:
     "The files of `wan-avatar tiny-weights`"
-    folder = tmp_path_factory.mktemp('tiny')
-    subprocess.run([ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder], cwd=ROOT, check=True, capture_output=True)
-    return folder
+    return tiny()
 
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):

@@ -337,18 +337,61 @@ def test_what_the_dockerfile_runs_makes_the_layout(tree):
         ).stdout
         assert where.startswith(str(python.parents[1])), 'the wheel is not what is imported'
 
-def test_wheel_carries_graphs_lock_and_nodes(tree):
+def test_the_wheel_carries_what_the_image_runs_and_nothing_else(tree):
     (wheel,) = (tree.root / 'wheel').glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {
-        p.relative_to(ROOT).as_posix()
-        for kind in ('*.py', 'workflows/*.json', '*.lock.json')
-        for p in (ROOT / 'wan_avatar').glob(kind)
-    }
-    assert ours <= names
-    assert {'wan_avatar/nodes.py', 'wan_avatar/models.lock.json', 'wan_avatar/workflows/wan22-animate.json'} <= names
-    assert wheel.stat().st_size < 2e6
-    assert not [n for n in names if n.endswith(('.ipynb', '.mp4', '.safetensors'))]
+    ours = {p.relative_to(ROOT).as_posix() for p in install.shipped(ROOT / 'wan_avatar')}
+    assert {n for n in names if '.dist-info/' not in n} == ours
+    assert {'wan_avatar/worker.py', 'wan_avatar/nodes.py', 'wan_avatar/models.lock.json'} <= names
+    assert {f'wan_avatar/workflows/{p.name}' for p in (ROOT / 'wan_avatar/workflows').iterdir()} <= names
+    assert wheel.stat().st_size < 1e6
+    commands = {p.name for p in (tree.root / 'opt/worker/bin').iterdir()}
+    assert 'wan-avatar' not in commands, 'a command without its module'
+
+@pytest.mark.parametrize('environment', ['worker', 'comfy/env'])
+def test_what_the_image_carries_is_imported_from_it_alone(tree, environment):
+    "The worker's modules in its environment, the nodes in ComfyUI's, and no bench, hub or command line in either"
+    python = tree.root / f'opt/{environment}/bin/python'
+    (found,) = python.parents[1].glob('lib/*/site-packages/wan_avatar')
+    there = {p.stem for p in found.glob('*.py')}
+    assert there == {p.stem for p in install.shipped(ROOT / 'wan_avatar') if p.suffix == '.py'}
+    absent = {p.stem for p in (ROOT / 'wan_avatar').glob('*.py')} - there
+    assert {'hub', 'tiny', 'bench', 'cli'} <= absent
+    wanted = there if environment == 'worker' else {'nodes'}
+    code = f"""if True:
+        import importlib.util, sys
+        for name in {sorted(wanted)}: importlib.import_module(f'wan_avatar.{{name}}')
+        assert not [name for name in {sorted(absent)} if importlib.util.find_spec(f'wan_avatar.{{name}}')]
+        ours = [m.__file__ for name, m in sys.modules.items() if name.startswith('wan_avatar')]
+        assert all(f.startswith({str(found)!r}) for f in ours), ours"""
+    subprocess.run([python, '-c', code], env=tree.env, cwd='/', check=True, timeout=60)
+
+MODULES = { # text of `worker.py`, whether `other.py` and `data.json` ship
+    'a name in the package': ('from wan_avatar.other import a', True, False),
+    'a neighbour': ('from .other import a', True, False),
+    'the package': ('from wan_avatar import other', True, False),
+    'here': ('from . import other', True, False),
+    'a module': ('import wan_avatar.other as o', True, False),
+    'in a function': ('def f():\n    from .other import a', True, False),
+    'by name': ('argv = ["-m", "wan_avatar.other"]', True, False),
+    'in code for another process': ('CODE = "import sys\\nfrom wan_avatar.other import a"', True, False),
+    'in prose': ('"""`python -m wan_avatar.other` reads data.json"""', False, False),
+    'in the prose of a function': ('def f():\n    "wan_avatar.other reads data.json"', False, False),
+    "another's": ('import other\nfrom json import other\nimport json.other', False, False),
+    'a file': ('PATH = FOLDER / "data.json"', False, True),
+    'through another': ('from .between import a', True, True),
+}
+
+@pytest.mark.parametrize('text, module, data', MODULES.values(), ids=MODULES)
+def test_what_ships_follows_from_the_imports(tmp_path, text, module, data):
+    files = {'__init__': '', 'worker': text, 'nodes': '', 'other': 'import json', 'bench': 'from .worker import f',
+             'between': 'from .other import a\nNAME = "data.json"'}
+    write_tree(tmp_path / 'wan_avatar', {f'{name}.py': text.encode() for name, text in files.items()})
+    write_tree(tmp_path / 'wan_avatar', {'data.json': b'{}', 'py.typed': b''})
+    wanted = {'__init__.py', 'worker.py', 'nodes.py'}
+    if module: wanted.add('other.py')
+    if data: wanted.add('data.json')
+    assert {p.name for p in install.shipped(tmp_path / 'wan_avatar')} - {'between.py'} == wanted
 
 def snapshot(folder: Path) -> dict[str, tuple]:
     return {

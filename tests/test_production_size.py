@@ -1,18 +1,17 @@
 """Production's own profile at its own size, from job to MP4
 
 Only the weights are small, the steps one and the windows short."""
-import subprocess
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, Service, cut
+from conftest import KEEP_MEMORY, Service, cut
 
 from wan_avatar.frames import read_frames
 from wan_avatar.mp4 import check_mp4
 from wan_avatar.workflow import PROFILES, TINY, WAN, profile_graph, vision_graph
 
-PYTHON = ROOT / '.comfy/env/bin/python'
 FRAMES = 13 # two windows of 9, of which the second goes on from 5
 
 # what makes it possible on a CPU; everything else is WAN's, as the first test says
@@ -33,16 +32,13 @@ def test_only_weights_steps_and_frames_are_small():
     assert vision_graph(SMALL)
 
 @pytest.fixture(scope='module')
-def production(bucket, samples, tmp_path_factory):
-    models, work = tmp_path_factory.mktemp('models'), tmp_path_factory.mktemp('production')
-    makers = [
-        [ROOT / '.venv/bin/wan-avatar', 'tiny-weights', models, '--face'],
-        [PYTHON, ROOT / 'tests/tiny_detectors.py', models],
-    ]
-    for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
+def production(bucket, samples, tiny, detectors, tmp_path_factory):
+    models = shutil.copytree(detectors, tiny('--face'), dirs_exist_ok=True)
+    work = tmp_path_factory.mktemp('production')
     clip = cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip'))
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(PROFILES, SMALL.name, SMALL)
+        for name, value in KEEP_MEMORY.items(): patched.setenv(name, value) # for ComfyUI
         made = Service(bucket, work, MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
         made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
         made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')

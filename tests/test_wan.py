@@ -60,16 +60,10 @@ BLIND = replace(BODY, name='tiny-blind', detectors=with_blind_sam2(BODY.detector
 PROMPTED = replace(TINY, name='tiny-prompted', encoder=NEVER_THERE)
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory) -> Path:
+def weights(tiny, detectors) -> Path:
     "The files of `wan-avatar tiny-weights`, detectors, and empty files under production's names for the loaders"
-    folder, with_face = tmp_path_factory.mktemp('models'), tmp_path_factory.mktemp('face')
-    makers = [
-        [ROOT / '.venv/bin/wan-avatar', 'tiny-weights', folder],
-        [ROOT / '.venv/bin/wan-avatar', 'tiny-weights', with_face, '--face'],
-        [PYTHON, ROOT / 'tests/tiny_detectors.py', folder],
-    ]
-    for maker in makers: subprocess.run(maker, cwd=ROOT, check=True, capture_output=True)
-    shutil.move(with_face / 'diffusion_models/tiny-dit.safetensors', folder / 'diffusion_models/face.safetensors')
+    folder = shutil.copytree(detectors, tiny(), dirs_exist_ok=True)
+    shutil.move(tiny('--face') / 'diffusion_models/tiny-dit.safetensors', folder / 'diffusion_models/face.safetensors')
     for w in (*WAN.weights, WAN.encoder):
         (folder / w.folder).mkdir(exist_ok=True)
         (folder / w.folder / w.file).touch()

@@ -574,10 +574,7 @@ def test_track_file_and_person_check(stage):
 # the real networks, of random weights, in ComfyUI's environment
 
 @pytest.fixture(scope='module')
-def networks(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('networks')
-    subprocess.run([PYTHON, ROOT / 'tests/tiny_detectors.py', folder], check=True, capture_output=True)
-    return folder
+def networks(detectors) -> Path: return detectors
 
 def in_comfyui(script: str, *arguments: Path) -> dict:
     "What a script prints on its last line, run where the networks are"

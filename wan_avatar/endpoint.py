@@ -210,17 +210,13 @@ class Control:
             why = f'{type(e).__name__}: {e}'
             unsent = isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout))
             if creates and not unsent: raise failed(OutcomeUnknown, why) from e
-            return why
+            raise passing(why) from e
         if r.is_success or (method == 'DELETE' and r.status_code == 404): return r # it is gone already
         why = f'HTTP {r.status_code} {_detail(r)}'
         if r.status_code == 429: raise passing(why, retry_after(r.headers) or 1)
         if r.status_code < 500: raise failed(EndpointError, why)
         if creates: raise failed(OutcomeUnknown, why)
-        return why
-
-def _retry_after(r: httpx.Response) -> float: # seconds, at most 60
-    text = r.headers.get('Retry-After', '')
-    return min(float(text) if text.isdigit() else 1, 60)
+        raise passing(why)
 
 def _detail(r: httpx.Response) -> str:
     "RunPod's explanation"

@@ -33,7 +33,7 @@ class Size:
     ranks: tuple[int, int] # of the distillation's LoRA, of the relight LoRA
 
 TRUE = Size(5120, 13824, 40, 96, (64, 128))
-SMALL = Size(128, 64, 5, 8, (2, 4))
+SMALL = Size(128, 64, 5, 2, (2, 4)) # a VAE of 8 channels takes five times as long at 1280x720, on a CPU
 Shapes = dict[str, tuple[int, ...]] # by tensor name
 
 # %% ../nbs/34_tiny.ipynb #834c14f0

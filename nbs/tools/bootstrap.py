@@ -14,6 +14,7 @@ import venv
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+
 from install import settle
 
 ROOT = Path(__file__).resolve().parents[2]

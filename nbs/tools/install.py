@@ -2,6 +2,7 @@
 
 The Dockerfile runs these commands and the tests run them too, so that a build error is found without a Docker engine.
 Standard library only, since they run before anything is installed; `make setup` shares `settle`."""
+import ast
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -108,9 +110,57 @@ def environment(folder, requirements, satisfies=None):
     if satisfies: # nothing may be left to install
         pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies)
 
+# what runs in the image: the worker (the Dockerfile's CMD), and our nodes in ComfyUI's process. Nothing there calls the
+# command line, so `cli` and what only it needs (benches, reports, the endpoint's file, the local endpoint) stay out
+STARTED = ('worker', 'nodes')
+
+def reached(tree, package):
+    """Modules of our package that a module reaches, and other strings that may name a file.
+    Imports count wherever they stand, in functions too; and so do modules named in a string, since ComfyUI's process
+    and helper processes are told by name what to load. A docstring is prose and names nothing"""
+    modules, strings = set(), []
+    holders = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    prose = {id(n.body[0].value) for n in ast.walk(tree)
+             if isinstance(n, holders) and n.body and isinstance(n.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.name.partition('.')[2] for a in node.names if ours(a.name, package)}
+        elif isinstance(node, ast.ImportFrom) and (node.level or ours(node.module, package)):
+            within = (node.module or '') if node.level else node.module.partition('.')[2]
+            modules |= {within} if within else {a.name for a in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            strings.append(node.value)
+            modules |= set(re.findall(rf'\b{package}\.(\w+)', node.value))
+    return modules, strings
+
+def ours(module, package): return module.split('.')[0] == package
+
+def shipped(package):
+    """The files of the package's folder that the image needs: modules that STARTED reach, and every other file whose
+    name, or whose folder's, one of them has in a string"""
+    package = Path(package)
+    found, strings, todo = {'__init__'}, [], ['__init__', *STARTED]
+    while todo:
+        modules, said = reached(ast.parse((package / f'{todo.pop()}.py').read_text()), package.name)
+        fresh = {m for m in (*modules, *STARTED) if (package / f'{m}.py').exists()} - found
+        found |= fresh
+        todo += sorted(fresh)
+        strings += said
+    text = '\n'.join(strings)
+    data = [p for p in package.rglob('*') if p.is_file() and p.suffix not in ('.py', '.pyc')]
+    needed = [p for p in data if re.search(rf'\b{re.escape(p.relative_to(package).parts[0])}\b', text)]
+    return sorted([package / f'{m}.py' for m in found] + needed)
+
 def wheel(env, source, folder):
-    "Build the package's wheel with what an environment has, nothing fetched"
-    pip(env, 'wheel', '--no-deps', '--no-index', '--no-build-isolation', '--wheel-dir', folder, source)
+    "Build a wheel of what the image needs of the package, with what an environment has, nothing fetched"
+    source = Path(source)
+    with tempfile.TemporaryDirectory() as staged:
+        metadata = [source / name for name in ('pyproject.toml', 'setup.py', 'settings.ini')]
+        for path in metadata + shipped(source / 'wan_avatar'):
+            target = Path(staged, path.relative_to(source))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        pip(env, 'wheel', '--no-deps', '--no-index', '--no-build-isolation', '--wheel-dir', folder, staged)
 
 def package(folder, *environments):
     "Install the one wheel of a folder into each environment"

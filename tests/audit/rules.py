@@ -1,8 +1,10 @@
-"""What Wan2.2-Animate must be shown, written down a second time: plainly, frame by frame, from the rules in nbs/22_segments,
-nbs/32_nodes and the model's papers, importing nothing of the package's drawing code. `python tests/audit/rules.py` wrote the
-files beside it, once; the test compares the nodes in a real ComfyUI with them, so a change of either shows.
+"""What Wan2.2-Animate must be shown, written down a second time: plainly, frame by frame, from the rules in
+nbs/22_segments, nbs/32_nodes and the model's papers, importing nothing of the package's drawing code.
+`python tests/audit/rules.py` wrote the files beside it, once; the test compares the nodes in a real ComfyUI with them,
+so a change of either shows.
 
-A driver of eight frames, 1280x720: he walks 6 pixels a frame to the right, is gone in frame 4, and has no face in frame 6."""
+A driver of eight frames, 1280x720: he walks 6 pixels a frame to the right, is gone in frame 4, and has no face in
+frame 6."""
 import colorsys
 import math
 from pathlib import Path
@@ -17,9 +19,12 @@ ABSENT, FACELESS = 4, 6
 
 # what was seen
 
-PLACES = {0: (0, 0), 1: (14, -12), 2: (-14, -12), 3: (34, -4), 4: (-34, -4), 5: (90, 110), 6: (-90, 110), 7: (150, 230), 8: (-170, 190),
-          9: (190, 340), 10: (-230, 90), 11: (55, 330), 12: (-55, 330), 13: (60, 450), 14: (-60, 450), 15: (60, 560), 16: (-60, 560),
-          17: (75, 580), 18: (85, 580), 19: (50, 575), 20: (-75, 580), 21: (-85, 580), 22: (-50, 575)}
+PLACES = {
+    0: (0, 0), 1: (14, -12), 2: (-14, -12), 3: (34, -4), 4: (-34, -4), 5: (90, 110), 6: (-90, 110), 7: (150, 230),
+    8: (-170, 190), 9: (190, 340), 10: (-230, 90), 11: (55, 330), 12: (-55, 330), 13: (60, 450), 14: (-60, 450),
+    15: (60, 560), 16: (-60, 560), 17: (75, 580), 18: (85, 580), 19: (50, 575), 20: (-75, 580), 21: (-85, 580),
+    22: (-50, 575),
+}
 
 def keypoints() -> np.ndarray: # (8, 133, 3)
     "COCO-WholeBody: 17 of the body, 6 of the feet, 68 of the face, 21 of each hand"
@@ -61,11 +66,15 @@ def picture() -> np.ndarray: # (300, 200, 3) uint8
 
 # the rules
 
-MEANS = [(0, 0), (6, 5), (6, 6), (8, 8), (10, 10), (5, 5), (7, 7), (9, 9), (12, 12), (14, 14), (16, 16), (11, 11), (13, 13), (15, 15),
-         (2, 2), (1, 1), (4, 4), (3, 3), (17, 18), (20, 21)] # a joint is the mean of two keypoints
+MEANS = [ # a joint is the mean of two keypoints
+    (0, 0), (6, 5), (6, 6), (8, 8), (10, 10), (5, 5), (7, 7), (9, 9), (12, 12), (14, 14), (16, 16), (11, 11), (13, 13),
+    (15, 15), (2, 2), (1, 1), (4, 4), (3, 3), (17, 18), (20, 21),
+]
 LIMBS = '2-3 2-6 3-4 4-5 6-7 7-8 2-9 9-10 10-11 2-12 12-13 13-14 2-1 1-15 15-17 1-16 16-18 14-19 11-20' # joints from 1
-COLOURS = ('255,0,0 255,85,0 255,170,0 255,255,0 170,255,0 85,255,0 0,255,0 0,255,85 0,255,170 0,255,255 0,170,255 0,85,255 0,0,255 '
-           '85,0,255 170,0,255 255,0,255 255,0,170 255,0,85 200,200,0 100,100,0')
+COLOURS = (
+    '255,0,0 255,85,0 255,170,0 255,255,0 170,255,0 85,255,0 0,255,0 0,255,85 0,255,170 0,255,255 0,170,255 0,85,255 '
+    '0,0,255 85,0,255 170,0,255 255,0,255 255,0,170 255,0,85 200,200,0 100,100,0'
+)
 
 def pose(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     "Limbs: flat ellipses at 60 % of their colour; joints: discs; hands: thin lines round the colour circle; no face"
@@ -87,7 +96,11 @@ def pose(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return canvas
 
 def hand(canvas: np.ndarray, points: np.ndarray, thick: int) -> None:
-    edges = [e for root in (1, 5, 9, 13, 17) for e in [(0, root), (root, root + 1), (root + 1, root + 2), (root + 2, root + 3)]]
+    edges = [
+        edge
+        for root in (1, 5, 9, 13, 17)
+        for edge in [(0, root), (root, root + 1), (root + 1, root + 2), (root + 2, root + 3)]
+    ]
     at = [(int(x), int(y)) for x, y in points[:, :2]]
     good = [c >= 0.5 and x > 0 and y > 0 for (x, y), c in zip(at, points[:, 2], strict=True)]
     for n, (a, b) in enumerate(edges):
@@ -97,7 +110,8 @@ def hand(canvas: np.ndarray, points: np.ndarray, thick: int) -> None:
         if good[i]: cv2.circle(canvas, at[i], thick, (0, 0, 255), -1)
 
 def face(image: np.ndarray, points: np.ndarray) -> np.ndarray | None:
-    "The box of the 68 points at 1.3 times its area: half of the growth to the sides, three quarters of it upwards; 512x512"
+    """The box of the 68 points at 1.3 times its area: half of the growth to the sides, three quarters of it upwards;
+    512x512"""
     (x0, y0), (x1, y1) = points[23:91, :2].min(0), points[23:91, :2].max(0)
     if math.isnan(x0): return None
     wide, high = (x1 - x0) * math.sqrt(1.3), (y1 - y0) * math.sqrt(1.3)
@@ -106,7 +120,8 @@ def face(image: np.ndarray, points: np.ndarray) -> np.ndarray | None:
     return cv2.resize(image[max(top, 0):bottom, max(left, 0):right], (512, 512))
 
 def grown(person: np.ndarray) -> np.ndarray:
-    "Three passes of a 7x7 kernel, then the cells of a grid over the bounding box, at least 32 pixels each, that are touched"
+    """Three passes of a 7x7 kernel, then the cells of a grid over the bounding box, at least 32 pixels each, that are
+    touched"""
     wide = person.astype(np.uint8)
     for _ in range(3): wide = cv2.dilate(wide, np.ones((7, 7), np.uint8))
     out, (ys, xs) = np.zeros_like(wide), np.nonzero(wide)
@@ -136,18 +151,22 @@ def letterboxed(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     w, h = int(wide * scale), int(high * scale)
     out = np.zeros((size[1], size[0], 3), np.uint8)
     left, top = (size[0] - w) // 2, (size[1] - h) // 2
-    out[top:top + h, left:left + w] = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if w * h < wide * high else cv2.INTER_LINEAR)
+    interpolation = cv2.INTER_AREA if w * h < wide * high else cv2.INTER_LINEAR
+    out[top:top + h, left:left + w] = cv2.resize(image, (w, h), interpolation=interpolation)
     return out
 
 def window(size: tuple[int, int]) -> dict[str, np.ndarray]:
     "The pictures of the window, by name"
-    points, made, last = keypoints(), {'pose': [], 'face': [], 'mask': [], 'background': []}, np.zeros((512, 512, 3), np.uint8)
+    points = keypoints()
+    made = {'pose': [], 'face': [], 'mask': [], 'background': []}
+    last = np.zeros((512, 512, 3), np.uint8)
     for i in (min(n, FRAMES - 1) for n in range(START, START + LENGTH)):
         image, here = frame(i), i != ABSENT
         if here and (close := face(image, points[i])) is not None: last = close
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if size != SIZE else image
         where = mask(i).astype(np.uint8)
-        where = grown((cv2.resize(where, size, interpolation=cv2.INTER_NEAREST) if size != SIZE else where).astype(bool))
+        if size != SIZE: where = cv2.resize(where, size, interpolation=cv2.INTER_NEAREST)
+        where = grown(where.astype(bool))
         scaled = points[i] * [size[0] / SIZE[0], size[1] / SIZE[1], 1]
         made['pose'].append(pose(scaled, size) if here else np.zeros((size[1], size[0], 3), np.uint8))
         made['face'].append(last)
@@ -160,9 +179,17 @@ SHOWN = slice(None, None, 4) # frames of the window whose pictures are kept
 def expected() -> dict[str, np.ndarray]:
     "What must come of clip, track and picture"
     small, whole = window(SAMPLED), window(SIZE)
-    return {'face': small['face'][SHOWN], 'small_pose': small['pose'][SHOWN], 'small_background': small['background'][SHOWN],
-            'small_mask': small['mask'], 'whole_pose': whole['pose'][SHOWN], 'whole_mask': whole['mask'][SHOWN],
-            'reference': letterboxed(picture(), SAMPLED), 'first_rows': rows(small['mask'], 0), 'later_rows': rows(small['mask'], SEEDS)}
+    return {
+        'face': small['face'][SHOWN],
+        'small_pose': small['pose'][SHOWN],
+        'small_background': small['background'][SHOWN],
+        'small_mask': small['mask'],
+        'whole_pose': whole['pose'][SHOWN],
+        'whole_mask': whole['mask'][SHOWN],
+        'reference': letterboxed(picture(), SAMPLED),
+        'first_rows': rows(small['mask'], 0),
+        'later_rows': rows(small['mask'], SEEDS),
+    }
 
 def main() -> None:
     "Write clip, track, picture and what must come of them"
@@ -174,7 +201,8 @@ def main() -> None:
         for i in range(FRAMES): encoder.write(frame(i))
     points, present = keypoints(), np.arange(FRAMES) != ABSENT
     masks = tuple(pack_mask(mask(i)) for i in range(FRAMES))
-    save_track(Track(SIZE, present, {'wholebody': points}, SIZE, masks, TRACKERS['wholebody-sam2']), HERE / 'driving.track')
+    track = Track(SIZE, present, {'wholebody': points}, SIZE, masks, TRACKERS['wholebody-sam2'])
+    save_track(track, HERE / 'driving.track')
     Image.fromarray(picture()).save(HERE / 'reference.png')
     np.savez_compressed(HERE / 'expected.npz', **expected())
 
