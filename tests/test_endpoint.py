@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT, comfy_dir, cut
 
-from wan_avatar.client import Client, fetch_result
+from wan_avatar.client import Client, fetch_result, read_manifest
 from wan_avatar.config import load_settings
 from wan_avatar.launch import FOLDERS, OWN_FOLDERS
 from wan_avatar.local import up
@@ -55,10 +55,11 @@ def test_run_to_mp4_with_the_sdk_client(local, tmp_path, monkeypatch):
     request = endpoint.run({'input': {**JOB, 'user_id': 'u1', 'avatar_id': 'host'}})
     output = request.output(timeout=240)
     assert output['minio_key'] == f'avatars/u1/host/{request.job_id}.mp4'
-    video, manifest = fetch_result(output, tmp_path, store)
+    video = fetch_result(output, tmp_path, store)
+    manifest = read_manifest(store, output['minio_key'])
     figures = check_mp4(video, output['frames'], has_audio=True)
     assert (figures.width, figures.height, figures.frames) == (1280, 720, 96)
-    assert manifest['sha256'] == output['sha256']
+    assert manifest.sha256 == output['sha256']
     status = client.status(request.job_id)
     assert status.state == 'COMPLETED'
     assert status.delay_s > 1

@@ -27,10 +27,10 @@ from wan_avatar.metrics import (
 from wan_avatar.models import LINK_MB_S, load_lock, plan_table
 from wan_avatar.prices import POOLS, GpuPool, PricesError, load_prices, pool_of
 from wan_avatar.reports import report_parameters, report_path
+from wan_avatar.timeline import Stage
 from wan_avatar.workflow import WAN
 
-def stage(name, begin_s, end_s, **facts) -> dict:
-    return {'name': name, 'begin_s': begin_s, 'end_s': end_s, 'facts': facts}
+def stage(name, begin_s, end_s, **facts) -> Stage: return Stage(name, begin_s, end_s, facts)
 
 def record(job_id='j1', number=1, taken_s=5.0, delay_s=6.0, **more) -> JobRecord:
     boot = {

@@ -77,7 +77,7 @@ def test_cold_start(cold_start):
     summary = json.loads((cold_start / 'summary.json').read_text())
     assert [(r.group, start_of(r)) for r in records] == [('B', 'cold'), ('B', 'warm'), ('A', 'cold'), ('A', 'warm')]
     assert len({r.worker for r in records}) == 2
-    tracked = [s['facts'] for r in records for s in r.stages if s['name'] == 'track']
+    tracked = [s.facts for r in records for s in r.stages if s.name == 'track']
     assert all(facts == {'cached': True} for facts in tracked), 'tracking is no part of a start'
     always = {'jobs', 'cold_starts', 'gantt', 'percentiles', 'distribution', 'costs', 'months', 'full_size_model'}
     assert pictures(cold_start) - {'download'} == always
@@ -88,7 +88,7 @@ def test_cold_start(cold_start):
     assert summary['without_price'] == 'not measured on a GPU: these jobs ran on a cpu'
     cold = records[0]
     assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(
-        cold.delay_s + next(s['end_s'] for s in cold.stages if s['name'] == 'render'), abs=0.05
+        cold.delay_s + next(s.ended_s for s in cold.stages if s.name == 'render'), abs=0.05
     )
     assert {f['name'] for f in summary['endpoint_figures']} >= {'jobs: completed', 'workers: idle'}
     assert all(f['source'].startswith('/health') for f in summary['endpoint_figures'])

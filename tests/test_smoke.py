@@ -15,8 +15,10 @@ from conftest import ROOT, cut
 from wan_avatar.client import Status
 from wan_avatar.frames import read_frames
 from wan_avatar.local import up
+from wan_avatar.manifest import BootReport, Manifest
 from wan_avatar.mp4 import Encoder, check_mp4
 from wan_avatar.normalise import normalise_video
+from wan_avatar.timeline import Stage
 from wan_avatar.smoke import LEAST_CHANGE, Decoded, Evidence, change, checks_of, decode_result, run_smoke, until_refused
 
 ANSWER = {
@@ -29,10 +31,10 @@ ANSWER = {
     'has_audio': True,
     'presigned_url': 'http://h/x',
 }
-MANIFEST = (
-    {k: v for k, v in ANSWER.items() if k != 'presigned_url'}
-    | {'job_id': 'j1', 'timeline': [1], 'boot': {'job_number': 1}, 'worker': {'id': 'w'}}
-)
+MANIFEST = Manifest(
+    **{k: v for k, v in ANSWER.items() if k != 'presigned_url'}, fps=24, duration_s=58 / 24, seed=1, profile='draft',
+    timings={}, worker={'id': 'w'}, job_id='j1', timeline=[Stage('render', 0.5, 2.0)],
+    boot=BootReport(job_number=1, process_s=0.5, taken_s=5, stages=[]))
 GOOD = Evidence(
     {'input_image_minio_path': 'a.png', 'user_id': 'smoke', 'avatar_id': 'now'}, 'avatars/',
     Status('j1', 'COMPLETED', ANSWER), Decoded(640, 360, 30, 72, True, 2.4, 2.38), MANIFEST,
@@ -40,6 +42,7 @@ GOOD = Evidence(
 )
 
 def said(**more) -> Status: return Status('j1', 'COMPLETED', ANSWER | more)
+def written(**more) -> Manifest: return MANIFEST.model_copy(update=more)
 def seen(**more) -> Decoded: return replace(GOOD.video, **more)
 
 def test_a_good_delivery_passes(): assert [c for c in checks_of(GOOD) if not c.ok] == [] and len(checks_of(GOOD)) == 13
@@ -54,10 +57,11 @@ def test_a_good_delivery_passes(): assert [c for c in checks_of(GOOD) if not c.o
     ('answer agrees with the file', {'sha256': 'cd'}),
     ('answer agrees with the file', {'bytes': 6}),
     ('answer agrees with the file', {'status': said(has_audio=False)}),
-    ('manifest agrees with the answer', {'manifest': MANIFEST | {'seed': 1}, 'status': said(seed=2)}),
+    ('manifest agrees with the answer', {'status': said(seed=2)}),
     ('manifest agrees with the answer', {'manifest': None}),
-    ('manifest tells how it was made', {'manifest': MANIFEST | {'job_id': 'j2'}}),
-    ('manifest tells how it was made', {'manifest': {k: v for k, v in MANIFEST.items() if k != 'boot'}}),
+    ('manifest agrees with the answer', {'manifest': None, 'manifest_trouble': 'j1.mp4.json is no manifest'}),
+    ('manifest tells how it was made', {'manifest': written(job_id='j2')}),
+    ('manifest tells how it was made', {'manifest': written(boot=None)}),
     ('every frame decodes', {'video': seen(trouble='InvalidDataError')}),
     ('size', {'video': seen(width=1920)}),
     ('size', {'video': seen(height=704)}),

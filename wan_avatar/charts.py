@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .forecast import RenderTime
+from .manifest import BootReport
 from .metrics import LEAST, Cost, Estimate, FullSize, JobRecord, RunDifference, StartPart, by_kind
 from .metrics import cold_parts, download_speed, full_size_start, full_weights, kind_of, months, stage_label
 from .metrics import percentiles, start_of
@@ -74,21 +75,21 @@ def gantt_rows(record: JobRecord) -> list[Bar]:
     rows = [('queue', 0.0, taken, COLOURS['queue'])]
     if record.boot and start_of(record) in ('cold', 'shared'): rows = _boot_rows(record.boot, taken)
     for s in record.stages:
-        rows.append((s['name'], taken + s['begin_s'], taken + s['end_s'], colour_of_stage(s['name'])))
+        rows.append((s.name, taken + s.begin_s, taken + s.ended_s, colour_of_stage(s.name)))
     return [r for r in rows if r[2] - r[1] > 0.0005 and r[2] > 0]
 
 def _boot_rows(
-    boot: dict,
+    boot: BootReport,
     taken: float # when the worker took the job, seconds since submit
 ) -> list[Bar]:
-    began = taken - boot['taken_s']
-    process = max(began - boot['process_s'], 0.0)
-    names = [s['name'] for s in boot['stages']]
-    inner = [s for s in boot['stages'] if not any(n.startswith(f'{s["name"]}/') for n in names)]
+    began = taken - boot.taken_s
+    process = max(began - boot.process_s, 0.0)
+    names = [s.name for s in boot.stages]
+    inner = [s for s in boot.stages if not any(n.startswith(f'{s.name}/') for n in names)]
     return [
         ('queue', 0.0, process, COLOURS['queue']),
         ('process starts', process, max(began, 0.0), COLOURS['process']),
-        *((stage_label(s), began + s['begin_s'], began + s['end_s'], COLOURS[kind_of(s)]) for s in inner),
+        *((stage_label(s), began + s.begin_s, began + s.ended_s, COLOURS[kind_of(s)]) for s in inner),
     ]
 
 def draw_gantt(record: JobRecord, path: Path | str, title: str | None = None) -> Path: # `path`
@@ -276,8 +277,8 @@ def draw_download(records: Iterable[JobRecord], path: Path | str) -> Path: # `pa
     figure, axes = canvas(9, 3.6, 'Download speed while a worker boots')
     drawn = 0
     for r in starts:
-        if r.boot is None or not (speeds := download_speed(r.boot['stages'])): continue
-        size = sum(s['facts']['fetched'] for s in r.boot['stages'] if kind_of(s) == 'weights')
+        if r.boot is None or not (speeds := download_speed(r.boot.stages)): continue
+        size = sum(s.facts['fetched'] for s in r.boot.stages if kind_of(s) == 'weights')
         times, rates = zip(*speeds, strict=True)
         axes.step([0, *times], [0, *(v / 1e6 for v in rates)], where='post', color=LINES[drawn % len(LINES)], lw=2.2,
                   label=f'phase {r.group}, start {r.job_id[:6]}: {size / 1e6:.0f} MB')

@@ -23,8 +23,9 @@ from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_weights import bundle, models
-from .client import Client, EndpointError, Status, fetch_result
+from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .job import shorten
+from .manifest import Manifest
 from .local import Local
 from .mp4 import filmstrip
 from .terminal import AsJson, BootWatch, Code, Endpoint, Folder, JobScreen, answer, exit_on_error, exit_with
@@ -82,7 +83,7 @@ def _submit(
         if not detach:
             with JobScreen() as screen: status = _show_until_over(client, status.id, screen)
         if out and status.state == 'COMPLETED':
-            Console(stderr=True).print(fetch_result(status.output, out, store)[0])
+            Console(stderr=True).print(fetch_result(status.output, out, store))
         answer(status, as_json)
 
 # %% ../nbs/60_cli.ipynb #fb47c40e
@@ -111,9 +112,12 @@ def _fetch(
         if job.endswith('.mp4'): now = Status(job, 'COMPLETED', {'minio_key': job})
         else: now = access.client().status(job)
         if now.state != 'COMPLETED': answer(now, as_json)
-        video, manifest = fetch_result(now.output, out, access.store())
-        video.with_name('avatar.json').write_text(json.dumps(manifest, indent=1))
-        print(json.dumps({'video': str(video), 'manifest': manifest}) if as_json else video)
+        store = access.store()
+        video = fetch_result(now.output, out, store)
+        manifest = read_manifest(store, now.output['minio_key'])
+        record = manifest.record() if manifest else None
+        video.with_name('avatar.json').write_text(json.dumps(record, indent=1))
+        print(json.dumps({'video': str(video), 'manifest': record}) if as_json else video)
 
 # %% ../nbs/60_cli.ipynb #db0134a1
 @app.command(name='up')
@@ -166,17 +170,18 @@ def _demo(
             store = access.store()
             done = _show_until_over(client, client.submit(job_inputs(image, driving, store)).id, screen)
             if done.state != 'COMPLETED': answer(done, as_json=False)
-            video, manifest = fetch_result(done.output, out, store)
+            video = fetch_result(done.output, out, store)
+            manifest = read_manifest(store, done.output['minio_key'])
             if manifest is None: raise EndpointError(f'the manifest of {video} is gone')
     _present(video, Path(driving), manifest, done)
 
-def _present(video: Path, driving: Path, manifest: dict, done: Status) -> None:
+def _present(video: Path, driving: Path, manifest: Manifest, done: Status) -> None:
     strip = filmstrip(driving, video, video.with_name('filmstrip.png'))
     chart = video.with_name('timeline.png')
-    title = f'{manifest["frames"]} frames, {manifest["duration_s"]:.1f} s of video'
-    draw_timeline(manifest['timeline'], chart, title)
+    title = f'{manifest.frames} frames, {manifest.duration_s:.1f} s of video'
+    draw_timeline(manifest.timeline, chart, title)
     stages = Table('stage', 'seconds', box=None)
-    seconds = {'queue and cold start': done.delay_s or 0, **manifest['timings']}
+    seconds = {'queue and cold start': done.delay_s or 0, **manifest.timings}
     for name, value in seconds.items(): stages.add_row(name, f'{value:.2f}')
     console = Console()
     console.print(stages)

@@ -21,10 +21,11 @@ import av
 import httpx
 import numpy as np
 
-from .client import Client, EndpointError, Status, fetch_result
+from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
 from .files import sha256_of, whole_file
 from .frames import FPS, SIZE
 from .job import JobError, output_key, parse_job
+from .manifest import Manifest
 from .metrics import JobRecord, measured_job, summarise, write_records
 from .mp4 import filmstrip, pictures_at
 from .store import Store
@@ -121,7 +122,8 @@ class Evidence:
     prefix: str # OUTPUT_PREFIX of the worker
     status: Status
     driving: Decoded
-    manifest: dict | None = None
+    manifest: Manifest | None = None
+    manifest_trouble: str = 'there is no manifest' # why it is None
     video: Decoded = Decoded(trouble='not downloaded')
     bytes: int = 0 # of the file downloaded
     sha256: str = ''
@@ -165,18 +167,19 @@ def video_checks(d: Evidence) -> list[Check]:
 def answer_checks(d: Evidence) -> list[Check]:
     "What the answer and the manifest must say"
     answer = d.status.output
-    manifest = d.manifest or {}
+    manifest = d.manifest.record() if d.manifest else {}
     figures = {'frames': d.video.frames, 'width': d.video.width, 'height': d.video.height, 'bytes': d.bytes,
                'sha256': d.sha256, 'has_audio': d.video.audio_s is not None}
     off = [k for k, value in figures.items() if answer.get(k) != value]
     odd = [k for k in answer if k != 'presigned_url' and manifest.get(k) != answer[k]]
+    if d.manifest is None: odd = [d.manifest_trouble]
     missing = [k for k in ('job_id', 'timeline', 'boot', 'worker') if not manifest.get(k)]
     if manifest.get('job_id') != d.status.id: missing.append('job_id')
     made = f'{", ".join(dict.fromkeys(missing))} missing or of another job' if missing else 'all there'
     return [
         _equal('key and prefix', output_key(d.status.id, parse_job(d.job), d.prefix), answer.get('minio_key')),
         _none_of('answer agrees with the file', off, 'the same figures'),
-        _none_of('manifest agrees with the answer', odd if d.manifest else ['there is no manifest'], 'the same values'),
+        _none_of('manifest agrees with the answer', odd, 'the same values'),
         Check('manifest tells how it was made', not missing, 'job_id, timeline, boot, worker', made),
     ]
 
@@ -215,20 +218,22 @@ def _judged(
     url = status.output.get('presigned_url')
     asked = Evidence(job, prefix, status, wanted)
     if url: asked = replace(asked, link=get_url(url))
-    try: video, manifest = fetch_result(status.output, folder, store)
+    try: video = fetch_result(status.output, folder, store)
     except JobError as e: return replace(asked, video=Decoded(trouble=str(e)))
+    try: asked = replace(asked, manifest=read_manifest(store, status.output['minio_key']))
+    except ManifestDamaged as e: asked = replace(asked, manifest_trouble=str(e))
     found = decode_result(video)
     moved = change(driving, video, found.end_s) if found.trouble is None else 0.0
     digest = sha256_of(video)
-    if manifest is not None: _keep(folder, manifest, driving, video, found)
+    if asked.manifest is not None: _keep(folder, asked.manifest, driving, video, found)
     after = until_refused(url, 3 * PRESIGN_S) if url else 0
     size = video.stat().st_size
-    return replace(asked, manifest=manifest, video=found, bytes=size, sha256=digest, change=moved, after=after)
+    return replace(asked, video=found, bytes=size, sha256=digest, change=moved, after=after)
 
-def _keep(folder: Path, manifest: dict, driving: Path, video: Path, found: Decoded) -> None:
-    with whole_file(folder / 'avatar.json') as part: part.write_text(json.dumps(manifest, indent=1) + '\n')
+def _keep(folder: Path, manifest: Manifest, driving: Path, video: Path, found: Decoded) -> None:
+    with whole_file(folder / 'avatar.json') as part: part.write_text(json.dumps(manifest.record(), indent=1) + '\n')
     title = f'{found.frames} frames, {found.end_s:.1f} s of video'
-    draw_timeline(manifest.get('timeline', []), folder / 'timeline.png', title)
+    draw_timeline(manifest.timeline, folder / 'timeline.png', title)
     if found.trouble is None: filmstrip(driving, video, folder / 'filmstrip.png')
 
 @dataclass(frozen=True)

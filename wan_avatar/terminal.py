@@ -28,24 +28,24 @@ from .config import SettingsError
 from .endpoint_file import FileError
 from .gpu import CannotMeasure
 from .image import ImageError
-from .job import JobError
+from .job import JobError, ProgressUpdate
 from .pinning import HubUnreachable
 
 # %% ../nbs/60_terminal.ipynb #a57eb269
 def describe(
-    update: dict # a job's progress
+    update: ProgressUpdate
 ) -> str:
     "A job's stage and window in words"
     words = {'fetch': 'reading the inputs', 'track': 'finding the person', 'render': 'rendering', 'upload': 'uploading'}
-    text = words.get(update.get('stage', ''), str(update.get('stage', 'working')))
-    if 'segment' not in update or 'segments' not in update: return text
-    return f'{text}, segment {update["segment"]} of {update["segments"]}'
+    text = words.get(update.stage, update.stage)
+    if update.segment is None or update.segments is None: return text
+    return f'{text}, segment {update.segment} of {update.segments}'
 
 def remaining(
-    update: dict # a job's progress
+    update: ProgressUpdate
 ) -> str:
     "The time still to go, in words"
-    return f'about {update["eta_s"]:.0f} s to go' if update.get('eta_s') is not None else ''
+    return '' if update.eta_s is None else f'about {update.eta_s:.0f} s to go'
 
 # %% ../nbs/60_terminal.ipynb #895edef7
 class Screen:
@@ -86,13 +86,11 @@ class JobScreen(Screen):
     "One job's rows"
     def job(self, status: Status) -> None:
         "Show an answer of `/status`"
-        update = status.output if isinstance(status.output, dict) else {}
         waits = 'queue' in self.tasks or 'worker' in self.tasks
         if status.state == 'IN_QUEUE' and not waits: self.show('queue', 'waiting for a worker')
-        if status.state == 'IN_PROGRESS' and 'stage' in update:
-            total = update.get('total')
-            count = '' if total is None else f'{update.get("percent", 0)} %'
-            self.show(update['stage'], describe(update), update.get('done', 0), total, count, remaining(update))
+        if update := status.progress:
+            count = '' if update.total is None else f'{update.percent or 0} %'
+            self.show(update.stage, describe(update), update.done or 0, update.total, count, remaining(update))
         if status.over: self.finish()
 
 # %% ../nbs/60_terminal.ipynb #302d4454
