@@ -123,13 +123,13 @@ class Evidence:
     status: Status
     driving: Decoded
     manifest: Manifest | None = None
-    manifest_trouble: str = 'there is no manifest' # why it is None
     video: Decoded = Decoded(trouble='not downloaded')
     bytes: int = 0 # of the file downloaded
     sha256: str = ''
     change: float = 0.0
     link: tuple[int, str, str] = (0, '', 'no presigned_url in the answer')
     after: int = 0 # HTTP status when the address should have expired
+    manifest_trouble: str = 'there is no manifest' # why `manifest` is None
 
 @dataclass(frozen=True)
 class Check:
