@@ -13,10 +13,10 @@ from wan_avatar.draft import (
     align,
     arm_joints,
     bend,
-    complete,
     cut_out,
     draw,
     express,
+    extend_cut_out,
     features,
     light,
     make_driver,
@@ -191,7 +191,7 @@ def test_cut_off_parts_are_made_up():
     rgba = np.zeros((100, 100, 4), np.float32)
     rgba[:, 20:80] = 255
     rgba[60:] = 255
-    more, (left, top) = complete(rgba, face)
+    more, (left, top) = extend_cut_out(rgba, face)
     h, w = more.shape[:2]
     assert left > 10
     assert top > 5

@@ -47,7 +47,7 @@ from .models import load_lock
 from .mp4 import Encoder, check_mp4
 from .normalise import Clip, normalise_image, normalise_video
 from .prompt import Embedding, EmbeddingDamaged, check_embedding
-from .segments import Segment, fit_length, plan
+from .segments import Window, fit_length, plan_windows
 from .store import Replaced, Store, check_reach, fetch_image, ports_of
 from .timeline import Timeline
 from wan_avatar.track import (
@@ -440,7 +440,7 @@ def segment_seed(
 
 def window_graph(
     shared: RenderPlan,
-    s: Segment, # the window
+    s: Window, # the window
     work_dir: Path,
     frames: Path, # file for the window's new frames
     tail: Path | None # the last frames made so far; None: this is the first window
@@ -468,7 +468,7 @@ async def render(shared: RenderPlan, studio: Studio, timeline: Timeline, report:
     "Render every window in ComfyUI and encode it; returns what `kernels_that_ran` finds"
     profile, clip, folder = shared.profile, shared.inputs.clip, shared.inputs.folder
     length, tail, outputs = profile.length, None, []
-    todo = plan(clip.frames, length, profile.overlap)
+    todo = plan_windows(clip.frames, length, profile.overlap)
     progress = StageProgress(report, 'render', timeline, segments=len(todo))
     encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
     async with entered_in_thread(encoder, lambda: timeline.stage('finish')), encoding() as encode:
@@ -483,7 +483,7 @@ async def render(shared: RenderPlan, studio: Studio, timeline: Timeline, report:
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await studio.comfy.free()
-                todo = plan(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
+                todo = plan_windows(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
                 progress.facts['segments'] = s.index + len(todo)
                 continue
             if profile.carries:
@@ -510,7 +510,7 @@ def kernels_that_ran(
     return last | {'ran': dict(calls)}
 
 # %% ../nbs/40_avatar.ipynb #cd8b7e46
-def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: # frames of a window from now on
+def shorter(error: JobError, s: Window, length: int, profile: Profile) -> int: # frames of a window from now on
     "The window length to try after a window failed; raises the error when no shorter window can help"
     if error.code != 'out_of_memory': raise error
     if length < profile.length or s.length <= profile.overlap + 4:
@@ -519,7 +519,7 @@ def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: 
         raise JobError('out_of_memory', f'{why}: {error.message}') from error
     return max(fit_length(s.length // 2), profile.overlap + 4)
 
-def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[Progress], None]:
+def window_progress(graph: Graph, s: Window, report: Callable[[int], None]) -> Callable[[Progress], None]:
     "Turns a window's node progress into frames done; sampling counts as nine tenths of a window that is sampled"
     parts = {'sample': (0, 0.9), 'frames': (0.9, 0.1)} if 'sample' in graph else {'frames': (0, 1)}
     def step(p: Progress) -> None:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BONE', 'OVAL', 'CARD', 'LIPS', 'LIDS', 'CORNERS', 'RIMS', 'ARMS', 'PAINT', 'SHADES', 'NECK', 'CELL', 'align',
-           'Puppet', 'make_puppet', 'cut_out', 'complete', 'pyramid', 'triangulate', 'mesh', 'mouth_picture', 'paints',
-           'Driver', 'upright', 'running_mean', 'make_driver', 'features', 'gaze', 'express', 'apply_affine',
-           'inverse_affine', 'inverse_map', 'draw', 'bend', 'arm_joints', 'light']
+           'Puppet', 'make_puppet', 'cut_out', 'extend_cut_out', 'pyramid', 'triangulate', 'mesh', 'mouth_picture',
+           'paint_colours', 'Driver', 'upright', 'running_mean', 'make_driver', 'features', 'gaze', 'express',
+           'apply_affine', 'inverse_affine', 'inverse_map', 'draw', 'bend', 'arm_joints', 'light']
 
 # %% ../nbs/23_draft.ipynb #b4557f51
 from dataclasses import dataclass
 
 import numpy as np
 
+from .job import JobError
 from .track import Track, check_person, smooth, unpack_mask
 
 # %% ../nbs/23_draft.ipynb #48129d69
@@ -82,20 +83,26 @@ def make_puppet(
     chin = face[152, 1]
     neck = (chin - .3 * tall, float(np.clip(shoulders, chin + .3 * tall, chin + .8 * tall)))
     zoom = 2.0 if max(image.shape) <= 800 else 1.0
-    whole, origin = complete(cut_out(image, track.matte), face)
+    skin = _known(track.skin, 'colour of the skin')
+    whole, origin = extend_cut_out(cut_out(image, _known(track.matte, 'matte')), face)
     return Puppet(
         levels=pyramid(whole, zoom),
         zoom=zoom,
         origin=origin,
-        skin=track.skin,
+        skin=skin,
         face=face,
         ring=ring,
         triangles=mesh(np.concatenate([face[:, :2], ring])),
         neck=neck,
-        arms=_limbs(track),
-        mouth=mouth_picture(image, face, track.skin),
-        paint=paints(image, face),
+        arms=_shown_arms(track),
+        mouth=mouth_picture(image, face, skin),
+        paint=paint_colours(image, face),
     )
+
+def _known(part: np.ndarray | None, what: str) -> np.ndarray:
+    "A part of a track that only the tracker `mediapipe` finds"
+    if part is None: raise JobError('internal', f'the draft needs a track with the {what}: one by MediaPipe')
+    return part
 
 # %% ../nbs/23_draft.ipynb #5188aaf3
 def cut_out(
@@ -116,7 +123,7 @@ def cut_out(
     return np.dstack([clean * alpha[..., None], alpha * 255])
 
 # %% ../nbs/23_draft.ipynb #68e60063
-def complete(
+def extend_cut_out(
     rgba: np.ndarray, # (h, w, 4) float32, premultiplied
     face: np.ndarray # (478, 3)
 ) -> tuple[np.ndarray, np.ndarray]: # the larger cut-out, and where the old corner lies in it
@@ -209,11 +216,11 @@ def triangulate(
     "Delaunay triangles"
     import cv2
     low = points.min(0) - 8
-    mesh = cv2.Subdiv2D((0, 0, *(int(v) for v in np.ptp(points, 0) + 24)))
-    for x, y in points - low: mesh.insert((float(x), float(y)))
-    corners = mesh.getTriangleList().reshape(-1, 3, 2)
-    apart = np.abs(corners[:, :, None] - (points - low)[None, None]).sum(-1)
-    return apart.argmin(-1)[(apart.min(-1) < .01).all(1)]
+    subdivision = cv2.Subdiv2D((0, 0, *(int(v) for v in np.ptp(points, 0) + 24)))
+    for x, y in points - low: subdivision.insert((float(x), float(y)))
+    corners = np.asarray(subdivision.getTriangleList()).reshape(-1, 3, 2)
+    distance = np.abs(corners[:, :, None] - (points - low)[None, None]).sum(-1)
+    return distance.argmin(-1)[(distance.min(-1) < .01).all(1)]
 
 def mesh(
     points: np.ndarray # (514, 2): face and ring
@@ -231,9 +238,9 @@ def mouth_picture(
 ) -> np.ndarray: # (h, w, 4) uint8, premultiplied; same size as the picture
     "The inside of the mouth as the picture shows it, or painted upper teeth"
     import cv2
-    shape = np.zeros(image.shape[:2], np.uint8)
-    wide = np.linalg.norm(face[308, :2] - face[78, :2])
-    gap = np.linalg.norm(face[14, :2] - face[13, :2])
+    shape: np.ndarray = np.zeros(image.shape[:2], np.uint8)
+    wide = float(np.linalg.norm(face[308, :2] - face[78, :2]))
+    gap = float(np.linalg.norm(face[14, :2] - face[13, :2]))
     if gap > .12 * wide:
         cv2.fillPoly(shape, [np.round(face[LIPS, :2] * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
         content = image
@@ -252,7 +259,7 @@ def mouth_picture(
 # %% ../nbs/23_draft.ipynb #23316b51
 ARMS = ((11, 13, 15), (12, 14, 16)) # shoulder, elbow, wrist: left, right
 
-def _limbs(
+def _shown_arms(
     track: Track # of `track_image`
 ) -> np.ndarray: # (2, 4, 2)
     "The joints of both arms as far as the picture shows them, nan beyond"
@@ -274,7 +281,7 @@ PAINT = ( # points around the right eye, the left eye and the lips
 )
 SHADES = np.array([[.97, .92, .88], [.97, .92, .88], [.62, .6, .6]]) # a lid is a little darker and warmer
 
-def paints(
+def paint_colours(
     image: np.ndarray, # (h, w, 3) uint8 RGB
     face: np.ndarray # (478, 3)
 ) -> np.ndarray: # (3, 3)
@@ -360,13 +367,20 @@ def make_driver(
     trunk_at, tilt = _trunk_motion(track, neck[:, :2])
     trunk = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
     limits = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
-    return Driver(track.plate, track.camera, track.present, skin=track.skin, **head, **trunk, **limits)
+    return Driver(**_scene(track), present=track.present, **head, **trunk, **limits)
+
+def _scene(track: Track) -> dict[str, np.ndarray]: # fields of the driver
+    "The parts of the video that do not depend on a face"
+    return {
+        'plate': _known(track.plate, 'plate'),
+        'camera': _known(track.camera, 'camera'),
+        'skin': _known(track.skin, 'colour of the skin'),
+    }
 
 def _absent_driver(track: Track) -> Driver: # of a video without a face
     n = len(track)
     return Driver(
-        plate=track.plate,
-        camera=track.camera,
+        **_scene(track),
         present=np.zeros(n, bool),
         mean=np.zeros((478, 3)),
         scale=np.ones(n),
@@ -378,7 +392,6 @@ def _absent_driver(track: Track) -> Driver: # of a video without a face
         trunk_scale=np.ones(n),
         arms=np.zeros((n, 2, 2, 3)),
         reach=np.ones(n),
-        skin=track.skin,
     )
 
 # %% ../nbs/23_draft.ipynb #e7af15bb
@@ -532,9 +545,9 @@ def _paint_triangles(
     corners = np.round(np.clip(p, -30000, 30000) * 16).astype(np.int32)
     for k, triangle in enumerate(corners, 1): cv2.fillConvexPoly(ids, triangle, k, cv2.LINE_8, 4)
     y, x = np.nonzero(ids)
-    k = ids[y, x] - 1
-    found = np.einsum('ni,nij->nj', np.stack([x, y], 1) - p[k, 0], linear[k]) + q[k, 0]
-    maps[y, x] = np.clip(found, q.min(1)[k], q.max(1)[k]) # the map of a sliver goes far beyond its corners
+    which = ids[y, x] - 1 # triangle of each pixel that one covers
+    found = np.einsum('ni,nij->nj', np.stack([x, y], 1) - p[which, 0], linear[which]) + q[which, 0]
+    maps[y, x] = np.clip(found, q.min(1)[which], q.max(1)[which]) # the map of a sliver goes far beyond its corners
 
 def _rasterise(
     maps: np.ndarray, # (h, w, 2) float32: is overwritten where the mesh lies
@@ -595,10 +608,11 @@ def draw(
         ring = ring + apply_affine(head, puppet.ring) - apply_affine(head, inverse_map(ring, *back, puppet.neck))
     depth = np.full(len(ring), goal[:, 2].max() + 1)
     moved = np.concatenate([goal, np.column_stack([ring, depth])])
-    cells = _follow_arms(_cells((w, h)), puppet, driver.arms[i], trunk, ring)
-    maps, (x, y), k = _sources(puppet, inverse_map(cells, *back, puppet.neck), CELL, moved, (w, h))
+    cells = _follow_arms(_cell_centres((w, h)), puppet, driver.arms[i], trunk, ring)
+    maps, (x, y), k = _points_of_picture(puppet, inverse_map(cells, *back, puppet.neck), CELL, moved, (w, h))
     if not maps.size: return out
-    warped = cv2.remap(puppet.levels[k], maps, None, cv2.INTER_LINEAR)
+    # OpenCV's own hints do not know that one map of pairs needs no second one
+    warped = cv2.remap(puppet.levels[k], maps, None, cv2.INTER_LINEAR) # type: ignore[call-overload]
     goal[:, :2] -= [x, y]
     _fill_mouth(warped, puppet, goal, head)
     _close_eyes(warped, puppet, goal, closed)
@@ -606,7 +620,7 @@ def draw(
 
 CELL = 20 # pixels of a cell of the coarse grid
 
-def _cells(size: tuple[int, int]) -> np.ndarray: # (r, c, 2): their centres, one cell more all around
+def _cell_centres(size: tuple[int, int]) -> np.ndarray: # (r, c, 2): their centres, one cell more all around
     return np.stack(np.meshgrid(*(np.arange(-1, v // CELL + 2) * CELL + CELL / 2 - .5 for v in size)), -1)
 
 # %% ../nbs/23_draft.ipynb #e8867420
@@ -673,7 +687,7 @@ def _follow_arms(
     return where + (found - where) * (t * t * (3 - 2 * t))
 
 # %% ../nbs/23_draft.ipynb #b5f9345c
-def _sources(
+def _points_of_picture(
     puppet: Puppet,
     where: np.ndarray, # (r, c, 2) float32: points of the picture for the cells of the frame, one cell more all around
     step: int, # size of a cell
@@ -764,9 +778,9 @@ def _close_seam(
 ) -> None:
     "Draw the line between closing lips"
     import cv2
-    wide = np.linalg.norm(face[308] - face[78])
+    wide = float(np.linalg.norm(face[308] - face[78]))
     middle = (face[LIPS[:11]] + face[[78, *LIPS[:10:-1], 308]]) / 2
-    seam = np.zeros(area.shape[:2], np.uint8)
+    seam: np.ndarray = np.zeros(area.shape[:2], np.uint8)
     cv2.polylines(seam, [np.round(middle * 16).astype(np.int32)], False, 255, max(round(gap * .9), 1), cv2.LINE_AA, 4)
     seam = cv2.GaussianBlur(seam, (0, 0), max(wide / 90, .7)).astype(np.float32)[..., None]
     seam = seam / 255 * (strength * .9)
@@ -784,27 +798,28 @@ def _fill_mouth(
     x0, y0 = np.maximum(np.floor(rim.min(0)).astype(int) - 3, 0)
     x1, y1 = np.minimum(np.ceil(rim.max(0)).astype(int) + 4, warped.shape[1::-1])
     if x1 - x0 < 4 or y1 - y0 < 4: return
-    wide = np.linalg.norm(goal[308, :2] - goal[78, :2])
-    gap = np.linalg.norm(goal[14, :2] - goal[13, :2])
+    wide = float(np.linalg.norm(goal[308, :2] - goal[78, :2]))
+    gap = float(np.linalg.norm(goal[14, :2] - goal[13, :2]))
     strength = np.clip((gap / wide - .03) / .08, 0, 1)
     area = warped[y0:y1, x0:x1]
     if strength < 1: _close_seam(area, goal[:, :2] - [x0, y0], gap, puppet.paint[2], 1 - strength)
     if strength == 0: return
-    shape = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    shape: np.ndarray = np.zeros((y1 - y0, x1 - x0), np.uint8)
     cv2.fillPoly(shape, [np.round((rim - [x0, y0]) * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
     shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 90, .8)).astype(np.float32)[..., None] / 255 * strength
     place = _teeth_map(puppet, goal, head, wide, gap) - [[0, 0, x0], [0, 0, y0]]
     teeth = cv2.warpAffine(puppet.mouth, place, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR).astype(np.float32)
     depth = np.clip((np.arange(y0, y1) - goal[13, 1]) / (.5 * wide), 0, 1)[:, None, None]
-    inside = ([62, 24, 22] + depth * [30, 18, 18]) * (1 - teeth[..., 3:] / 255) + teeth[..., :3]
+    flesh = np.array([62, 24, 22]) + depth * np.array([30, 18, 18])
+    inside = flesh * (1 - teeth[..., 3:] / 255) + teeth[..., :3]
     area[..., :3] = area[..., :3] * (1 - shape) + inside * shape
     area[..., 3] = np.maximum(area[..., 3], shape[..., 0] * 255)
 
 def _teeth_map(puppet: Puppet, goal: np.ndarray, head: np.ndarray, wide: float, gap: float) -> np.ndarray:
     "(2, 3) from the picture's mouth to the frame's: as wide as the lips, taller as they part"
-    own = np.linalg.norm(puppet.face[308, :2] - puppet.face[78, :2])
+    own = float(np.linalg.norm(puppet.face[308, :2] - puppet.face[78, :2]))
     linear = head[:, :2] * (wide / np.linalg.norm(head[:, :2] @ (puppet.face[308, :2] - puppet.face[78, :2])))
-    bare = np.linalg.norm(puppet.face[14, :2] - puppet.face[13, :2]) / own
+    bare = float(np.linalg.norm(puppet.face[14, :2] - puppet.face[13, :2])) / own
     linear = linear @ np.diag([1, np.clip(.62 * gap / wide / max(bare, .1), 1, 1.5)])
     return np.column_stack([linear, goal[13, :2] - linear @ puppet.face[13, :2]])
 
@@ -840,18 +855,18 @@ def _paint_lid(
 ) -> None:
     "Grow the skin around the eye over it, round it by a shadow, and draw lashes at its edge"
     import cv2
-    wide = np.linalg.norm(up[-1] - up[0])
+    wide = float(np.linalg.norm(up[-1] - up[0]))
     shape, under, hole, lash = (np.zeros(area.shape[:2], np.uint8) for _ in range(4))
     def fixed(v: np.ndarray) -> list: return [np.round(v * 16).astype(np.int32)]
     cv2.fillPoly(shape, fixed(np.vstack([up + lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(under, fixed(np.vstack([up + 2 * lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(hole, fixed(np.vstack([up + .5 * lift, low[::-1]])), 255, cv2.LINE_AA, 4)
-    hole = cv2.dilate(hole, np.ones((3, 3), np.uint8), iterations=max(round(wide * .08), 1))
+    eye = cv2.dilate(hole, np.ones((3, 3), np.uint8), iterations=max(round(wide * .08), 1))
     cv2.polylines(lash, fixed(edge), False, 255, max(round(wide * .03), 1), cv2.LINE_AA, 4)
     def blur(v: np.ndarray, sigma: float) -> np.ndarray:
         return cv2.GaussianBlur(v, (0, 0), max(wide / sigma, .5)).astype(np.float32)[..., None] / 255
     soft = np.minimum(blur(shape, 14) * 1.2, blur(under, 90)).clip(0, 1) * min(amount * 5, 1)
-    skin = cv2.inpaint(np.ascontiguousarray(area[..., :3]), hole, max(wide * .06, 2), cv2.INPAINT_TELEA)
+    skin = cv2.inpaint(np.ascontiguousarray(area[..., :3]), eye, max(wide * .06, 2), cv2.INPAINT_TELEA)
     skin = cv2.GaussianBlur(skin, (0, 0), max(wide * .05, .5)).astype(np.float32)
     middle = blur(shape, 9)
     line = blur(lash, 50) * amount

@@ -32,7 +32,7 @@ from .config import Settings
 from .frames import FPS
 from .job import shorten
 from .models import LINK_MB_S, Lock, LockedFile, load_lock
-from .segments import plan as plan_windows
+from .segments import plan_windows
 from .workflow import PROFILES, TINY, WAN, Profile, locked_files
 
 API = 'https://api.runpod.io' # RUNPOD_API_BASE_URL

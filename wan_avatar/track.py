@@ -20,10 +20,11 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,7 +32,7 @@ from PIL import Image
 from .files import whole_file
 from .job import JobError
 from .metadata import strip_metadata
-from .people import Company
+from .people import PersonFilter
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
@@ -132,7 +133,7 @@ class TrackDamaged(ValueError):
 
 MAGIC = b'wan_avatar track 2\n' # the number is the format's version
 
-def _picture_bytes(picture: np.ndarray, kind: str, **options) -> np.ndarray:
+def _picture_bytes(picture: np.ndarray, kind: str, **options: Any) -> np.ndarray:
     out = io.BytesIO()
     Image.fromarray(picture).save(out, kind, **options)
     return np.frombuffer(out.getvalue(), np.uint8)
@@ -255,8 +256,8 @@ def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     points = {group: _read_points(archive, group, n) for group in meta['groups']}
     if set(points) not in ({'wholebody'}, set(GROUPS)):
         raise TrackDamaged(f'it has the groups {", ".join(points)[:99]}')
-    optional = {'camera': ('<f4', n, 2, 3), 'skin': ('<f4', 3), 'guessed': ('|b1', n)}
-    extra = {name: archive.take(name, *kind) for name, kind in optional.items() if name in archive}
+    optional = {'camera': ('<f4', (n, 2, 3)), 'skin': ('<f4', (3,)), 'guessed': ('|b1', (n,))}
+    extra = {name: archive.take(name, kind, *shape) for name, (kind, shape) in optional.items() if name in archive}
     # nan is not either
     if 'camera' in extra and not (np.abs(extra['camera']) < 1e6).all(): raise TrackDamaged('its camera is nowhere')
     if 'skin' in extra and not (np.isnan(extra['skin']).all() or ((0 <= extra['skin']) & (extra['skin'] <= 255)).all()):
@@ -449,8 +450,9 @@ def stand_still(
 # %% ../nbs/21_track.ipynb #6ca6232c
 class Camera:
     "Follows the background of a video on a small grey copy"
-    def __init__(self):
-        self.view = self.corners = None
+    def __init__(self) -> None:
+        self.view: np.ndarray | None = None # (h, w) uint8 grey: where the corners were found
+        self.corners: np.ndarray = np.zeros((0, 1, 2), np.float32)
         self.base = np.eye(3)
         self.last = np.eye(3)
 
@@ -469,12 +471,15 @@ class Camera:
     ) -> np.ndarray: # (2, 3) first frame -> this frame, in pixels of the small copy
         "How the room has moved since the first frame"
         import cv2
-        if self.view is None: self.restart(view, away)
+        before = self.view
+        if before is None:
+            self.restart(view, away)
+            before = view
         if len(self.corners) < 10: return self.last[:2]
         step = self.last @ np.linalg.inv(self.base)
         guess = (self.corners @ step[:2, :2].T + step[:2, 2]).astype(np.float32)
         now, ok, _ = cv2.calcOpticalFlowPyrLK(
-            self.view, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
+            before, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
         )
         at = np.clip(now[:, 0].round().astype(int), 0, np.array(view.shape[::-1]) - 1)
         ok = (ok[:, 0] > 0) & (away[at[:, 1], at[:, 0]] > 0)
@@ -528,46 +533,47 @@ def fill_unseen(
     if not seen.any(): return np.full((h, w, 3), 128, np.uint8)
     if seen.all(): return np.clip(picture + .5, 0, 255).astype(np.uint8)
     inner = cv2.erode(seen.astype(np.uint8), np.ones((9, 9)), borderValue=1).astype(np.float32)
-    levels = [(picture * inner[..., None], inner)]
+    levels: list[tuple[np.ndarray, np.ndarray]] = [(picture * inner[..., None], inner)] # colour by weight, weight
+    def smaller(values: np.ndarray) -> np.ndarray: return cv2.pyrDown(values, borderType=cv2.BORDER_REPLICATE)
     while min(levels[-1][1].shape) > 2:
-        levels.append(tuple(cv2.pyrDown(v, borderType=cv2.BORDER_REPLICATE) for v in levels[-1]))
-    filled = None
+        colour, weight = levels[-1]
+        levels.append((smaller(colour), smaller(weight)))
+    def own(colour: np.ndarray, weight: np.ndarray) -> np.ndarray: return colour / np.maximum(weight, 1e-4)[..., None]
+    filled = own(*levels.pop())
     for colour, weight in reversed(levels):
-        own = colour / np.maximum(weight, 1e-4)[..., None]
         trust = np.clip(weight * 2, 0, 1)[..., None]
-        above = 0 if filled is None else cv2.pyrUp(filled, dstsize=weight.shape[::-1])
-        filled = own if filled is None else own * trust + above * (1 - trust)
+        filled = own(colour, weight) * trust + cv2.pyrUp(filled, dstsize=weight.shape[::-1]) * (1 - trust)
     far_inside = cv2.erode(seen.astype(np.float32), np.ones((21, 21)), borderValue=1)
     keep = cv2.blur(far_inside, (21, 21))[..., None]
     return np.clip(picture * keep + filled * (1 - keep) + .5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/21_track.ipynb #8195659a
-def _holistic(static: bool):
+def _holistic(static: bool) -> Any: # MediaPipe's own class, without hints, as are those below
     import mediapipe as mp
     return mp.solutions.holistic.Holistic(
         static_image_mode=static, model_complexity=1, smooth_landmarks=False, refine_face_landmarks=True
     )
 
-def _segmenter(landscape: bool):
+def _selfie_segmenter(landscape: bool) -> Any:
     import mediapipe as mp
     return mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=int(landscape))
 
-def _face_detector():
+def _face_detector() -> Any:
     import mediapipe as mp
     return mp.solutions.face_detection.FaceDetection(model_selection=1, min_detection_confidence=.5)
 
-def _face_boxes(found, size: tuple[int, int]) -> np.ndarray: # (m, 4)
+def _face_boxes(found: Any, size: tuple[int, int]) -> np.ndarray: # (m, 4)
     boxes = [d.location_data.relative_bounding_box for d in found.detections or ()]
     corners = [(b.xmin, b.ymin, b.xmin + b.width, b.ymin + b.height) for b in boxes]
     return np.array(corners).reshape(-1, 4) * np.tile(size, 2)
 
-def _points(found, k: int, size: tuple[int, int], third: str) -> np.ndarray:
+def _points(found: Any, k: int, size: tuple[int, int], third: str) -> np.ndarray: # (k, 3)
     if found is None: return np.full((k, 3), np.nan, np.float32)
     w, h = size
-    def depth(p) -> float: return p.visibility if third == 'visibility' else p.z * w
+    def depth(p: Any) -> float: return p.visibility if third == 'visibility' else p.z * w
     return np.array([(p.x * w, p.y * h, depth(p)) for p in found.landmark], np.float32)
 
-def _groups(found, size: tuple[int, int]) -> list[np.ndarray]:
+def _point_groups(found: Any, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
     return [
         _points(found.pose_landmarks, 33, size, 'visibility'),
         _points(found.left_hand_landmarks, 21, size, 'z'),
@@ -609,25 +615,25 @@ def track_video(
 ) -> Track:
     "Look at every frame once; frames are not kept"
     small = (640, max(round(640 * size[1] / size[0]), 1))
-    company = Company(small)
-    found = _Found(size, small, n)
+    people = PersonFilter(small)
+    found = _TrackUnderWay(size, small, n)
     source = iter(frames)
-    with (_holistic(static=False) as holistic, _segmenter(landscape=True) as segmenter, _face_detector() as detector,
-          ThreadPoolExecutor(1) as pool):
-        upcoming = pool.submit(_next_view, source, small, detector, company)
+    with (_holistic(static=False) as holistic, _selfie_segmenter(landscape=True) as segmenter,
+          _face_detector() as detector, ThreadPoolExecutor(1) as pool):
+        upcoming = pool.submit(_next_view, source, small, detector, people)
         while (seen := upcoming.result()) is not None:
             frame, view, alone, any_face = seen
             beside = pool.submit(_beside, view, segmenter, found.camera)
-            upcoming = pool.submit(_next_view, source, small, detector, company)
-            groups = _groups(holistic.process(alone), size)
+            upcoming = pool.submit(_next_view, source, small, detector, people)
+            groups = _point_groups(holistic.process(alone), size)
             found.add(pool, frame, groups, beside.result(), any_face)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     empty = pack_mask(np.zeros(small[::-1], bool))
-    rows = ours_only(found.rows, company, size[0] / small[0], empty)
-    return _assemble(size, small, rows, found.skins, found.plate.picture())
+    rows = ours_only(found.rows, people, size[0] / small[0], empty)
+    return _mediapipe_track(size, small, rows, found.skins, found.plate.picture())
 
-class _Found:
+class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
     def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int):
         self.size = size
@@ -635,8 +641,8 @@ class _Found:
         self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
         self.plate = Plate(size)
         self.camera = Camera()
-        self.rows = []
-        self.skins = []
+        self.rows: list[tuple] = [] # present, camera, mask, then the groups of each frame
+        self.skins: list[np.ndarray] = [] # (3,) each
         self.added: Future | None = None # the newest frame of the plate
 
     def add(self, pool: ThreadPoolExecutor, frame: np.ndarray, groups: list, beside: tuple, any_face: bool) -> None:
@@ -653,29 +659,31 @@ class _Found:
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
 def _next_view(
-    source, small: tuple[int, int], detector, company: Company
+    source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool] | None:
     "The next frame, its small copy, that copy with other people painted over, and whether it shows a face"
     import cv2
     if (frame := next(source, None)) is None: return None
     view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
     faces = _face_boxes(detector.process(view), small)
-    return frame, view, company.alone(view, faces), len(faces) > 0
+    return frame, view, people.hide_others(view, faces), len(faces) > 0
 
-def _beside(view: np.ndarray, segmenter, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _beside(view: np.ndarray, segmenter: Any, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Mask, the area far from it, and the camera; runs beside the point detector"
     import cv2
     soft = segmenter.process(view).segmentation_mask
     away = 255 - cv2.dilate((soft > .15).astype(np.uint8) * 255, np.ones((25, 25), np.uint8))
     return np.ascontiguousarray(soft > .5), away, camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
 
-def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: list, plate: np.ndarray) -> Track:
+def _mediapipe_track(
+    size: tuple[int, int], small: tuple[int, int], rows: list[tuple], skins: list[np.ndarray], plate: np.ndarray
+) -> Track:
     "A track of all rows, smoothed, once through the codec"
     if not rows: raise ValueError('no frames to track')
     present, moves, masks, *groups = zip(*rows, strict=True)
-    moves = smooth(stand_still(np.array(moves, np.float32), size))
+    camera = smooth(stand_still(np.array(moves, np.float32), size))
     points = {name: smooth(np.stack(found)) for name, found in zip(GROUPS, groups, strict=True)}
-    skin = np.median([v for v in skins if not np.isnan(v).any()] or [[np.nan] * 3], axis=0).astype(np.float32)
+    skin = np.median([v for v in skins if not np.isnan(v).any()] or [np.full(3, np.nan)], axis=0).astype(np.float32)
     track = Track(
         size=size,
         present=np.array(present),
@@ -683,7 +691,7 @@ def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: 
         mask_size=small,
         masks=masks,
         tracker=TRACKERS['mediapipe'],
-        camera=moves,
+        camera=camera,
         skin=skin,
         plate=plate,
     )
@@ -692,8 +700,8 @@ def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: 
 # %% ../nbs/21_track.ipynb #a94d616a
 def ours_only(
     rows: list[tuple], # present, camera, mask, then the groups of each frame
-    company: Company,
-    zoom: float, # pixels of the groups to one of the company's
+    people: PersonFilter,
+    zoom: float, # pixels of the groups to one of the view that `people` saw
     empty: bytes # mask of a frame without a person
 ) -> list[tuple]:
     "Rows that show another person become rows without a person"
@@ -707,8 +715,8 @@ def ours_only(
         scale[i] = max(shoulders, np.ptp(face[:, 0]) if has_face else 0) / zoom
     def without_person(row: tuple) -> tuple:
         return False, row[1], empty, *(np.full_like(g, np.nan) for g in row[3:])
-    whose = company.whose(points, scale)
-    return [row if ours else without_person(row) for row, ours in zip(rows, whose, strict=True)]
+    ours = people.frames_of_ours(points, scale)
+    return [row if is_ours else without_person(row) for row, is_ours in zip(rows, ours, strict=True)]
 
 # %% ../nbs/21_track.ipynb #1dbe6d4a
 def track_image(
@@ -719,8 +727,8 @@ def track_image(
     image = np.ascontiguousarray(image)
     with _face_detector() as detector:
         check_alone(count_faces(_face_boxes(detector.process(image), (w, h))))
-    with _holistic(static=True) as holistic: groups = _groups(holistic.process(image), (w, h))
-    with _segmenter(landscape=False) as segmenter:
+    with _holistic(static=True) as holistic: groups = _point_groups(holistic.process(image), (w, h))
+    with _selfie_segmenter(landscape=False) as segmenter:
         soft = segmenter.process(image).segmentation_mask.copy()
         here = is_present(groups[0], groups[3], soft > .5)
         if here and not np.isnan(groups[3]).all(): _look_at_head(soft, image, groups[3], segmenter)
@@ -741,7 +749,7 @@ def track_image(
     )
     return parse_track(dump_track(track))
 
-def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter) -> None:
+def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter: Any) -> None:
     "Overwrite the mask around the head by that of a closer look"
     import cv2
     h, w = soft.shape
@@ -752,7 +760,7 @@ def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segment
     if x1 - x0 < 32 or y1 - y0 < 32: return
     closer = segmenter.process(np.ascontiguousarray(image[y0:y1, x0:x1])).segmentation_mask
     m = max(int(.12 * tall), 2)
-    blend = np.zeros((h, w), np.float32)
+    blend: np.ndarray = np.zeros((h, w), np.float32)
     blend[y0 + m * (y0 > 0):y1 - m * (y1 < h), x0 + m * (x0 > 0):x1 - m * (x1 < w)] = 1
     blend = cv2.blur(blend, (2 * m + 1, 2 * m + 1))[y0:y1, x0:x1]
     soft[y0:y1, x0:x1] = soft[y0:y1, x0:x1] * (1 - blend) + closer * blend
@@ -811,7 +819,8 @@ def refine_matte(
     labels = np.select([sure > 0, maybe == 0, piece], kinds, cv2.GC_PR_BGD).astype(np.uint8)
     if (maybe == 0).any():
         cv2.setRNGSeed(1) # the same picture, the same cut-out
-        cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
+        unused = (0, 0, 0, 0) # a rectangle: the labels are given
+        cv2.grabCut(small, labels, unused, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
     found = one_piece((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
     found = (cv2.resize(found, (w, h), interpolation=cv2.INTER_LINEAR) > .5).astype(np.float32)
     rim = guided(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3)

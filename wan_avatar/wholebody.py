@@ -6,8 +6,9 @@
 __all__ = ['log', 'PEOPLE', 'HIDDEN', 'CROP', 'MEAN', 'DEVIATION', 'CONFIDENT', 'ENOUGH', 'PROMPT_JOINTS', 'KEYS', 'FIGURE_SHARE',
            'BOX_SHARE', 'STRAY', 'ROOM', 'PERSON_SCORE', 'CANDIDATES', 'CHUNK', 'SAM2_KEEPS', 'Masks', 'GPU_MEMORY',
            'Starts', 'Read', 'MOST_LOOKED_AT', 'person_boxes', 'hidden_share', 'find_path', 'bridge', 'crop_box',
-           'take_crop', 'decode', 'to_frame', 'is_seen', 'prompt_points', 'key_frames', 'inside', 'is_mask_of',
-           'guess_mask', 'mend_mask', 'Detectors', 'chunks', 'track_wholebody', 'count_people', 'track_picture']
+           'take_crop', 'decode_heatmaps', 'to_frame', 'is_seen', 'prompt_points', 'key_frames', 'box_pixels',
+           'is_mask_of', 'guess_mask', 'mend_mask', 'Detectors', 'chunks', 'track_wholebody', 'count_people',
+           'track_picture']
 
 # %% ../nbs/24_wholebody.ipynb #a424863f
 import logging
@@ -16,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .job import JobError
-from .people import GAP, Follower, area, common, look
+from .people import GAP, Follower, appearance, area, shared_area
 from .segments import THRESHOLD, body_joints, draw_body
 from wan_avatar.track import (
     SMALLEST_OTHER,
@@ -57,7 +59,7 @@ def hidden_share(
     others: np.ndarray # (m, 4)
 ) -> float: # 0 to 1
     "Share of a box below the one that covers most of it"
-    return float(common(box, others).max(initial=0) / max(area(box), 1e-6))
+    return float(shared_area(box, others).max(initial=0) / max(area(box), 1e-6))
 
 def find_path(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
@@ -72,7 +74,7 @@ def find_path(
     for frame in frames:
         boxes = find_people(frame)
         found.append(boxes)
-        follower.see(boxes, [look(frame, box) for box in boxes], look(frame, whole))
+        follower.see(boxes, [appearance(frame, box) for box in boxes], appearance(frame, whole))
         progress(follower.frames)
     seen = follower.path()
     path = bridge(seen)
@@ -121,7 +123,7 @@ def take_crop(
     return ((crop - MEAN) / DEVIATION).astype(np.float32).transpose(2, 0, 1)[None]
 
 # %% ../nbs/24_wholebody.ipynb #1c0eb49f
-def decode(
+def decode_heatmaps(
     heatmaps: np.ndarray # (k, h, w) float32
 ) -> np.ndarray: # (k, 3) float32: x, y in heatmap pixels, confidence
     "Places of the peaks, finer than a pixel"
@@ -134,10 +136,10 @@ def decode(
     for i in np.flatnonzero((x > 1) & (x < w - 2) & (y > 1) & (y < h - 2) & (best > 0)):
         room = cv2.copyMakeBorder(heatmaps[i], 5, 5, 5, 5, cv2.BORDER_CONSTANT)
         soft = cv2.GaussianBlur(room, (11, 11), 0)[5:-5, 5:-5]
-        points[i, :2] += _peak(np.log(np.maximum(soft[y[i] - 2:y[i] + 3, x[i] - 2:x[i] + 3], 1e-10)))
+        points[i, :2] += _peak_offset(np.log(np.maximum(soft[y[i] - 2:y[i] + 3, x[i] - 2:x[i] + 3], 1e-10)))
     return points
 
-def _peak(logs: np.ndarray) -> np.ndarray: # (2,) x, y from the middle of a (5, 5) patch
+def _peak_offset(logs: np.ndarray) -> np.ndarray: # (2,) x, y from the middle of a (5, 5) patch
     c = logs[2, 2]
     dx = (logs[2, 3] - logs[2, 1]) / 2
     dy = (logs[3, 2] - logs[1, 2]) / 2
@@ -149,7 +151,7 @@ def _peak(logs: np.ndarray) -> np.ndarray: # (2,) x, y from the middle of a (5, 
     return np.clip(-np.array([yy * dx - xy * dy, xx * dy - xy * dx]) / det, -1, 1).astype(np.float32)
 
 def to_frame(
-    points: np.ndarray, # (k, 3) from `decode`
+    points: np.ndarray, # (k, 3) from `decode_heatmaps`
     box: np.ndarray, # (4,) of `crop_box`
     shape: tuple[int, int] # height, width of the heatmaps
 ) -> np.ndarray: # (k, 3) float32: x, y in pixels of the frame, confidence
@@ -203,7 +205,7 @@ BOX_SHARE = 0.1 # of the box that it must cover
 STRAY = 0.5 # of the mask that must lie in the grown box
 ROOM = 1.25 # by which the box is grown for that
 
-def inside(
+def box_pixels(
     box: np.ndarray, # (4,) left, top, right, bottom
     size: tuple[int, int], # width, height
     room: float = 1.0 # the box is grown to this many times its sides
@@ -224,14 +226,14 @@ def is_mask_of(
 ) -> bool:
     "Does a mask cover the person with these keypoints in this box, and not mostly something else?"
     size = mask.shape[::-1]
-    here = inside(box, size)
+    here = box_pixels(box, size)
     canvas = np.zeros((*mask.shape, 3), np.uint8)
     draw_body(canvas, body_joints(np.nan_to_num(np.clip(points, -32000, 32000), nan=-1)))
     red, green, blue = np.moveaxis(canvas, -1, 0)
     figure = (red | green | blue).astype(bool) & here # ten times as fast as any(-1)
     if (mask & figure).sum() < FIGURE_SHARE * figure.sum(): return False
     if (mask & here).sum() < BOX_SHARE * here.sum(): return False
-    return bool((mask & inside(box, size, ROOM)).sum() >= STRAY * mask.sum())
+    return bool((mask & box_pixels(box, size, ROOM)).sum() >= STRAY * mask.sum())
 
 # %% ../nbs/24_wholebody.ipynb #1be7b38c
 def guess_mask(
@@ -242,7 +244,7 @@ def guess_mask(
     "A mask without SAM2: the rectangle around the person's box and all keypoints that are drawn"
     drawn = points[points[:, 2] >= THRESHOLD, :2]
     corners = np.concatenate([box.reshape(2, 2), drawn])
-    return inside(np.concatenate([corners.min(0), corners.max(0)]), size)
+    return box_pixels(np.concatenate([corners.min(0), corners.max(0)]), size)
 
 def mend_mask(
     mask: np.ndarray, # (h, w) bool: SAM2's
@@ -253,7 +255,7 @@ def mend_mask(
     size = mask.shape[::-1]
     guess = guess_mask(points, box, size)
     if not is_mask_of(mask, points, box): return guess, True
-    return mask & (inside(box, size, ROOM) | guess), False
+    return mask & (box_pixels(box, size, ROOM) | guess), False
 
 # %% ../nbs/24_wholebody.ipynb #91a8204f
 PERSON_SCORE = 0.3 # least score of a box
@@ -266,13 +268,13 @@ class Detectors:
     keypoints: Path # ONNX: ViTPose, 133 keypoints
     sam2: Path # safetensors of a Sam2VideoModel, with its config.json beside it
 
-def _session(path: Path, gpu: bool):
+def _session(path: Path, gpu: bool) -> Any: # onnxruntime.InferenceSession
     import onnxruntime
     wanted = ['CUDAExecutionProvider', 'CPUExecutionProvider'] if gpu else ['CPUExecutionProvider']
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
     return _on_gpu(onnxruntime.InferenceSession(path, providers=providers), path, gpu)
 
-def _on_gpu(session, path: Path, gpu: bool):
+def _on_gpu(session: Any, path: Path, gpu: bool) -> Any:
     "The session; the log warns when it runs on the CPU in place of the GPU"
     if gpu and 'CUDAExecutionProvider' not in session.get_providers():
         log.warning('onnxruntime cannot use CUDA here: %s runs on the CPU', path.name)
@@ -303,7 +305,7 @@ def _keypoint_detector(
     def points(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
         around = crop_box(box)
         heatmaps = session.run(None, {name: take_crop(frame, around)})[0][0]
-        return to_frame(decode(heatmaps), around, heatmaps.shape[1:])
+        return to_frame(decode_heatmaps(heatmaps), around, heatmaps.shape[1:])
     return points
 
 # %% ../nbs/24_wholebody.ipynb #4b1b40a1
@@ -336,7 +338,9 @@ def _segmenter(path: Path, gpu: bool) -> Iterator[Callable[..., Masks]]: # of fr
 
 Starts = list[tuple[range, int]] # stretches of presence, each with the frame it is followed from
 
-def _prompt(model, processor, session, boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None) -> Starts:
+def _prompt(
+    model: Any, processor: Any, session: Any, boxes: np.ndarray, points: np.ndarray, first: np.ndarray | None
+) -> Starts:
     "Run every prompted frame once"
     starts = []
     for stretch, keys in key_frames(boxes, points):
@@ -353,7 +357,7 @@ def _box_and_joints(box: np.ndarray, points: np.ndarray) -> dict:
     on_person = {'input_points': [[joints]], 'input_labels': [[[1] * len(joints)]]} if joints else {}
     return {'input_boxes': [[box.tolist()]], **on_person}
 
-def _propagate(model, session, starts: Starts, resize: Callable) -> Masks:
+def _propagate(model: Any, session: Any, starts: Starts, resize: Callable) -> Masks:
     "Each stretch from its first prompted frame to its end, then back to its beginning"
     size = [[session.video_height, session.video_width]]
     def masks(start: int, count: int, reverse: bool) -> Masks:
@@ -394,7 +398,7 @@ def track_wholebody(
     find_people = _person_detector(detectors.person, gpu)
     path = find_path(read(), size, find_people, lambda done: progress(done, 2 * n))
     del find_people # its memory is for the next ones
-    return _describe(read, path, size, detectors, gpu, progress)
+    return _points_and_masks(read, path, size, detectors, gpu, progress)
 
 # %% ../nbs/24_wholebody.ipynb #7826f477
 MOST_LOOKED_AT = 4 # boxes of a picture; two people are refused as twenty are
@@ -426,10 +430,10 @@ def track_picture(
         mask[top:bottom, left:right] = True
         points[:] = [find_points(picture, box) for box in boxes]
         check_alone(count_people(points))
-    return _assemble(points[:1], [pack_mask(mask)], size)
+    return _wholebody_track(points[:1], [pack_mask(mask)], size)
 
 # %% ../nbs/24_wholebody.ipynb #b8160de4
-def _describe(
+def _points_and_masks(
     read: Read, boxes: np.ndarray, size: tuple[int, int], detectors: Detectors, gpu: bool,
     progress: Callable[[int, int], None]
 ) -> Track:
@@ -455,19 +459,19 @@ def _describe(
                 found[start + i] = pack_mask(mask)
                 progress(n + done + len(found), 2 * n)
             masks += [found.get(i, empty) for i in range(done, start + len(frames))]
-            first = _to_hand_on(masks[-1], chunk[-1], here[-1], size)
+            first = _trusted_mask(masks[-1], chunk[-1], here[-1], size)
             progress(n + len(masks), 2 * n) # frames without the person have no mask to wait for
             del frames, fresh # two chunks are never held
-    return _assemble(np.stack(points), masks, size, boxes)
+    return _wholebody_track(np.stack(points), masks, size, boxes)
 
-def _to_hand_on(packed: bytes, points: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
+def _trusted_mask(packed: bytes, points: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
     "The last mask of a chunk; None when it is not to be trusted"
     if not is_seen(points): return None
     mask, guessed = mend_mask(unpack_mask(packed, size), points, box)
     return None if guessed else mask
 
 # %% ../nbs/24_wholebody.ipynb #c78594b2
-def _assemble(
+def _wholebody_track(
     points: np.ndarray, masks: list[bytes], size: tuple[int, int], boxes: np.ndarray | None = None
 ) -> Track:
     "Bridge short gaps, mend masks where there are boxes; once through the codec"
