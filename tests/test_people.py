@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from wan_avatar.people import (
+    CHOOSING_FRAMES,
     GAP,
-    SETTLE,
     STRANGERS,
     Follower,
     PersonFilter,
@@ -166,7 +166,7 @@ def test_one_person_from_the_first_frame_to_the_last(roles, who, present):
 def test_what_is_said_at_once_is_what_the_path_says_but_for_the_first_half_second():
     roles, _, _ = STORIES['two walk past each other, he in front']
     path, said = tell(roles)
-    assert all(np.allclose(path[i], said[i]) for i in range(SETTLE, len(path)))
+    assert all(np.allclose(path[i], said[i]) for i in range(CHOOSING_FRAMES, len(path)))
 
 @pytest.mark.parametrize('second, followed', [(HE, True), (SHE, False)], ids=['the same person', 'somebody else'])
 def test_after_a_cut_place_says_nothing(second, followed):

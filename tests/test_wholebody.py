@@ -21,8 +21,8 @@ from wan_avatar.segments import FACE_POINTS
 from wan_avatar.track import Track, check_person, dump_track, parse_track, track_facts, wholebody_points, with_face
 from wan_avatar.wholebody import (
     CHUNK,
-    KEYS,
-    PEOPLE,
+    MOST_PEOPLE,
+    PROMPTED_FRAMES,
     Detectors,
     box_pixels,
     bridge,
@@ -62,7 +62,11 @@ ROWS = {
     'outside': ([(1300, 10, 1400, 90)], [0], []),
     'largest first': ([(0, 0, 128, 72), (0, 0, 900, 700), (0, 0, 640, 360)], [0, 15, 0],
         [[0, 0, 640, 360], [0, 0, 128, 72]]),
-    'a crowd': ([(0, 0, k, 9) for k in range(2, 60)], [0] * 58, [[0, 0, k, 9] for k in range(59, 59 - PEOPLE, -1)]),
+    'a crowd': (
+        [(0, 0, k, 9) for k in range(2, 60)],
+        [0] * 58,
+        [[0, 0, k, 9] for k in range(59, 59 - MOST_PEOPLE, -1)],
+    ),
 }
 @pytest.mark.parametrize('found, kinds, people', ROWS.values(), ids=ROWS)
 def test_people_in_a_detectors_answer(found, kinds, people):
@@ -283,7 +287,7 @@ def test_at_least_four_frames_and_one_in_each_stretch_whoever_comes_and_goes(n):
         there = int((~np.isnan(here[:, 0])).sum())
         told = sum(len(keys) for _, keys in plan)
         assert all(keys for _, keys in plan)
-        assert min(KEYS, there) <= told <= KEYS + len(plan)
+        assert min(PROMPTED_FRAMES, there) <= told <= PROMPTED_FRAMES + len(plan)
 
 LISTS = [
     ('abcde', 2, 0, ['ab', 'cd', 'e']),

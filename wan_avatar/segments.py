@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'OVERLAP', 'LEFT_SOURCE', 'RIGHT_SOURCE', 'JOINTS', 'FACE_POINTS', 'LEFT_HAND', 'RIGHT_HAND', 'LIMBS',
-           'LIMB_COLOURS', 'FINGERS', 'THRESHOLD', 'SHAPES', 'BLOCKS', 'Window', 'fit_length', 'plan_windows',
+           'LIMB_COLOURS', 'FINGERS', 'DRAWN_CONFIDENCE', 'SHAPES', 'BLOCKS', 'Window', 'fit_length', 'plan_windows',
            'even_length', 'body_joints', 'stick_width', 'draw_body', 'draw_hand', 'draw_pose', 'face_box', 'crop_face',
            'MaskShape', 'grow_mask', 'background', 'letterbox', 'Pictures', 'hold_last', 'window_pictures']
 
@@ -93,7 +93,7 @@ def body_joints(
     points: np.ndarray # (..., 133, 3): x, y, confidence
 ) -> np.ndarray: # (..., 20, 3)
     "COCO-WholeBody keypoints as the joints the model was trained with"
-    return (points[..., LEFT_SOURCE, :] + points[..., RIGHT_SOURCE, :]) / 2
+    return np.asarray(points[..., LEFT_SOURCE, :] + points[..., RIGHT_SOURCE, :]) / 2
 
 # %% ../nbs/22_segments.ipynb #766eb544
 LIMBS = [
@@ -108,7 +108,7 @@ LIMB_COLOURS = [
     (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85), (200, 200, 0), (100, 100, 0),
 ]
 FINGERS = [(0 if tip % 4 == 0 else tip, tip + 1) for tip in range(20)] # wrist to each finger's root, and along it
-THRESHOLD = 0.5
+DRAWN_CONFIDENCE = 0.5
 
 def stick_width(
     size: tuple[int, int] # width, height
@@ -116,7 +116,7 @@ def stick_width(
     "How thick skeletons are drawn"
     return max(min(size) // 200 - 1, 1)
 
-def draw_body(canvas: np.ndarray, joints: np.ndarray, threshold: float = THRESHOLD) -> None:
+def draw_body(canvas: np.ndarray, joints: np.ndarray, threshold: float = DRAWN_CONFIDENCE) -> None:
     "Limbs, then joints (20, 3), into a canvas (h, w, 3) uint8 RGB"
     import cv2
     width = stick_width(canvas.shape[1::-1])
@@ -134,7 +134,7 @@ def draw_body(canvas: np.ndarray, joints: np.ndarray, threshold: float = THRESHO
         cv2.circle(canvas, (int(x), int(y)), width, LIMB_COLOURS[i], -1)
 
 # %% ../nbs/22_segments.ipynb #cc42c5a3
-def draw_hand(canvas: np.ndarray, hand: np.ndarray, threshold: float = THRESHOLD) -> None:
+def draw_hand(canvas: np.ndarray, hand: np.ndarray, threshold: float = DRAWN_CONFIDENCE) -> None:
     "Bones and knuckles of a hand (21, 3) into a canvas (h, w, 3) uint8 RGB"
     import cv2
     width = max(stick_width(canvas.shape[1::-1]) // 2, 1)

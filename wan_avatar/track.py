@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'FACE_CONFIDENCE', 'MOST_GUESSED',
-           'LEAST_FACES', 'LEAST_FACE', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'BODY_SOURCE', 'FACE_SOURCE',
-           'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
-           'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track', 'track_key', 'with_face',
-           'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'calm_camera',
-           'stand_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour', 'track_video', 'ours_only',
-           'track_image', 'one_piece', 'guided', 'refine_matte', 'draw_debug', 'wholebody_points']
+           'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'BODY_SOURCE',
+           'FACE_SOURCE', 'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged',
+           'dump_track', 'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track', 'track_key',
+           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
+           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour',
+           'track_video', 'ours_only', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
+           'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -30,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from .files import whole_file
+from .frames import FPS
 from .job import JobError
 from .metadata import strip_metadata
 from .people import PersonFilter
@@ -210,7 +212,7 @@ def _unpacked(data: memoryview, method: int, most: int) -> bytes: # no more than
     return bytes(data[:most]) if method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(data, most)
 
 # %% ../nbs/21_track.ipynb #a47fcbbb
-MOST_FRAMES = 600 * 24 + 48 # of the longest video that a job may ask for
+MOST_FRAMES = 602 * FPS # of the longest video that a job may ask for, 600 s, and two seconds more
 KEYPOINTS = {'body': 33, 'left_hand': 21, 'right_hand': 21, 'face': 478, 'wholebody': 133} # group -> how many
 MAX_MASKS = 64 << 20 # bytes of all masks; ten minutes of people are 40 MB
 _SIDE = 8192 # pixels of the longest side of anything
@@ -250,8 +252,8 @@ def track_bytes_at_most(
 # %% ../nbs/21_track.ipynb #514109d6
 def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     n = len(present)
-    size = _pair(meta, 'size')
-    mask_size = _pair(meta, 'mask_size')
+    size = _read_size(meta, 'size')
+    mask_size = _read_size(meta, 'mask_size')
     if not n or not isinstance(meta['tracker'], str): raise TrackDamaged('no frame, or no tracker')
     points = {group: _read_points(archive, group, n) for group in meta['groups']}
     if set(points) not in ({'wholebody'}, set(GROUPS)):
@@ -266,7 +268,7 @@ def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     masks = _read_masks(archive, n, mask_size)
     return Track(size, present, points, mask_size, masks, meta['tracker'], **extra, **pictures)
 
-def _pair(meta: dict, name: str) -> tuple[int, int]:
+def _read_size(meta: dict, name: str) -> tuple[int, int]:
     w, h = meta[name]
     if not all(type(side) is int and 1 <= side <= _SIDE for side in (w, h)):
         raise TrackDamaged(f'its {name} is {str(meta[name])[:99]}')
@@ -336,8 +338,8 @@ def track_key(
 # %% ../nbs/21_track.ipynb #6689d8a3
 FACE_CONFIDENCE = 0.3 # mean of the 68 face points; a head seen from behind has less
 MOST_GUESSED = 0.25 # of the frames that show a person: masks that may be guesses
-LEAST_FACES = 0.25 # of the frames that show a person: those with a face, for a renderer that moves by it
-LEAST_FACE = 64 # pixels: the longer side of a picture's face
+LEAST_FACE_FRAMES = 0.25 # of the frames that show a person: those with a face, for a renderer that moves by it
+LEAST_FACE_PIXELS = 64 # pixels: the longer side of a picture's face
 MOST_TURN = 35 # degrees a picture's face may look to the side, for a renderer that draws it from there
 # how far the nose stands out, in halves of the face's width; by it heads rendered at 15, 25, 35 and 45 degrees
 # measure 15, 24, 34 and 40
@@ -397,8 +399,8 @@ def _check_picture(track: Track, face_for: str) -> None:
         raise JobError('no_person', f'no face was found in the image; {advice}')
     face = face_points(track)[0]
     size = round(float(np.ptp(face[:, :2], axis=0).max()))
-    if size < LEAST_FACE:
-        raise JobError('bad_input', f"the picture's face is {size} pixels large; it needs {LEAST_FACE}: "
+    if size < LEAST_FACE_PIXELS:
+        raise JobError('bad_input', f"the picture's face is {size} pixels large; it needs {LEAST_FACE_PIXELS}: "
                        'use a larger picture, or one from closer up')
     if face_for and len(face) == 478 and (turn := head_turn(face)) > MOST_TURN:
         raise JobError('bad_input', f"the picture's face is turned by {turn:.0f} degrees; the profile {face_for} takes "
@@ -414,8 +416,9 @@ def check_person(
     n, seen, faces, guessed = track_facts(track).values()
     found = f'the driving video shows a body in {seen} of {n} frames, a face in {faces}'
     if seen * 2 < n or not seen: raise JobError('no_person', f'{found}; at least half of the frames must show a person')
-    if face_for and faces < LEAST_FACES * seen:
-        raise JobError('no_person', f'{found}; the profile {face_for} needs a face in {LEAST_FACES:.0%} of the frames '
+    if face_for and faces < LEAST_FACE_FRAMES * seen:
+        share = f'{LEAST_FACE_FRAMES:.0%}'
+        raise JobError('no_person', f'{found}; the profile {face_for} needs a face in {share} of the frames '
                        'that show a body: use a video in which the person faces the camera, '
                        'or a profile that follows the whole body')
     if guessed > MOST_GUESSED * seen:
@@ -426,7 +429,7 @@ def check_person(
 # %% ../nbs/21_track.ipynb #a8f3a150
 STILL = np.eye(2, 3)
 
-def calm_camera(
+def steady_camera(
     affine: np.ndarray, # (2, 3) plate -> frame
     size: tuple[int, int] # width, height
 ) -> np.ndarray: # (2, 3)
@@ -437,7 +440,7 @@ def calm_camera(
     t = np.clip(moved - .5, 0, 1)
     return STILL + (affine - STILL) * t if moved > .5 else STILL.copy()
 
-def stand_still(
+def steady_if_still(
     moves: np.ndarray, # (n, 2, 3) plate -> frame
     size: tuple[int, int] # width, height
 ) -> np.ndarray: # (n, 2, 3)
@@ -623,7 +626,7 @@ def track_video(
         upcoming = pool.submit(_next_view, source, small, detector, people)
         while (seen := upcoming.result()) is not None:
             frame, view, alone, any_face = seen
-            beside = pool.submit(_beside, view, segmenter, found.camera)
+            beside = pool.submit(_mask_and_camera, view, segmenter, found.camera)
             upcoming = pool.submit(_next_view, source, small, detector, people)
             groups = _point_groups(holistic.process(alone), size)
             found.add(pool, frame, groups, beside.result(), any_face)
@@ -648,7 +651,7 @@ class _TrackUnderWay:
     def add(self, pool: ThreadPoolExecutor, frame: np.ndarray, groups: list, beside: tuple, any_face: bool) -> None:
         "Add the findings of the detectors in a frame"
         mask, away, moved = beside
-        moved = calm_camera(moved * [1, 1, self.size[0] / self.small[0]], self.size)
+        moved = steady_camera(moved * [1, 1, self.size[0] / self.small[0]], self.size)
         here = is_present(groups[0], groups[3], mask)
         if not here: groups = [np.full_like(g, np.nan) for g in groups]
         if not (here or any_face): away = np.full_like(away, 255)
@@ -668,7 +671,7 @@ def _next_view(
     faces = _face_boxes(detector.process(view), small)
     return frame, view, people.hide_others(view, faces), len(faces) > 0
 
-def _beside(view: np.ndarray, segmenter: Any, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mask_and_camera(view: np.ndarray, segmenter: Any, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Mask, the area far from it, and the camera; runs beside the point detector"
     import cv2
     soft = segmenter.process(view).segmentation_mask
@@ -681,7 +684,7 @@ def _mediapipe_track(
     "A track of all rows, smoothed, once through the codec"
     if not rows: raise ValueError('no frames to track')
     present, moves, masks, *groups = zip(*rows, strict=True)
-    camera = smooth(stand_still(np.array(moves, np.float32), size))
+    camera = smooth(steady_if_still(np.array(moves, np.float32), size))
     points = {name: smooth(np.stack(found)) for name, found in zip(GROUPS, groups, strict=True)}
     skin = np.median([v for v in skins if not np.isnan(v).any()] or [np.full(3, np.nan)], axis=0).astype(np.float32)
     track = Track(
@@ -731,7 +734,7 @@ def track_image(
     with _selfie_segmenter(landscape=False) as segmenter:
         soft = segmenter.process(image).segmentation_mask.copy()
         here = is_present(groups[0], groups[3], soft > .5)
-        if here and not np.isnan(groups[3]).all(): _look_at_head(soft, image, groups[3], segmenter)
+        if here and not np.isnan(groups[3]).all(): _refine_head_mask(soft, image, groups[3], segmenter)
     mask = (soft > .5) & here
     if not here: groups = [np.full_like(g, np.nan) for g in groups]
     matte = refine_matte(image, soft) if here else np.zeros((h, w), np.uint8)
@@ -749,7 +752,7 @@ def track_image(
     )
     return parse_track(dump_track(track))
 
-def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter: Any) -> None:
+def _refine_head_mask(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter: Any) -> None:
     "Overwrite the mask around the head by that of a closer look"
     import cv2
     h, w = soft.shape
@@ -766,7 +769,7 @@ def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segment
     soft[y0:y1, x0:x1] = soft[y0:y1, x0:x1] * (1 - blend) + closer * blend
 
 # %% ../nbs/21_track.ipynb #3fc1657d
-def one_piece(
+def largest_piece(
     mask: np.ndarray # (h, w) bool
 ) -> np.ndarray: # (h, w) bool
     "The largest piece, its small holes filled"
@@ -781,7 +784,7 @@ def one_piece(
     return piece | small[holes] & ~piece
 
 # %% ../nbs/21_track.ipynb #63b97b3a
-def guided(
+def guided_filter(
     image: np.ndarray, # (h, w, 3) float32, 0 to 1
     mask: np.ndarray, # (h, w) float32, 0 to 1
     radius: int,
@@ -809,7 +812,7 @@ def refine_matte(
     less = min(1, 768 / max(h, w)) # GrabCut's time grows with the area
     size = (max(round(w * less), 1), max(round(h * less), 1))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    piece = one_piece(cv2.resize(soft, size, interpolation=cv2.INTER_AREA) > .7)
+    piece = largest_piece(cv2.resize(soft, size, interpolation=cv2.INTER_AREA) > .7)
     r = max(size) // 45 + 2
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
     sure = cv2.erode(piece.astype(np.uint8), disc, borderValue=1)
@@ -821,9 +824,9 @@ def refine_matte(
         cv2.setRNGSeed(1) # the same picture, the same cut-out
         unused = (0, 0, 0, 0) # a rectangle: the labels are given
         cv2.grabCut(small, labels, unused, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-    found = one_piece((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
+    found = largest_piece((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
     found = (cv2.resize(found, (w, h), interpolation=cv2.INTER_LINEAR) > .5).astype(np.float32)
-    rim = guided(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3)
+    rim = guided_filter(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3)
     return (np.clip(rim, 0, 1) * 255 + .5).astype(np.uint8)
 
 # %% ../nbs/21_track.ipynb #6bea1629
