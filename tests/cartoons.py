@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from wan_avatar.draft import CORNERS, LIDS, LIPS, OVAL
+from wan_avatar.draft import EYE_CORNERS, LIDS, LIPS, OVAL
 from wan_avatar.track import Track, pack_mask
 
 
@@ -22,7 +22,7 @@ def cartoon_points(x, y, r, opened=0.0, closed=0.0):
         t = np.linspace(1, -1, 9) * side * .17
         lid = .07 * (1 - (t / .17) ** 2)
         for row, sign in zip(LIDS, (-1, 1), strict=True):
-            rim = [CORNERS[eye][0], *row[eye * 7:eye * 7 + 7], CORNERS[eye][1]]
+            rim = [EYE_CORNERS[eye][0], *row[eye * 7:eye * 7 + 7], EYE_CORNERS[eye][1]]
             p[rim] = np.stack([side * .35 + t, -.2 + sign * lid * (1 - closed)], 1)
         p[468 + eye * 5] = side * .35, -.2
         p[[105, 334][eye]] = side * .35, -.45
@@ -46,7 +46,8 @@ def cartoon(face, size=(320, 180), behind=(90, 110, 150), flag=False):
         pen.polygon(trunk, fill=ink[1])
         pen.polygon([tuple(p) for p in face[OVAL, :2].tolist()], fill=ink[2])
     for eye in range(2):
-        rim = [CORNERS[eye][0], *LIDS[0][eye * 7:eye * 7 + 7], CORNERS[eye][1], *LIDS[1][eye * 7:eye * 7 + 7][::-1]]
+        up, low = (lids[eye * 7:eye * 7 + 7] for lids in LIDS)
+        rim = [EYE_CORNERS[eye][0], *up, EYE_CORNERS[eye][1], *low[::-1]]
         pen.polygon([tuple(p) for p in face[rim, :2].tolist()], fill=(250, 250, 250))
         x, y, _ = face[468 + eye * 5].tolist()
         pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(30, 40, 60))

@@ -12,15 +12,15 @@ from wan_avatar import draft
 from wan_avatar.draft import (
     align,
     arm_joints,
-    bend,
-    complete,
+    bend_points,
     cut_out,
     draw,
-    express,
+    extend_cut_out,
     features,
-    light,
+    light_gain,
     make_driver,
     make_puppet,
+    with_expression,
 )
 from wan_avatar.job import JobError
 from wan_avatar.track import STILL, check_person, load_track
@@ -163,8 +163,8 @@ def test_bend_meets_its_joints():
     rng = np.random.default_rng(1)
     moved = np.array([x + 1j * y for x in (0, 200, 400) for y in (0, 150, 300)])
     still = moved + rng.normal(0, 15, (2, 9)).T @ [1, 1j]
-    assert np.abs(bend(moved, moved, still) - still).max() < 3
-    np.testing.assert_allclose(bend(moved + 7, moved + 7, moved), moved, atol=1e-9)
+    assert np.abs(bend_points(moved, moved, still) - still).max() < 3
+    np.testing.assert_allclose(bend_points(moved + 7, moved + 7, moved), moved, atol=1e-9)
 
 def test_arms_turn_as_far_as_sure_and_keep_their_length():
     arm = np.array([[0, 0], [0, 100], [0, 180], [0, 240.]])
@@ -182,7 +182,7 @@ def test_a_smile_is_not_added_to_a_smile():
     points = lambda o: draft.upright(cartoon_points(0, 0, 40, opened=o).astype(float))
     shapes = np.stack([points(o) for o in (0, 0, 0, 0, .3, .3, .3, .3)])
     for i, wanted in ((0, 0), (5, .3)):
-        opened = features(express(points(.3), shapes, i)[0])[0]
+        opened = features(with_expression(points(.3), shapes, i)[0])[0]
         assert abs(opened - features(points(wanted))[0]) < .03
 
 def test_cut_off_parts_are_made_up():
@@ -191,7 +191,7 @@ def test_cut_off_parts_are_made_up():
     rgba = np.zeros((100, 100, 4), np.float32)
     rgba[:, 20:80] = 255
     rgba[60:] = 255
-    more, (left, top) = complete(rgba, face)
+    more, (left, top) = extend_cut_out(rgba, face)
     h, w = more.shape[:2]
     assert left > 10
     assert top > 5
@@ -203,9 +203,9 @@ def test_cut_off_parts_are_made_up():
     assert more[int(top) + 62, 2, 3] < 128 and more[int(top) + 62, int(left) + 5, 3] == 255, 'shoulders are round'
 
 def test_light_is_gentle():
-    assert np.all(light(np.array([250., 250, 250]), np.array([10., 10, 10])) == .8)
-    assert np.all(light(np.array([9., 9, 9]), np.array([90., 90, 90])) == 1.2)
-    assert np.all(light(np.full(3, np.nan), np.ones(3)) == 1)
+    assert np.all(light_gain(np.array([250., 250, 250]), np.array([10., 10, 10])) == .8)
+    assert np.all(light_gain(np.array([9., 9, 9]), np.array([90., 90, 90])) == 1.2)
+    assert np.all(light_gain(np.full(3, np.nan), np.ones(3)) == 1)
 
 def test_a_picture_without_a_face_is_refused():
     empty = np.zeros((180, 320), np.uint8)

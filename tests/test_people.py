@@ -3,15 +3,15 @@ import numpy as np
 import pytest
 
 from wan_avatar.people import (
+    CHOOSING_FRAMES,
     GAP,
-    SETTLE,
     STRANGERS,
-    Company,
     Follower,
-    alike,
-    apart,
+    PersonFilter,
+    appearance,
     bust,
-    look,
+    face_distance,
+    likeness,
     overlap,
     paint_over,
     prominence,
@@ -37,7 +37,7 @@ def person(hair, skin, coat, light=1.) -> np.ndarray: # (90, 60, 3) uint8
 WHOLE = np.array([0, 0, 60, 90])
 DARK = ((20, 15, 10), (200, 150, 120), (120, 20, 30))
 FAIR = ((200, 150, 40), (220, 180, 160), (30, 90, 40))
-def look_of(colours, light=1.) -> np.ndarray: return look(person(*colours, light), WHOLE)
+def look_of(colours, light=1.) -> np.ndarray: return appearance(person(*colours, light), WHOLE)
 
 @pytest.mark.parametrize('other, light, least, most', [
     (DARK, 1., 1, 1),
@@ -47,7 +47,7 @@ def look_of(colours, light=1.) -> np.ndarray: return look(person(*colours, light
     (FAIR, .5, 0, .9),
 ])
 def test_looks(other, light, least, most):
-    assert least - 1e-6 <= alike(look_of(DARK), look_of(other, light)) <= most + 1e-6
+    assert least - 1e-6 <= likeness(look_of(DARK), look_of(other, light)) <= most + 1e-6
 
 @pytest.mark.parametrize('box', [
     (-50, -50, 20, 20),
@@ -57,15 +57,16 @@ def test_looks(other, light, least, most):
     (59.6, 89.6, 60, 90),
 ])
 def test_a_box_anywhere_has_a_look(box):
-    made = look(person(*DARK), np.array(box, float))
+    made = appearance(person(*DARK), np.array(box, float))
     assert np.isfinite(made).all()
     assert made.sum() == pytest.approx(8, abs=1e-3)
 
 def test_black_frames_are_alike():
     "Of the dark only noise is left, which must not look like a cut"
     rng = np.random.default_rng(0)
-    frames = [look(rng.integers(0, 6, (72, 128, 3)).astype(np.uint8), np.array([0, 0, 128, 72])) for _ in range(5)]
-    assert min(alike(frames[0], f) for f in frames) > .9
+    pictures = [rng.integers(0, 6, (72, 128, 3)).astype(np.uint8) for _ in range(5)]
+    frames = [appearance(picture, np.array([0, 0, 128, 72])) for picture in pictures]
+    assert min(likeness(frames[0], f) for f in frames) > .9
 
 # who is followed: each story says who is in which frames, and whose path it must be
 
@@ -81,7 +82,7 @@ def still(box): return lambda i: box
 def moving(x, speed): return lambda i: at(x + speed * i)
 SMALL = still(at(600, 300, 40, 80))
 
-# (look, box of frame i, frames it is seen in)
+# (appearance, box of frame i, frames it is seen in)
 Role = tuple[np.ndarray, object, range]
 STORIES = {
     'alone': ([(HE, still(MID), range(60))], 0, range(60)),
@@ -165,7 +166,7 @@ def test_one_person_from_the_first_frame_to_the_last(roles, who, present):
 def test_what_is_said_at_once_is_what_the_path_says_but_for_the_first_half_second():
     roles, _, _ = STORIES['two walk past each other, he in front']
     path, said = tell(roles)
-    assert all(np.allclose(path[i], said[i]) for i in range(SETTLE, len(path)))
+    assert all(np.allclose(path[i], said[i]) for i in range(CHOOSING_FRAMES, len(path)))
 
 @pytest.mark.parametrize('second, followed', [(HE, True), (SHE, False)], ids=['the same person', 'somebody else'])
 def test_after_a_cut_place_says_nothing(second, followed):
@@ -205,11 +206,11 @@ def test_a_face_before_ours_is_painted_over():
     assert np.array_equal(seen[20:44, 40:50], view[20:44, 40:50])
 
 def test_a_view_of_one_person_is_left_as_it_is():
-    company = Company((160, 90))
+    people = PersonFilter((160, 90))
     view = np.zeros((90, 160, 3), np.uint8)
-    assert company.alone(view, FACES[:1]) is view
-    assert company.alone(view, FACES[:0]) is view
-    assert company.alone(view, np.concatenate([FACES[:1], FACES[:1] + 3])) is view, 'one face that was found twice'
+    assert people.hide_others(view, FACES[:1]) is view
+    assert people.hide_others(view, FACES[:0]) is view
+    assert people.hide_others(view, np.concatenate([FACES[:1], FACES[:1] + 3])) is view, 'one face that was found twice'
 
 FOUND = {
     'our face': ([0, 1], (50, 32), True),
@@ -222,15 +223,15 @@ FOUND = {
 }
 @pytest.mark.parametrize('seen, point, ours', FOUND.values(), ids=FOUND)
 def test_whose_face_was_found(seen, point, ours):
-    company = Company((160, 90))
+    people = PersonFilter((160, 90))
     view = np.zeros((90, 160, 3), np.uint8)
     view[:, :90] = 200 # so that the two look different
     points = np.array([(50, 32)] * 20 + [point] * 5, float)
-    for i in range(20): company.alone(view, FACES if i < 15 else FACES[:1])
-    for _ in range(5): company.alone(view, FACES[seen])
-    assert company.whose(points, np.full(25, 30.))[-1] == ours
+    for i in range(20): people.hide_others(view, FACES if i < 15 else FACES[:1])
+    for _ in range(5): people.hide_others(view, FACES[seen])
+    assert people.frames_of_ours(points, np.full(25, 30.))[-1] == ours
 
 def test_how_far_a_point_is_from_a_face():
-    assert apart(FACES, np.array([130, 32])) == 0
-    assert np.isnan(apart(FACES[:0], np.array([1, 1])))
-    assert np.isnan(apart(np.full((2, 4), np.nan), np.array([1, 1])))
+    assert face_distance(FACES, np.array([130, 32])) == 0
+    assert np.isnan(face_distance(FACES[:0], np.array([1, 1])))
+    assert np.isnan(face_distance(np.full((2, 4), np.nan), np.array([1, 1])))

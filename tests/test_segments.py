@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from wan_avatar.segments import (
-    COLOURS,
-    FACE,
+    FACE_POINTS,
     FINGERS,
     LEFT_HAND,
     LENGTH,
     LIMBS,
+    LIMB_COLOURS,
     OVERLAP,
     RIGHT_HAND,
     MaskShape,
@@ -22,9 +22,9 @@ from wan_avatar.segments import (
     face_box,
     fit_length,
     grow_mask,
-    hold,
+    hold_last,
     letterbox,
-    plan,
+    plan_windows,
     stick_width,
     window_pictures,
 )
@@ -68,7 +68,7 @@ def drawn(**places) -> np.ndarray:
 @pytest.mark.parametrize('joint', range(20))
 def test_every_joint_is_a_disc_in_its_colour(joint):
     picture = drawn(**{f'j{joint}': (300, 200)})
-    assert tuple(picture[200, 300]) == COLOURS[joint]
+    assert tuple(picture[200, 300]) == LIMB_COLOURS[joint]
     disc = cv2.circle(np.zeros((720, 1280), np.uint8), (300, 200), 2, 1, -1)
     assert picture.any(2).sum() == disc.sum(), 'a disc of radius 2 and nothing else'
 
@@ -76,7 +76,7 @@ def test_every_joint_is_a_disc_in_its_colour(joint):
 def test_every_limb_is_an_ellipse_at_sixty_percent_of_its_colour(limb):
     a, b = LIMBS[limb]
     picture = drawn(**{f'j{a}': (300, 200), f'j{b}': (500, 200)})
-    assert tuple(picture[200, 400]) == tuple(int(c * 0.6) for c in COLOURS[limb])
+    assert tuple(picture[200, 400]) == tuple(int(c * 0.6) for c in LIMB_COLOURS[limb])
     assert picture[:, 400].any(1).sum() == 5, 'two pixels to either side of the middle line'
 
 def test_limb_order_and_colours_of_the_facts():
@@ -84,10 +84,10 @@ def test_limb_order_and_colours_of_the_facts():
     assert ' '.join(f'{a + 1}-{b + 1}' for a, b in LIMBS) == (
         '2-3 2-6 3-4 4-5 6-7 7-8 2-9 9-10 10-11 2-12 12-13 13-14 2-1 1-15 15-17 1-16 16-18 14-19 11-20'
     )
-    assert COLOURS[0] == (255, 0, 0)
-    assert COLOURS[12] == (0, 0, 255)
-    assert COLOURS[18:] == [(200, 200, 0), (100, 100, 0)]
-    assert len(set(COLOURS)) == 20
+    assert LIMB_COLOURS[0] == (255, 0, 0)
+    assert LIMB_COLOURS[12] == (0, 0, 255)
+    assert LIMB_COLOURS[18:] == [(200, 200, 0), (100, 100, 0)]
+    assert len(set(LIMB_COLOURS)) == 20
 
 @pytest.mark.parametrize('confidence, drawn', [(0.5, True), (0.49, False), (0.0, False), (np.nan, False)])
 def test_threshold_on_both_ends(confidence, drawn):
@@ -110,7 +110,7 @@ def test_hands_are_thin_lines_round_the_colour_circle(hand):
 
 def test_face_points_are_not_drawn():
     points = unseen()
-    points[FACE] = 300, 200, 1
+    points[FACE_POINTS] = 300, 200, 1
     assert not draw_pose(points, SIZE).any()
 
 @pytest.mark.parametrize('place', [(-500, -500), (5000, 5000), (np.nan, np.nan), (1e9, -1e9), (0, 0), (1279, 719)])
@@ -121,7 +121,7 @@ def test_points_anywhere_do_not_raise(place):
 
 def face(x0, y0, x1, y1) -> np.ndarray:
     points = unseen()
-    points[FACE, :2] = (x0 + x1) / 2, (y0 + y1) / 2
+    points[FACE_POINTS, :2] = (x0 + x1) / 2, (y0 + y1) / 2
     points[23, :2], points[24, :2] = (x0, y0), (x1, y1)
     return points
 
@@ -179,7 +179,7 @@ def bounding_box(mask: np.ndarray) -> np.ndarray:
     out[ys.min():ys.max() + 1, xs.min():xs.max() + 1] = True
     return out
 
-@pytest.mark.parametrize('how, filled', [
+@pytest.mark.parametrize('mask_shape, filled', [
     (MaskShape(), lambda m: slow_blocks(m, 32)),
     (MaskShape(block=50), lambda m: slow_blocks(m, 50)),
     (MaskShape('grid'), lambda m: slow_grid(m, 32)),
@@ -188,10 +188,10 @@ def bounding_box(mask: np.ndarray) -> np.ndarray:
     (MaskShape('outline'), lambda m: m),
 ], ids=['blocks', 'larger blocks', 'grid', 'odd grid', 'rectangle', 'outline'])
 @pytest.mark.parametrize('mask', MASKS, ids=['disc', 'dot', 'corner', 'other corner', 'two', 'all'])
-def test_mask_is_dilated_then_filled(mask, how, filled):
+def test_mask_is_dilated_then_filled(mask, mask_shape, filled):
     dilated = mask.view(np.uint8)
     for _ in range(3): dilated = cv2.dilate(dilated, np.ones((7, 7), np.uint8))
-    assert np.array_equal(grow_mask(mask, how), filled(dilated.astype(bool)))
+    assert np.array_equal(grow_mask(mask, mask_shape), filled(dilated.astype(bool)))
 
 def test_a_grid_that_stands_still_moves_with_nobody():
     "Two people whose outlines lie in the same cells have the same mask; the cells of a bounding box move with it"
@@ -233,7 +233,7 @@ def test_letterbox_keeps_all_of_the_picture(shape, inner):
 def window(n: int, length: int, start=0, present=None, size=SIZE):
     frames = [np.full((720, 1280, 3), 10 + i, np.uint8) for i in range(start, n)]
     points = np.stack([spread() + [i, 0, 0] for i in range(n)])
-    points[:, FACE] = face(300, 200, 400, 300)[FACE]
+    points[:, FACE_POINTS] = face(300, 200, 400, 300)[FACE_POINTS]
     present = np.ones(n, bool) if present is None else np.array(present)
     return list(window_pictures(frames, start, length, points, present, lambda i: disc(50 + i), size))
 
@@ -263,7 +263,7 @@ def test_another_size_scales_everything_but_the_face():
     assert np.array_equal(small.pose, draw_pose(spread() * [0.25, 0.25, 1], (320, 180)))
 
 def test_nothing_to_hold_is_an_error():
-    with pytest.raises(Exception, match='none came'): list(hold([], 3))
+    with pytest.raises(Exception, match='none came'): list(hold_last([], 3))
 
 def full_windows(n: int, length: int, overlap: int) -> int:
     "Frames sampled by full windows and a rest: what even ones are measured against"
@@ -290,11 +290,11 @@ def full_windows(n: int, length: int, overlap: int) -> int:
     (472, [73] * 7),
     (1440, [77] * 20),
 ])
-def test_windows_of_a_video_are_equally_long(n, lengths): assert [s.length for s in plan(n)] == lengths
+def test_windows_of_a_video_are_equally_long(n, lengths): assert [s.length for s in plan_windows(n)] == lengths
 
 def test_every_length_to_a_minute():
     for n in range(1, 1501):
-        windows = plan(n)
+        windows = plan_windows(n)
         made = [f for s in windows for f in range(s.start + s.overlap, s.stop)]
         assert made == list(range(n)), 'a frame is made twice, or not at all'
         assert all(s.length % 4 == 1 and s.length <= LENGTH and s.length == windows[0].length for s in windows), n
@@ -305,14 +305,14 @@ def test_every_length_to_a_minute():
 @pytest.mark.parametrize('length, overlap', [(9, 5), (9, 1), (13, 9), (29, 5), (5, 0), (77, 1)])
 def test_other_windows_too(length, overlap):
     for n in range(1, 200):
-        windows = plan(n, length, overlap)
+        windows = plan_windows(n, length, overlap)
         assert [f for s in windows for f in range(s.start + s.overlap, s.stop)] == list(range(n))
         assert all(overlap < s.length <= length or s.length == fit_length(n) for s in windows)
 
 @pytest.mark.parametrize('n', [78, 150, 300])
 def test_a_plan_goes_on_with_shorter_windows(n):
     "After 77 frames memory ran out: the rest in windows of 37"
-    rest = plan(n, length=37, done=77, index=1)
+    rest = plan_windows(n, length=37, done=77, index=1)
     assert [f for s in rest for f in range(s.start + s.overlap, s.stop)] == list(range(77, n))
     assert rest[0].index == 1
     assert all(s.overlap == 5 and s.length <= 37 for s in rest)

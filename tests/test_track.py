@@ -17,7 +17,6 @@ from wan_avatar.track import (
     Plate,
     Track,
     TrackDamaged,
-    calm_camera,
     check_alone,
     check_person,
     count_faces,
@@ -25,8 +24,8 @@ from wan_avatar.track import (
     dump_track,
     fill_unseen,
     is_present,
+    largest_piece,
     load_track,
-    one_piece,
     pack_mask,
     pack_points,
     parse_track,
@@ -34,7 +33,8 @@ from wan_avatar.track import (
     save_track,
     skin_colour,
     smooth,
-    stand_still,
+    steady_camera,
+    steady_if_still,
     track_facts,
     track_key,
     unpack_mask,
@@ -331,7 +331,7 @@ def test_camera_follows_a_shaking_hand_and_plate_stays_sharp():
         move = camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
         assert np.abs(move[:, 2] - [-dx, -dy]).max() < .3
         assert np.abs(move[:, :2] - np.eye(2)).max() < .01
-        plate.add(view, away, calm_camera(move, (320, 180)))
+        plate.add(view, away, steady_camera(move, (320, 180)))
     assert np.abs(plate.picture()[20:-20, 20:-20].astype(int) - wide[40:180, 60:340]).mean() < 4
 
 def test_camera_without_corners_stands_still():
@@ -343,9 +343,9 @@ def test_camera_without_corners_stands_still():
 def test_a_tripod_is_exactly_still():
     moves = np.tile(STILL, (20, 1, 1))
     moves[3, 0, 2], moves[7, 1, 2] = .8, 5
-    assert np.array_equal(stand_still(moves, (1280, 720))[7], STILL)
+    assert np.array_equal(steady_if_still(moves, (1280, 720))[7], STILL)
     moves[:, 0, 2] = 6
-    assert np.array_equal(stand_still(moves, (1280, 720)), moves)
+    assert np.array_equal(steady_if_still(moves, (1280, 720)), moves)
 
 # pictures
 
@@ -359,8 +359,8 @@ def test_cut_out_is_one_piece_without_what_is_beside_it():
     assert matte[102, 92] > 250
     assert matte[:50].max() < 30
     assert np.array_equal(refine_matte(image, soft), matte)
-    assert not one_piece(np.zeros((5, 5), bool)).any()
-    assert one_piece(np.ones((5, 5), bool)).all()
+    assert not largest_piece(np.zeros((5, 5), bool)).any()
+    assert largest_piece(np.ones((5, 5), bool)).all()
 
 def test_skin_and_debug_picture():
     track = make_track(2, missing=[1])

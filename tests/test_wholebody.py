@@ -17,20 +17,20 @@ from conftest import ROOT
 from wan_avatar import nodes, wholebody
 from wan_avatar.job import JobError
 from wan_avatar.people import GAP
-from wan_avatar.segments import FACE
+from wan_avatar.segments import FACE_POINTS
 from wan_avatar.track import Track, check_person, dump_track, parse_track, track_facts, wholebody_points, with_face
 from wan_avatar.wholebody import (
     CHUNK,
-    KEYS,
-    PEOPLE,
+    MOST_PEOPLE,
+    PROMPTED_FRAMES,
     Detectors,
+    box_pixels,
     bridge,
     chunks,
     count_people,
     crop_box,
-    decode,
+    decode_heatmaps,
     guess_mask,
-    inside,
     is_mask_of,
     is_seen,
     key_frames,
@@ -46,7 +46,7 @@ PYTHON = ROOT / '.comfy/env/bin/python'
 
 PERSON = (10, 5, 40, 30) # in a frame of 64x36
 def boxes(*rows): return np.array(rows, np.float32).reshape(-1, 4)
-def box_mask(box=PERSON) -> np.ndarray: return inside(np.array(box, np.float32), (64, 36))
+def box_mask(box=PERSON) -> np.ndarray: return box_pixels(np.array(box, np.float32), (64, 36))
 
 def made_points(box, sure=.9) -> np.ndarray:
     at = np.random.default_rng(2).uniform(box[:2], box[2:], (133, 2))
@@ -62,7 +62,11 @@ ROWS = {
     'outside': ([(1300, 10, 1400, 90)], [0], []),
     'largest first': ([(0, 0, 128, 72), (0, 0, 900, 700), (0, 0, 640, 360)], [0, 15, 0],
         [[0, 0, 640, 360], [0, 0, 128, 72]]),
-    'a crowd': ([(0, 0, k, 9) for k in range(2, 60)], [0] * 58, [[0, 0, k, 9] for k in range(59, 59 - PEOPLE, -1)]),
+    'a crowd': (
+        [(0, 0, k, 9) for k in range(2, 60)],
+        [0] * 58,
+        [[0, 0, k, 9] for k in range(59, 59 - MOST_PEOPLE, -1)],
+    ),
 }
 @pytest.mark.parametrize('found, kinds, people', ROWS.values(), ids=ROWS)
 def test_people_in_a_detectors_answer(found, kinds, people):
@@ -96,7 +100,7 @@ def test_heatmaps_become_points_of_the_frame_to_half_a_pixel(person):
     # in heatmap pixels: the box is the middle 80 % of the crop
     inside = np.random.default_rng(1).uniform([4.8, 6.4], [42.2, 56.6], (133, 2))
     wanted = inside * (around[2:] - around[:2]) / [48, 64] + around[:2]
-    found = to_frame(decode(bumps(inside)), around, (64, 48))
+    found = to_frame(decode_heatmaps(bumps(inside)), around, (64, 48))
     assert np.abs(found[:, :2] - wanted).max() < 0.5
     assert np.abs(found[:, 2] - 0.9).max() < 0.15
 
@@ -104,9 +108,9 @@ def test_decoding_what_no_good_network_answers():
     flat = np.zeros((1, 64, 48), np.float32)
     edge = bumps([(0, 0)])
     noise = np.random.default_rng(0).random((5, 64, 48)).astype(np.float32)
-    assert decode(flat).tolist() == [[0, 0, 0]]
-    assert decode(edge)[0, :2].tolist() == [0, 0]
-    found = decode(noise)
+    assert decode_heatmaps(flat).tolist() == [[0, 0, 0]]
+    assert decode_heatmaps(edge)[0, :2].tolist() == [0, 0]
+    found = decode_heatmaps(noise)
     peaks = np.array([np.unravel_index(h.argmax(), h.shape)[::-1] for h in noise])
     assert np.abs(found[:, :2] - peaks).max() <= 1
     assert np.isfinite(found).all()
@@ -171,12 +175,12 @@ def person_of(pose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate([points, sure[:, None]], 1).astype(np.float32), mask > 0, box
 
 def square(middle: np.ndarray, half: int) -> np.ndarray:
-    return inside(np.concatenate([middle - half, middle + half]), (1280, 720))
+    return box_pixels(np.concatenate([middle - half, middle + half]), (1280, 720))
 
 def part(which: str, mask: np.ndarray, points: np.ndarray, box: np.ndarray) -> np.ndarray:
     "What a segmenter might make of a person's mask"
     rows = np.arange(720)[:, None]
-    around = inside(box, (1280, 720))
+    around = box_pixels(box, (1280, 720))
     neck = points[5, 1] - points[0, 1]
     noise = np.random.default_rng(0).random(mask.shape)
     return {'whole': mask, 'nothing': mask & False, 'head alone': mask & (rows < points[0, 1] + neck * .7),
@@ -197,7 +201,7 @@ def test_is_this_mask_the_persons(pose, which, good):
     assert is_mask_of(found, points, box) == good
     assert guessed == (not good)
     assert used[mask].mean() >= .7, 'the original person is not delivered'
-    assert not (used & ~inside(box, (1280, 720), 1.25)).any(), 'nor is the whole picture painted anew'
+    assert not (used & ~box_pixels(box, (1280, 720), 1.25)).any(), 'nor is the whole picture painted anew'
     if guessed:
         assert np.array_equal(used, guess_mask(points, box, (1280, 720)))
         assert used[mask].all()
@@ -207,12 +211,12 @@ def test_a_mask_that_spills_is_cut_off_where_the_box_is_most_of_the_picture(pose
     points, mask, box = person_of(pose)
     used, guessed = mend_mask(mask | True, points, box)
     assert not guessed
-    assert np.array_equal(used, inside(box, (1280, 720), 1.25))
+    assert np.array_equal(used, box_pixels(box, (1280, 720), 1.25))
 
 def test_legs_that_only_the_keypoints_see_behind_a_table_do_not_count():
     points, mask, box = person_of('standing')
     box[3] = 250
-    above = mask & inside(box, (1280, 720))
+    above = mask & box_pixels(box, (1280, 720))
     assert is_mask_of(above, points, box)
     assert not is_mask_of(above & (np.arange(720)[:, None] < 120), points, box)
 
@@ -228,10 +232,10 @@ def test_a_guess_holds_a_hand_outside_the_box():
     guess = guess_mask(points, box, (1280, 720))
     assert guess[300, 400]
     assert guess[mask].all()
-    arm = mask | inside(np.array([400, 290, 640, 310]), (1280, 720))
+    arm = mask | box_pixels(np.array([400, 290, 640, 310]), (1280, 720))
     assert np.array_equal(mend_mask(arm, points, box)[0], arm), 'nor is it cut off from a good mask'
     points[112:133, 2] = .4 # not drawn
-    assert np.array_equal(guess_mask(points, box, (1280, 720)), inside(box, (1280, 720)))
+    assert np.array_equal(guess_mask(points, box, (1280, 720)), box_pixels(box, (1280, 720)))
 
 BOXES = [
     ((1, 2, 4, 4), 1, 6),
@@ -242,7 +246,7 @@ BOXES = [
     ((9, 9, 12, 12), 1, 0),
 ]
 @pytest.mark.parametrize('box, room, pixels', BOXES)
-def test_pixels_of_a_box(box, room, pixels): assert inside(np.array(box, np.float32), (8, 6), room).sum() == pixels
+def test_pixels_of_a_box(box, room, pixels): assert box_pixels(np.array(box, np.float32), (8, 6), room).sum() == pixels
 
 # where SAM2 is told
 
@@ -283,7 +287,7 @@ def test_at_least_four_frames_and_one_in_each_stretch_whoever_comes_and_goes(n):
         there = int((~np.isnan(here[:, 0])).sum())
         told = sum(len(keys) for _, keys in plan)
         assert all(keys for _, keys in plan)
-        assert min(KEYS, there) <= told <= KEYS + len(plan)
+        assert min(PROMPTED_FRAMES, there) <= told <= PROMPTED_FRAMES + len(plan)
 
 LISTS = [
     ('abcde', 2, 0, ['ab', 'cd', 'e']),
@@ -398,7 +402,7 @@ def stage(monkeypatch):
             def people(frame): return boxes() if frame.number in empty else boxes(where(frame.number))
             def keypoints(frame, box):
                 points = made_points(box, .1 if frame.number in blurred else .9)
-                if frame.number in faceless: points[FACE, 2] = .1
+                if frame.number in faceless: points[FACE_POINTS, 2] = .1
                 return points
             @contextmanager
             def segmenter(path, gpu):
@@ -566,7 +570,7 @@ def test_track_file_and_person_check(stage):
     assert is_seen(again.wholebody).all()
     check_person(again, 'video')
     faceless = made_points((10, 5, 40, 30))
-    faceless[FACE, 2] = .1
+    faceless[FACE_POINTS, 2] = .1
     again.points['wholebody'][0] = faceless
     with pytest.raises(JobError, match='no face'): check_person(again, 'image')
     with pytest.raises(AttributeError): print(again.left_hand)
@@ -654,7 +658,7 @@ def watched(model, processor, session, *rest):
     sessions.append((session, {i: out['pred_masks'].clone() for i, out in stored.items()}))
     return starts
 wholebody._prompt = watched
-answer, given = {}, wholebody.inside(np.array([50, 10, 70, 60]), (128, 72))
+answer, given = {}, wholebody.box_pixels(np.array([50, 10, 70, 60]), (128, 72))
 with wholebody._segmenter(Path(sys.argv[1]) / 'sam2/model.safetensors', False) as segment:
     for name, n, first in (('alone', 10, None), ('handed on', 5, given)):
         made = list(segment(frames[:n], boxes[:n], points[:n], first))

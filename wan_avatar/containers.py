@@ -30,7 +30,7 @@ def stated_seconds(
 ) -> float: # 0: not said
     "How long a video is by its header"
     if stream.duration: return float(stream.duration * stream.time_base)
-    if container.duration: return container.duration / av.time_base
+    if container.duration: return float(container.duration / av.time_base)
     return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 0.0
 
 def promised_end(
@@ -128,7 +128,7 @@ def _matroska_is_cut(file: Any, size: int) -> bool | None:
         length = 9 - head[kind].bit_length()
         value = int.from_bytes(head[kind:kind + length], 'big') & (1 << 7 * length) - 1
         unknown = value == (1 << 7 * length) - 1
-        if head[:kind] == b'\x18\x53\x80\x67' and not unknown: return at + kind + length + value > size
+        if head[:kind] == b'\x18\x53\x80\x67' and not unknown: return bool(at + kind + length + value > size)
         at += kind + length + (0 if unknown else value) # of unknown length: its elements follow
     return None
 

@@ -25,13 +25,13 @@ def find_ffmpeg() -> str | None: # None: there is none
     try:
         import imageio_ffmpeg
     except ImportError: return shutil.which('ffmpeg')
-    return imageio_ffmpeg.get_ffmpeg_exe()
+    return str(imageio_ffmpeg.get_ffmpeg_exe())
 
 def bench_media(
     source: Path | str, # any video
     folder: Path | str, # for two files, removed again
     rounds: int = 1 # the fastest counts
-) -> dict: # {'wan_avatar_s', 'ffmpeg_s', 'ratio'}; without ffmpeg the last two are None
+) -> dict[str, float | None]: # {'wan_avatar_s', 'ffmpeg_s', 'ratio'}; without ffmpeg the last two are None
     "Time a video's way to 720p24 at the delivery settings, here and by ffmpeg"
     ours = Path(folder) / 'bench_ours.mp4'
     theirs = Path(folder) / 'bench_ffmpeg.mp4'

@@ -124,7 +124,7 @@ def centred(
 def _rotation_filters(frame: Any) -> tuple[str, ...]: # filters that apply the display matrix
     if 'DISPLAYMATRIX' not in {s.type.name for s in frame.side_data}: return ()
     a, b, _, c, d = struct.unpack('=5i', bytes(frame.side_data['DISPLAYMATRIX'])[:20])
-    if abs(a) + abs(d) >= abs(b) + abs(c): return ('hflip',) * (a < 0) + ('vflip',) * (d < 0)
+    if abs(a) + abs(d) >= abs(b) + abs(c): return (*('hflip',) * (a < 0), *('vflip',) * (d < 0))
     return ('transpose=dir=cclock_flip', *('hflip',) * (c < 0), *('vflip',) * (b < 0))
 
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
@@ -170,7 +170,7 @@ class Fit:
     ):
         self.size = size
         self.sar = sar
-        self.key: tuple | None = None # what the graph was built for
+        self.key: tuple[Any, ...] | None = None # what the graph was built for
         self.graph: av.filter.Graph | None = None
         # reading side data keeps a frame alive until the cycle collector runs: it is read once for each rotation
         self.turns: dict[int, tuple[str, ...]] = {}
@@ -243,7 +243,7 @@ def deinterlaced(
 ) -> Iterator[tuple[Fraction, Fraction, Any]]:
     "The same frames at the same times, without two instants in one"
     graph: av.filter.Graph | None = None
-    kind: tuple | None = None # of frames, that the graph was built for
+    kind: tuple[Any, ...] | None = None # of frames, that the graph was built for
     count = 0
     waiting: deque[tuple[Fraction, Fraction]] = deque()
     for at, lasts, frame in timed:

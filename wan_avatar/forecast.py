@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .cards import CARDS, PRODUCTION, Card, GpuRun, Measured, Operations, least_seconds, measured, operations
 from .models import Lock, LockedFile, load_lock
-from .segments import plan as plan_windows
+from .segments import plan_windows
 from .workflow import PROFILES, TINY, WAN, Profile, locked_files
 
 # %% ../nbs/51_forecast.ipynb #0991cd05

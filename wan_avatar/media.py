@@ -29,7 +29,7 @@ VIDEO_FORMATS = (
 )
 AUDIO_FORMATS = 'mp3,wav,flac,aac,aiff' # opened only to say that there is no picture
 
-def _refuse_other_files(url: str, flags: int, options: dict) -> Any:
+def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> Any:
     raise PermissionError('a video may not open another file')
 
 def _what_it_is(head: bytes) -> str: # first bytes of a file that is no video
@@ -73,7 +73,7 @@ def _is_thumbnail(stream: Any, streams: Sequence[Any]) -> bool:
     videos = [s for s in coded if s.codec_context.name not in PICTURE_CODECS]
     return any(_stored_area(s) >= _stored_area(stream) or is_default(s) for s in videos)
 
-def _stored_area(stream: Any) -> int: return stream.codec_context.width * stream.codec_context.height
+def _stored_area(stream: Any) -> int: return int(stream.codec_context.width * stream.codec_context.height)
 
 def is_default(
     stream: Any # av.stream.Stream
@@ -114,7 +114,8 @@ def decode_frames(
     "Every frame of a stream, its `pts` in place; raises where the file has a hole or stops early"
     damaged = False
     whole = True # the last packet
-    good = checked = None
+    good: float | None = None # second of the last frame that decoded
+    checked: _Working | None = None
     reached = 0.0
     count = 0
     packets = on_one_clock(reading.within_limits(container.demux()), stream, reading.parts, may_be_joined(container))
@@ -144,7 +145,7 @@ def decode_frames(
 
 def _seconds_until(packet: Any) -> float: # where it ends; 0: not said
     if packet.pts is None or packet.stream.type not in TIMED_TRACKS: return 0.0
-    return (packet.pts + (packet.duration or 0)) * float(packet.time_base)
+    return float((packet.pts + (packet.duration or 0)) * float(packet.time_base))
 
 def _is_hole(before: float | None, now: float | None) -> bool:
     return before is not None and now is not None and now - before > MAX_HOLE
@@ -153,7 +154,10 @@ def _how_far(reached: float, promised: float) -> str:
     if promised <= reached: return f'{reached:.2f} s'
     return f'{reached:.2f} s of {promised:.2f} s ({reached / promised:.0%} is there)'
 
-def _check_decoder(context: Any, before: Any, name: str) -> tuple: # of the size it works at, when that is new
+_Working = tuple[int, int, str | None] # width, height and pixel format that a decoder works at
+
+def _check_decoder(context: Any, before: _Working | None, name: str) -> _Working:
+    "What the decoder works at; its memory is asked for when that is new"
     now = context.width, context.height, context.pix_fmt
     if now == before: return now
     if not context.width * context.height: # the decoder met a frame that is too large for it

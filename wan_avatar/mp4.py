@@ -132,7 +132,7 @@ def check_mp4(
     in_front = 'moov' in boxes and 'mdat' in boxes and boxes.index('moov') < boxes.index('mdat')
     _require(name, 'the index (moov) before the data (mdat)', in_front, boxes)
     try:
-        found, rate, stamps = _measured(path)
+        found, rate, stamps = _measure_mp4(path)
     except av.FFmpegError as e: raise JobError('internal', f'{name} does not decode: {e.strerror}') from e
     _require(name, f'{size[0]}x{size[1]}', (found.width, found.height) == size, f'{found.width}x{found.height}')
     _require(name, f'{fps}/1 frames a second', rate == fps, rate)
@@ -162,7 +162,7 @@ def _boxes(path: Path | str) -> list[str]:
             file.seek(at + length)
     return kinds
 
-def _measured(path: Path | str) -> tuple[Mp4Figures, Fraction | None, list[float]]:
+def _measure_mp4(path: Path | str) -> tuple[Mp4Figures, Fraction | None, list[float]]:
     "Decode everything: figures, rate, and each frame's time in frames"
     with av.open(str(path), options={'err_detect': 'explode'}) as container:
         audio_s = 0.0

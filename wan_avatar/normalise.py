@@ -42,7 +42,7 @@ def load_decoders() -> None:
     Image.init()
 
 # %% ../nbs/20_normalise.ipynb #05692824
-INTERMEDIATE_H264 = {'preset': 'ultrafast', 'crf': '12', 'g': '24', 'bf': '0'}
+INTERMEDIATE_H264 = {'preset': 'ultrafast', 'crf': '12', 'g': str(FPS), 'bf': '0'}
 
 @dataclass(frozen=True)
 class Clip:
@@ -144,7 +144,7 @@ def _until_cancelled(items: Iterable[Any], reading: Reading) -> Iterator[Any]:
         yield item
 
 def _write_h264(
-    shown: Iterable[tuple[Any, int]], fit: Callable, video: Path | str, size: tuple[int, int], fps: int,
+    shown: Iterable[tuple[Any, int]], fit: Fit, video: Path | str, size: tuple[int, int], fps: int,
     options: dict[str, str], report: Callable[[int], Any]
 ) -> int: # frames written
     count = 0

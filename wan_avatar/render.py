@@ -27,7 +27,7 @@ from .kernels import DEFAULT
 from .manifest import KernelsRan
 from .mp4 import Encoder
 from .run import Run
-from .segments import Segment, fit_length, plan
+from .segments import Window, fit_length, plan_windows
 from .tasks import entered_in_thread, one_at_a_time
 from .timeline import Timeline
 from .tracks import Tracks
@@ -53,7 +53,7 @@ def segment_seed(
 def window_graph(
     run: Run,
     shared: RenderPlan,
-    s: Segment, # the window
+    s: Window, # the window
     frames: Path, # file for the window's new frames
     tail: Path | None # the last frames made so far; None: this is the first window
 ) -> Graph:
@@ -98,7 +98,7 @@ def append(encoder: Encoder, frames: RawFrames, timeline: Timeline, cancelled: C
     frames.path.unlink()
 
 # %% ../nbs/40_render.ipynb #3918dacd
-def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: # frames of a window from now on
+def shorter(error: JobError, s: Window, length: int, profile: Profile) -> int: # frames of a window from now on
     "The window length to try after a window failed; raises the error when no shorter window can help"
     if error.code != 'out_of_memory': raise error
     if length < profile.length or s.length <= profile.overlap + 4:
@@ -107,7 +107,7 @@ def shorter(error: JobError, s: Segment, length: int, profile: Profile) -> int: 
         raise JobError('out_of_memory', f'{why}: {error.message}') from error
     return max(fit_length(s.length // 2), profile.overlap + 4)
 
-def window_progress(graph: Graph, s: Segment, report: Callable[[int], None]) -> Callable[[NodeProgress], None]:
+def window_progress(graph: Graph, s: Window, report: Callable[[int], None]) -> Callable[[NodeProgress], None]:
     "Turns a window's node progress into frames done; sampling counts as nine tenths of a window that is sampled"
     parts: dict[str, tuple[float, float]] = {'frames': (0, 1)}
     if 'sample' in graph: parts = {'sample': (0, 0.9), 'frames': (0.9, 0.1)}
@@ -124,7 +124,7 @@ async def render(run: Run, shared: RenderPlan) -> KernelsRan | None:
     profile, clip, timeline = run.profile, shared.inputs.clip, run.timeline
     length, tail = profile.length, None
     outputs: list[dict] = []
-    todo = plan(clip.frames, length, profile.overlap)
+    todo = plan_windows(clip.frames, length, profile.overlap)
     progress = run.progress('render', segments=len(todo))
     encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
     async with entered_in_thread(encoder, lambda: timeline.stage('finish')), one_at_a_time() as encode:
@@ -139,7 +139,7 @@ async def render(run: Run, shared: RenderPlan) -> KernelsRan | None:
             except JobError as e:
                 length = shorter(e, s, length, profile)
                 await run.worker.comfy.free()
-                todo = plan(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
+                todo = plan_windows(clip.frames, length, profile.overlap, done=s.start + s.overlap, index=s.index)
                 progress.segments = s.index + len(todo)
                 continue
             if profile.carries:

@@ -79,13 +79,14 @@ def _add_test_stream(
     if rotation: video.set_display_rotation(-rotation)
     return video
 
-def _test_frame(video: Any, index: int, t: Fraction, size: tuple[int, int], flash: bool) -> list:
+def _test_frame(video: Any, index: int, t: Fraction, size: tuple[int, int], flash: bool) -> list[Any]:
     frame = av.VideoFrame.from_numpy_buffer(draw_test_picture(index, size, flash), 'rgb24')
     frame.time_base = video.codec_context.time_base
     frame.pts = round(t / frame.time_base)
-    return video.encode(frame)
+    packets: list[Any] = video.encode(frame)
+    return packets
 
-def _encode_test_sound(sound: Any, span: tuple[float, float], click_at: float | None) -> list:
+def _encode_test_sound(sound: Any, span: tuple[float, float], click_at: float | None) -> list[Any]:
     start, end = (round(s * 48000) for s in span)
     if click_at is None: wave = 0.1 * np.sin(np.arange(start, end) * (440 * 2 * np.pi / 48000))
     else:
@@ -97,7 +98,8 @@ def _encode_test_sound(sound: Any, span: tuple[float, float], click_at: float | 
     frame.sample_rate = 48000
     frame.pts = start
     frame.time_base = Fraction(1, 48000)
-    return sound.encode(frame) + sound.encode()
+    packets: list[Any] = sound.encode(frame)
+    return [*packets, *sound.encode()]
 
 # %% ../nbs/20_samples.ipynb #ee9ef0b5
 def draw_test_sound(

@@ -84,7 +84,7 @@ class _SoundPass:
 
     def decode(self, packet: Any) -> list[Any]:
         "Frames of a packet; raises JobError when there are more samples than the accepted seconds hold"
-        try: frames = packet.decode()
+        try: frames: list[Any] = packet.decode()
         except av.FFmpegError:
             self.failed += 1
             raise
@@ -144,7 +144,7 @@ def _decoded_samples(
 ) -> Iterator[tuple[float | None, np.ndarray]]:
     "(second of the result, (channels, n) float32) of all sound that decodes"
     resampler: av.AudioResampler | None = None
-    kind: tuple | None = None # of samples, that the resampler was made for
+    kind: tuple[str, str, int] | None = None # of samples, that the resampler was made for
     for packet in sound.packets(container, stream):
         if (span := packet_span(packet)) is not None and span[1] < start - 1: continue # long before the first picture
         try: frames = sound.decode(packet)

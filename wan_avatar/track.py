@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'FACE_CONFIDENCE', 'MOST_GUESSED',
-           'LEAST_FACES', 'LEAST_FACE', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'BODY_SOURCE', 'FACE_SOURCE',
-           'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
-           'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track', 'track_key', 'with_face',
-           'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'calm_camera',
-           'stand_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour', 'track_video', 'ours_only',
-           'track_image', 'one_piece', 'guided', 'refine_matte', 'draw_debug', 'wholebody_points']
+           'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'BODY_SOURCE',
+           'FACE_SOURCE', 'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged',
+           'dump_track', 'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track', 'track_key',
+           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
+           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour',
+           'track_video', 'ours_only', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
+           'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -20,18 +21,20 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .files import whole_file
+from .frames import FPS
 from .job import JobError
 from .metadata import strip_metadata
-from .people import Company
+from .people import PersonFilter
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
@@ -132,7 +135,7 @@ class TrackDamaged(ValueError):
 
 MAGIC = b'wan_avatar track 2\n' # the number is the format's version
 
-def _picture_bytes(picture: np.ndarray, kind: str, **options) -> np.ndarray:
+def _picture_bytes(picture: np.ndarray, kind: str, **options: Any) -> np.ndarray:
     out = io.BytesIO()
     Image.fromarray(picture).save(out, kind, **options)
     return np.frombuffer(out.getvalue(), np.uint8)
@@ -209,7 +212,7 @@ def _unpacked(data: memoryview, method: int, most: int) -> bytes: # no more than
     return bytes(data[:most]) if method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(data, most)
 
 # %% ../nbs/21_track.ipynb #a47fcbbb
-MOST_FRAMES = 600 * 24 + 48 # of the longest video that a job may ask for
+MOST_FRAMES = 602 * FPS # of the longest video that a job may ask for, 600 s, and two seconds more
 KEYPOINTS = {'body': 33, 'left_hand': 21, 'right_hand': 21, 'face': 478, 'wholebody': 133} # group -> how many
 MAX_MASKS = 64 << 20 # bytes of all masks; ten minutes of people are 40 MB
 _SIDE = 8192 # pixels of the longest side of anything
@@ -249,14 +252,14 @@ def track_bytes_at_most(
 # %% ../nbs/21_track.ipynb #514109d6
 def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     n = len(present)
-    size = _pair(meta, 'size')
-    mask_size = _pair(meta, 'mask_size')
+    size = _read_size(meta, 'size')
+    mask_size = _read_size(meta, 'mask_size')
     if not n or not isinstance(meta['tracker'], str): raise TrackDamaged('no frame, or no tracker')
     points = {group: _read_points(archive, group, n) for group in meta['groups']}
     if set(points) not in ({'wholebody'}, set(GROUPS)):
         raise TrackDamaged(f'it has the groups {", ".join(points)[:99]}')
-    optional = {'camera': ('<f4', n, 2, 3), 'skin': ('<f4', 3), 'guessed': ('|b1', n)}
-    extra = {name: archive.take(name, *kind) for name, kind in optional.items() if name in archive}
+    optional = {'camera': ('<f4', (n, 2, 3)), 'skin': ('<f4', (3,)), 'guessed': ('|b1', (n,))}
+    extra = {name: archive.take(name, kind, *shape) for name, (kind, shape) in optional.items() if name in archive}
     # nan is not either
     if 'camera' in extra and not (np.abs(extra['camera']) < 1e6).all(): raise TrackDamaged('its camera is nowhere')
     if 'skin' in extra and not (np.isnan(extra['skin']).all() or ((0 <= extra['skin']) & (extra['skin'] <= 255)).all()):
@@ -265,7 +268,7 @@ def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     masks = _read_masks(archive, n, mask_size)
     return Track(size, present, points, mask_size, masks, meta['tracker'], **extra, **pictures)
 
-def _pair(meta: dict, name: str) -> tuple[int, int]:
+def _read_size(meta: dict, name: str) -> tuple[int, int]:
     w, h = meta[name]
     if not all(type(side) is int and 1 <= side <= _SIDE for side in (w, h)):
         raise TrackDamaged(f'its {name} is {str(meta[name])[:99]}')
@@ -335,8 +338,8 @@ def track_key(
 # %% ../nbs/21_track.ipynb #6689d8a3
 FACE_CONFIDENCE = 0.3 # mean of the 68 face points; a head seen from behind has less
 MOST_GUESSED = 0.25 # of the frames that show a person: masks that may be guesses
-LEAST_FACES = 0.25 # of the frames that show a person: those with a face, for a renderer that moves by it
-LEAST_FACE = 64 # pixels: the longer side of a picture's face
+LEAST_FACE_FRAMES = 0.25 # of the frames that show a person: those with a face, for a renderer that moves by it
+LEAST_FACE_PIXELS = 64 # pixels: the longer side of a picture's face
 MOST_TURN = 35 # degrees a picture's face may look to the side, for a renderer that draws it from there
 # how far the nose stands out, in halves of the face's width; by it heads rendered at 15, 25, 35 and 45 degrees
 # measure 15, 24, 34 and 40
@@ -396,8 +399,8 @@ def _check_picture(track: Track, face_for: str) -> None:
         raise JobError('no_person', f'no face was found in the image; {advice}')
     face = face_points(track)[0]
     size = round(float(np.ptp(face[:, :2], axis=0).max()))
-    if size < LEAST_FACE:
-        raise JobError('bad_input', f"the picture's face is {size} pixels large; it needs {LEAST_FACE}: "
+    if size < LEAST_FACE_PIXELS:
+        raise JobError('bad_input', f"the picture's face is {size} pixels large; it needs {LEAST_FACE_PIXELS}: "
                        'use a larger picture, or one from closer up')
     if face_for and len(face) == 478 and (turn := head_turn(face)) > MOST_TURN:
         raise JobError('bad_input', f"the picture's face is turned by {turn:.0f} degrees; the profile {face_for} takes "
@@ -413,8 +416,9 @@ def check_person(
     n, seen, faces, guessed = track_facts(track).values()
     found = f'the driving video shows a body in {seen} of {n} frames, a face in {faces}'
     if seen * 2 < n or not seen: raise JobError('no_person', f'{found}; at least half of the frames must show a person')
-    if face_for and faces < LEAST_FACES * seen:
-        raise JobError('no_person', f'{found}; the profile {face_for} needs a face in {LEAST_FACES:.0%} of the frames '
+    if face_for and faces < LEAST_FACE_FRAMES * seen:
+        share = f'{LEAST_FACE_FRAMES:.0%}'
+        raise JobError('no_person', f'{found}; the profile {face_for} needs a face in {share} of the frames '
                        'that show a body: use a video in which the person faces the camera, '
                        'or a profile that follows the whole body')
     if guessed > MOST_GUESSED * seen:
@@ -425,7 +429,7 @@ def check_person(
 # %% ../nbs/21_track.ipynb #a8f3a150
 STILL = np.eye(2, 3)
 
-def calm_camera(
+def steady_camera(
     affine: np.ndarray, # (2, 3) plate -> frame
     size: tuple[int, int] # width, height
 ) -> np.ndarray: # (2, 3)
@@ -436,7 +440,7 @@ def calm_camera(
     t = np.clip(moved - .5, 0, 1)
     return STILL + (affine - STILL) * t if moved > .5 else STILL.copy()
 
-def stand_still(
+def steady_if_still(
     moves: np.ndarray, # (n, 2, 3) plate -> frame
     size: tuple[int, int] # width, height
 ) -> np.ndarray: # (n, 2, 3)
@@ -449,8 +453,9 @@ def stand_still(
 # %% ../nbs/21_track.ipynb #6ca6232c
 class Camera:
     "Follows the background of a video on a small grey copy"
-    def __init__(self):
-        self.view = self.corners = None
+    def __init__(self) -> None:
+        self.view: np.ndarray | None = None # (h, w) uint8 grey: where the corners were found
+        self.corners: np.ndarray = np.zeros((0, 1, 2), np.float32)
         self.base = np.eye(3)
         self.last = np.eye(3)
 
@@ -469,12 +474,15 @@ class Camera:
     ) -> np.ndarray: # (2, 3) first frame -> this frame, in pixels of the small copy
         "How the room has moved since the first frame"
         import cv2
-        if self.view is None: self.restart(view, away)
+        before = self.view
+        if before is None:
+            self.restart(view, away)
+            before = view
         if len(self.corners) < 10: return self.last[:2]
         step = self.last @ np.linalg.inv(self.base)
         guess = (self.corners @ step[:2, :2].T + step[:2, 2]).astype(np.float32)
         now, ok, _ = cv2.calcOpticalFlowPyrLK(
-            self.view, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
+            before, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
         )
         at = np.clip(now[:, 0].round().astype(int), 0, np.array(view.shape[::-1]) - 1)
         ok = (ok[:, 0] > 0) & (away[at[:, 1], at[:, 0]] > 0)
@@ -528,46 +536,47 @@ def fill_unseen(
     if not seen.any(): return np.full((h, w, 3), 128, np.uint8)
     if seen.all(): return np.clip(picture + .5, 0, 255).astype(np.uint8)
     inner = cv2.erode(seen.astype(np.uint8), np.ones((9, 9)), borderValue=1).astype(np.float32)
-    levels = [(picture * inner[..., None], inner)]
+    levels: list[tuple[np.ndarray, np.ndarray]] = [(picture * inner[..., None], inner)] # colour by weight, weight
+    def smaller(values: np.ndarray) -> np.ndarray: return cv2.pyrDown(values, borderType=cv2.BORDER_REPLICATE)
     while min(levels[-1][1].shape) > 2:
-        levels.append(tuple(cv2.pyrDown(v, borderType=cv2.BORDER_REPLICATE) for v in levels[-1]))
-    filled = None
+        colour, weight = levels[-1]
+        levels.append((smaller(colour), smaller(weight)))
+    def own(colour: np.ndarray, weight: np.ndarray) -> np.ndarray: return colour / np.maximum(weight, 1e-4)[..., None]
+    filled = own(*levels.pop())
     for colour, weight in reversed(levels):
-        own = colour / np.maximum(weight, 1e-4)[..., None]
         trust = np.clip(weight * 2, 0, 1)[..., None]
-        above = 0 if filled is None else cv2.pyrUp(filled, dstsize=weight.shape[::-1])
-        filled = own if filled is None else own * trust + above * (1 - trust)
+        filled = own(colour, weight) * trust + cv2.pyrUp(filled, dstsize=weight.shape[::-1]) * (1 - trust)
     far_inside = cv2.erode(seen.astype(np.float32), np.ones((21, 21)), borderValue=1)
     keep = cv2.blur(far_inside, (21, 21))[..., None]
     return np.clip(picture * keep + filled * (1 - keep) + .5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/21_track.ipynb #8195659a
-def _holistic(static: bool):
+def _holistic(static: bool) -> Any: # MediaPipe's own class, without hints, as are those below
     import mediapipe as mp
     return mp.solutions.holistic.Holistic(
         static_image_mode=static, model_complexity=1, smooth_landmarks=False, refine_face_landmarks=True
     )
 
-def _segmenter(landscape: bool):
+def _selfie_segmenter(landscape: bool) -> Any:
     import mediapipe as mp
     return mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=int(landscape))
 
-def _face_detector():
+def _face_detector() -> Any:
     import mediapipe as mp
     return mp.solutions.face_detection.FaceDetection(model_selection=1, min_detection_confidence=.5)
 
-def _face_boxes(found, size: tuple[int, int]) -> np.ndarray: # (m, 4)
+def _face_boxes(found: Any, size: tuple[int, int]) -> np.ndarray: # (m, 4)
     boxes = [d.location_data.relative_bounding_box for d in found.detections or ()]
     corners = [(b.xmin, b.ymin, b.xmin + b.width, b.ymin + b.height) for b in boxes]
     return np.array(corners).reshape(-1, 4) * np.tile(size, 2)
 
-def _points(found, k: int, size: tuple[int, int], third: str) -> np.ndarray:
+def _points(found: Any, k: int, size: tuple[int, int], third: str) -> np.ndarray: # (k, 3)
     if found is None: return np.full((k, 3), np.nan, np.float32)
     w, h = size
-    def depth(p) -> float: return p.visibility if third == 'visibility' else p.z * w
+    def depth(p: Any) -> float: return p.visibility if third == 'visibility' else p.z * w
     return np.array([(p.x * w, p.y * h, depth(p)) for p in found.landmark], np.float32)
 
-def _groups(found, size: tuple[int, int]) -> list[np.ndarray]:
+def _point_groups(found: Any, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
     return [
         _points(found.pose_landmarks, 33, size, 'visibility'),
         _points(found.left_hand_landmarks, 21, size, 'z'),
@@ -609,25 +618,25 @@ def track_video(
 ) -> Track:
     "Look at every frame once; frames are not kept"
     small = (640, max(round(640 * size[1] / size[0]), 1))
-    company = Company(small)
-    found = _Found(size, small, n)
+    people = PersonFilter(small)
+    found = _TrackUnderWay(size, small, n)
     source = iter(frames)
-    with (_holistic(static=False) as holistic, _segmenter(landscape=True) as segmenter, _face_detector() as detector,
-          ThreadPoolExecutor(1) as pool):
-        upcoming = pool.submit(_next_view, source, small, detector, company)
+    with (_holistic(static=False) as holistic, _selfie_segmenter(landscape=True) as segmenter,
+          _face_detector() as detector, ThreadPoolExecutor(1) as pool):
+        upcoming = pool.submit(_next_view, source, small, detector, people)
         while (seen := upcoming.result()) is not None:
             frame, view, alone, any_face = seen
-            beside = pool.submit(_beside, view, segmenter, found.camera)
-            upcoming = pool.submit(_next_view, source, small, detector, company)
-            groups = _groups(holistic.process(alone), size)
+            beside = pool.submit(_mask_and_camera, view, segmenter, found.camera)
+            upcoming = pool.submit(_next_view, source, small, detector, people)
+            groups = _point_groups(holistic.process(alone), size)
             found.add(pool, frame, groups, beside.result(), any_face)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     empty = pack_mask(np.zeros(small[::-1], bool))
-    rows = ours_only(found.rows, company, size[0] / small[0], empty)
-    return _assemble(size, small, rows, found.skins, found.plate.picture())
+    rows = ours_only(found.rows, people, size[0] / small[0], empty)
+    return _mediapipe_track(size, small, rows, found.skins, found.plate.picture())
 
-class _Found:
+class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
     def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int):
         self.size = size
@@ -635,14 +644,14 @@ class _Found:
         self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
         self.plate = Plate(size)
         self.camera = Camera()
-        self.rows = []
-        self.skins = []
+        self.rows: list[tuple] = [] # present, camera, mask, then the groups of each frame
+        self.skins: list[np.ndarray] = [] # (3,) each
         self.added: Future | None = None # the newest frame of the plate
 
     def add(self, pool: ThreadPoolExecutor, frame: np.ndarray, groups: list, beside: tuple, any_face: bool) -> None:
         "Add the findings of the detectors in a frame"
         mask, away, moved = beside
-        moved = calm_camera(moved * [1, 1, self.size[0] / self.small[0]], self.size)
+        moved = steady_camera(moved * [1, 1, self.size[0] / self.small[0]], self.size)
         here = is_present(groups[0], groups[3], mask)
         if not here: groups = [np.full_like(g, np.nan) for g in groups]
         if not (here or any_face): away = np.full_like(away, 255)
@@ -653,29 +662,31 @@ class _Found:
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
 def _next_view(
-    source, small: tuple[int, int], detector, company: Company
+    source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool] | None:
     "The next frame, its small copy, that copy with other people painted over, and whether it shows a face"
     import cv2
     if (frame := next(source, None)) is None: return None
     view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
     faces = _face_boxes(detector.process(view), small)
-    return frame, view, company.alone(view, faces), len(faces) > 0
+    return frame, view, people.hide_others(view, faces), len(faces) > 0
 
-def _beside(view: np.ndarray, segmenter, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mask_and_camera(view: np.ndarray, segmenter: Any, camera: Camera) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Mask, the area far from it, and the camera; runs beside the point detector"
     import cv2
     soft = segmenter.process(view).segmentation_mask
     away = 255 - cv2.dilate((soft > .15).astype(np.uint8) * 255, np.ones((25, 25), np.uint8))
     return np.ascontiguousarray(soft > .5), away, camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
 
-def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: list, plate: np.ndarray) -> Track:
+def _mediapipe_track(
+    size: tuple[int, int], small: tuple[int, int], rows: list[tuple], skins: list[np.ndarray], plate: np.ndarray
+) -> Track:
     "A track of all rows, smoothed, once through the codec"
     if not rows: raise ValueError('no frames to track')
     present, moves, masks, *groups = zip(*rows, strict=True)
-    moves = smooth(stand_still(np.array(moves, np.float32), size))
+    camera = smooth(steady_if_still(np.array(moves, np.float32), size))
     points = {name: smooth(np.stack(found)) for name, found in zip(GROUPS, groups, strict=True)}
-    skin = np.median([v for v in skins if not np.isnan(v).any()] or [[np.nan] * 3], axis=0).astype(np.float32)
+    skin = np.median([v for v in skins if not np.isnan(v).any()] or [np.full(3, np.nan)], axis=0).astype(np.float32)
     track = Track(
         size=size,
         present=np.array(present),
@@ -683,7 +694,7 @@ def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: 
         mask_size=small,
         masks=masks,
         tracker=TRACKERS['mediapipe'],
-        camera=moves,
+        camera=camera,
         skin=skin,
         plate=plate,
     )
@@ -692,8 +703,8 @@ def _assemble(size: tuple[int, int], small: tuple[int, int], rows: list, skins: 
 # %% ../nbs/21_track.ipynb #a94d616a
 def ours_only(
     rows: list[tuple], # present, camera, mask, then the groups of each frame
-    company: Company,
-    zoom: float, # pixels of the groups to one of the company's
+    people: PersonFilter,
+    zoom: float, # pixels of the groups to one of the view that `people` saw
     empty: bytes # mask of a frame without a person
 ) -> list[tuple]:
     "Rows that show another person become rows without a person"
@@ -707,8 +718,8 @@ def ours_only(
         scale[i] = max(shoulders, np.ptp(face[:, 0]) if has_face else 0) / zoom
     def without_person(row: tuple) -> tuple:
         return False, row[1], empty, *(np.full_like(g, np.nan) for g in row[3:])
-    whose = company.whose(points, scale)
-    return [row if ours else without_person(row) for row, ours in zip(rows, whose, strict=True)]
+    ours = people.frames_of_ours(points, scale)
+    return [row if is_ours else without_person(row) for row, is_ours in zip(rows, ours, strict=True)]
 
 # %% ../nbs/21_track.ipynb #1dbe6d4a
 def track_image(
@@ -719,11 +730,11 @@ def track_image(
     image = np.ascontiguousarray(image)
     with _face_detector() as detector:
         check_alone(count_faces(_face_boxes(detector.process(image), (w, h))))
-    with _holistic(static=True) as holistic: groups = _groups(holistic.process(image), (w, h))
-    with _segmenter(landscape=False) as segmenter:
+    with _holistic(static=True) as holistic: groups = _point_groups(holistic.process(image), (w, h))
+    with _selfie_segmenter(landscape=False) as segmenter:
         soft = segmenter.process(image).segmentation_mask.copy()
         here = is_present(groups[0], groups[3], soft > .5)
-        if here and not np.isnan(groups[3]).all(): _look_at_head(soft, image, groups[3], segmenter)
+        if here and not np.isnan(groups[3]).all(): _refine_head_mask(soft, image, groups[3], segmenter)
     mask = (soft > .5) & here
     if not here: groups = [np.full_like(g, np.nan) for g in groups]
     matte = refine_matte(image, soft) if here else np.zeros((h, w), np.uint8)
@@ -741,7 +752,7 @@ def track_image(
     )
     return parse_track(dump_track(track))
 
-def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter) -> None:
+def _refine_head_mask(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segmenter: Any) -> None:
     "Overwrite the mask around the head by that of a closer look"
     import cv2
     h, w = soft.shape
@@ -752,13 +763,13 @@ def _look_at_head(soft: np.ndarray, image: np.ndarray, face: np.ndarray, segment
     if x1 - x0 < 32 or y1 - y0 < 32: return
     closer = segmenter.process(np.ascontiguousarray(image[y0:y1, x0:x1])).segmentation_mask
     m = max(int(.12 * tall), 2)
-    blend = np.zeros((h, w), np.float32)
+    blend: np.ndarray = np.zeros((h, w), np.float32)
     blend[y0 + m * (y0 > 0):y1 - m * (y1 < h), x0 + m * (x0 > 0):x1 - m * (x1 < w)] = 1
     blend = cv2.blur(blend, (2 * m + 1, 2 * m + 1))[y0:y1, x0:x1]
     soft[y0:y1, x0:x1] = soft[y0:y1, x0:x1] * (1 - blend) + closer * blend
 
 # %% ../nbs/21_track.ipynb #3fc1657d
-def one_piece(
+def largest_piece(
     mask: np.ndarray # (h, w) bool
 ) -> np.ndarray: # (h, w) bool
     "The largest piece, its small holes filled"
@@ -773,7 +784,7 @@ def one_piece(
     return piece | small[holes] & ~piece
 
 # %% ../nbs/21_track.ipynb #63b97b3a
-def guided(
+def guided_filter(
     image: np.ndarray, # (h, w, 3) float32, 0 to 1
     mask: np.ndarray, # (h, w) float32, 0 to 1
     radius: int,
@@ -801,7 +812,7 @@ def refine_matte(
     less = min(1, 768 / max(h, w)) # GrabCut's time grows with the area
     size = (max(round(w * less), 1), max(round(h * less), 1))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    piece = one_piece(cv2.resize(soft, size, interpolation=cv2.INTER_AREA) > .7)
+    piece = largest_piece(cv2.resize(soft, size, interpolation=cv2.INTER_AREA) > .7)
     r = max(size) // 45 + 2
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
     sure = cv2.erode(piece.astype(np.uint8), disc, borderValue=1)
@@ -811,10 +822,11 @@ def refine_matte(
     labels = np.select([sure > 0, maybe == 0, piece], kinds, cv2.GC_PR_BGD).astype(np.uint8)
     if (maybe == 0).any():
         cv2.setRNGSeed(1) # the same picture, the same cut-out
-        cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-    found = one_piece((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
+        unused = (0, 0, 0, 0) # a rectangle: the labels are given
+        cv2.grabCut(small, labels, unused, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
+    found = largest_piece((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
     found = (cv2.resize(found, (w, h), interpolation=cv2.INTER_LINEAR) > .5).astype(np.float32)
-    rim = guided(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3)
+    rim = guided_filter(image.astype(np.float32) / 255, found, max(max(h, w) // 200, 3), 1e-3)
     return (np.clip(rim, 0, 1) * 255 + .5).astype(np.uint8)
 
 # %% ../nbs/21_track.ipynb #6bea1629
