@@ -291,7 +291,7 @@ def take_image(
     else:
         studio.store.download(job.input_image_minio_path, raw, 'input_image_minio_path', MAX_IMAGE_BYTES,
                               cancelled=cancelled)
-    limits = {'seconds': MAX_IMAGE_SECONDS, 'cancelled': cancelled}
+    limits = {'timeout_s': MAX_IMAGE_SECONDS, 'cancelled': cancelled}
     studio.reading.run(normalise_image, raw, reference, what='the picture', **limits)
     return reference
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .files import sha256_of, whole_file
@@ -69,7 +69,7 @@ class _Answers(BaseHTTPRequestHandler):
     hub: 'ModelHub' # set by the server
     role: str
 
-    def log_message(self, *args) -> None: pass
+    def log_message(self, *args: Any) -> None: pass
 
     def note(self) -> bool: # was Authorization sent?
         authorised = 'Authorization' in self.headers
@@ -139,7 +139,7 @@ class _Body:
                 self.handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.handler.connection.close()
 
-    def _send_until(self, f, stop: int) -> None:
+    def _send_until(self, f: BinaryIO, stop: int) -> None:
         hub = self.handler.hub
         speed = hub.speed
         began = time.monotonic()
@@ -176,7 +176,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    def handle_error(self, request, client_address) -> None: pass # readers hang up on purpose
+    def handle_error(self, request: Any, client_address: Any) -> None: pass # readers hang up on purpose
 
 # %% ../nbs/13_hub.ipynb #d4818240
 _FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
@@ -264,32 +264,32 @@ class _Hub(_Answers):
 
     # writing
 
-    def create(self, said: dict) -> None:
+    def create(self, said: dict[str, Any]) -> None:
         repo = f'{said.get("organization") or "tester"}/{said["name"]}'
         url = f'{self.hub.endpoint}/{repo}'
         if repo in self.hub.repos: return self.reply(409, {'error': 'You already created this model repo', 'url': url})
         self.hub.commit(repo, {}, private=bool(said.get('private')) or said.get('visibility') == 'private')
         self.reply(200, {'url': url, 'name': repo, 'id': repo})
 
-    def preupload(self, said: dict) -> None:
-        def mode(f: dict) -> str:
+    def preupload(self, said: dict[str, Any]) -> None:
+        def mode(f: dict[str, Any]) -> str:
             return 'lfs' if f['size'] > 1000 or not f['path'].endswith(('.json', '.md')) else 'regular'
         self.reply(200, {'files': [{'path': f['path'], 'uploadMode': mode(f), 'shouldIgnore': False, 'oid': None}
                                    for f in said['files']]})
 
-    def batch(self, said: dict) -> None:
+    def batch(self, said: dict[str, Any]) -> None:
         objects = [self.wanted(o) for o in said['objects']]
         kind = {'Content-Type': 'application/vnd.git-lfs+json'}
         self.reply(200, {'transfer': 'basic', 'objects': objects}, kind)
 
-    def wanted(self, said: dict) -> dict:
+    def wanted(self, said: dict[str, Any]) -> dict[str, Any]:
         entry = {'oid': said['oid'], 'size': said['size']}
         if self.hub.blob(said['oid']).exists(): return entry
         lfs = f'{self.hub.endpoint}/lfs'
         upload = {'href': f'{lfs}/{said["oid"]}?sig={self.hub.signature}'}
         return entry | {'actions': {'upload': upload, 'verify': {'href': f'{lfs}/verify'}}}
 
-    def commit(self, repo: str, lines: list[dict]) -> None:
+    def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
         files = {}
         for kind, value in ((entry['key'], entry['value']) for entry in lines):
             if kind == 'file': files[value['path']] = self.hub.keep(base64.b64decode(value['content']))
@@ -299,7 +299,7 @@ class _Hub(_Answers):
         url = f'{self.hub.endpoint}/{repo}/commit/{commit}'
         self.reply(200, {'success': True, 'commitOid': commit, 'commitUrl': url, 'hookOutput': ''})
 
-def _entry(path: str, stored: Stored) -> dict: # of a repository's tree
+def _entry(path: str, stored: Stored) -> dict[str, Any]: # of a repository's tree
     entry = {'type': 'file', 'path': path, 'size': stored.bytes, 'oid': _git_name(stored.sha256)}
     if stored.small: return entry
     return entry | {'lfs': {'oid': stored.sha256, 'size': stored.bytes, 'pointerSize': 130}}
