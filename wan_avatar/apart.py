@@ -65,16 +65,16 @@ def peak_memory() -> int: # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/06_apart.ipynb #1768ee31
-_KEPT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
+_PASSED_ON = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 # one heap for all threads; no threads of BLAS, since a process with threads is not to be forked
-_CALM = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+_ONE_THREAD = {'MALLOC_ARENA_MAX': '1', 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
 
 def bare_environment(
     environ: Mapping[str, str]
 ) -> dict[str, str]:
     "The environment of the waiting process, which finds packages where this one does"
-    kept = {k: v for k, v in environ.items() if k in _KEPT}
-    return kept | _CALM | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
+    passed_on = {k: v for k, v in environ.items() if k in _PASSED_ON}
+    return passed_on | _ONE_THREAD | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
 # %% ../nbs/06_apart.ipynb #261cf6d9
 @dataclass(frozen=True)
@@ -113,16 +113,16 @@ class _ProgressSender:
     def __init__(self, caller: Connection):
         self.caller = caller
         self.last = 0.0 # second of the last message
-        self.held: tuple[Any, ...] | None = None # progress that was not sent yet
+        self.unsent: tuple[Any, ...] | None = None # progress that was not sent yet
 
     def __call__(self, *progress: Any) -> None:
-        self.held = progress
+        self.unsent = progress
         if time.monotonic() - self.last >= 0.02: self.flush()
 
     def flush(self) -> None:
-        if self.held is None: return
-        self.caller.send(('progress', self.held))
-        self.held = None
+        if self.unsent is None: return
+        self.caller.send(('progress', self.unsent))
+        self.unsent = None
         self.last = time.monotonic()
 
 def _answer_call(caller: Connection) -> None:
@@ -142,7 +142,7 @@ def _answer_call(caller: Connection) -> None:
     caller.send(answer)
 
 # %% ../nbs/06_apart.ipynb #6112dc9c
-class _Waiting:
+class _ChildStarter:
     "Forks a child per call"
     def __init__(self, calls: socket.socket):
         self.calls = calls
@@ -154,18 +154,18 @@ class _Waiting:
         _, fds, _, _ = socket.recv_fds(self.calls, 1, 2)
         if len(fds) < 2: os._exit(0) # the kernel kills the children
         answers, line = fds
-        seen, alive = os.pipe() # the child holds the end that is written to until it is gone
+        exit_seen, alive = os.pipe() # the child holds the end that is written to until it is gone
         parent = os.getpid()
         try: child = os.fork()
         except OSError as e: # no more processes: this call fails, those that run go on
             print(f'no child for a call: {e}', file=sys.stderr)
-            for each in (answers, line, seen, alive): os.close(each)
+            for each in (answers, line, exit_seen, alive): os.close(each)
             return
         if child == 0: _be_child(answers, parent)
         os.close(answers)
         os.close(alive)
         self.ready.register(line, selectors.EVENT_READ, lambda: self.kill(child, line))
-        self.ready.register(seen, selectors.EVENT_READ, lambda: self.ended(child, line, seen))
+        self.ready.register(exit_seen, selectors.EVENT_READ, lambda: self.ended(child, line, exit_seen))
 
     def kill(self, child: int, line: int) -> None:
         "Kill a child whose caller has hung up"
@@ -198,11 +198,11 @@ def wait_for_calls(
 ) -> None:
     "Wait for calls; never returns"
     for name in preparations: pkgutil.resolve_name(name)()
-    waiting = _Waiting(socket.socket(fileno=fd))
+    starter = _ChildStarter(socket.socket(fileno=fd))
     while True:
-        for key, _ in waiting.ready.select():
+        for key, _ in starter.ready.select():
             # a closed file's number may belong to a newer call: only the registered key is called
-            if waiting.ready.get_map().get(key.fd) is key: key.data()
+            if starter.ready.get_map().get(key.fd) is key: key.data()
 
 # %% ../nbs/06_apart.ipynb #f890435d
 READ_TIMEOUT_S = 3600 # the longest any file is read; a job has a limit of its own

@@ -152,9 +152,10 @@ async def _answers(process: ComfyProcess, http: aiohttp.ClientSession) -> bool:
     limit = aiohttp.ClientTimeout(total=5)
     try:
         async with http.get(f'{process.url}/system_stats', headers={ASKED: number}, timeout=limit) as r:
-            shut, said = r.status == 403, r.headers.get(HEADER)
+            refused = r.status == 403
+            shown = r.headers.get(HEADER)
     except (aiohttp.ClientError, TimeoutError): return False
-    if shut: return said == proof(process.secret, number)
+    if refused: return shown == proof(process.secret, number)
     await process.stop()
     raise _not_started(process, 'answers requests that are not ours')
 
@@ -432,13 +433,13 @@ class _Prompt:
     async def _may_be_over(self, on_progress: Callable[[NodeProgress], None]) -> bool:
         "Wait for a message; true when it is time to ask for the state of the prompt"
         exited = asyncio.create_task(self.comfy.process.newest_child.wait())
-        heard = asyncio.create_task(self.inbox.get())
+        message = asyncio.create_task(self.inbox.get())
         first = asyncio.FIRST_COMPLETED
-        try: await asyncio.wait({exited, heard}, timeout=self.comfy.idle_check_s, return_when=first)
+        try: await asyncio.wait({exited, message}, timeout=self.comfy.idle_check_s, return_when=first)
         finally:
             exited.cancel()
-            if not heard.done(): heard.cancel()
-        event = heard.result() if heard.done() and not heard.cancelled() else None
+            if not message.done(): message.cancel()
+        event = message.result() if message.done() and not message.cancelled() else None
         if event is None: return True
         kind, data = event['type'], event['data']
         if kind == 'progress': on_progress(NodeProgress(data['node'], data['value'], data['max']))

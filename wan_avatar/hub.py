@@ -231,62 +231,63 @@ class _Hub(_Answers):
     # reading
 
     def may_read(self, repo: str) -> Repository | None: # None: it was refused
-        held = self.hub.repos.get(repo)
+        repository = self.hub.repos.get(repo)
         token = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if token and token != self.hub.token:
             self.reply(401, _BAD_TOKEN, {'X-Error-Message': _BAD_TOKEN['error']})
-        elif held is None or (held.private and not token):
+        elif repository is None or (repository.private and not token):
             missing = {'error': 'Repository not found'}
             self.reply(404 if token else 401, missing, {'X-Error-Code': 'RepoNotFound'})
-        elif held.gated and not token:
+        elif repository.gated and not token:
             self.reply(401, {'error': f'Access to model {repo} is restricted'}, {'X-Error-Code': 'GatedRepo'})
-        else: return held
+        else: return repository
         return None
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        if (held := self.may_read(repo)) is None: return
-        if revision not in ('main', held.commit): return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
-        if (stored := held.files.get(path)) is None:
-            return self.reply(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': held.commit})
+        if (repository := self.may_read(repo)) is None: return
+        if revision not in ('main', repository.commit):
+            return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
+        if (stored := repository.files.get(path)) is None:
+            return self.reply(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': repository.commit})
         etag = _git_name(stored.sha256) if stored.small else stored.sha256
-        headers = {'X-Repo-Commit': held.commit, 'ETag': f'"{etag}"'} | self.hub.xet_headers(stored)
+        headers = {'X-Repo-Commit': repository.commit, 'ETag': f'"{etag}"'} | self.hub.xet_headers(stored)
         if not self.hub.redirects or stored.small: return self.send_blob(stored, headers)
         linked = {'X-Linked-Etag': f'"{etag}"', 'X-Linked-Size': str(stored.bytes)}
         self.reply(302, b'', headers | linked | {'Location': self.hub.signed(stored)})
 
     def describe(self, repo: str, what: str | None, revision: str | None) -> None:
-        if (held := self.may_read(repo)) is None: return
-        if revision not in (None, 'main', held.commit):
+        if (repository := self.may_read(repo)) is None: return
+        if revision not in (None, 'main', repository.commit):
             return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
-        if what == 'tree': return self.reply(200, [_entry(p, s) for p, s in sorted(held.files.items())])
-        siblings = [{'rfilename': p} for p in held.files]
-        self.reply(200, {'id': repo, 'sha': held.commit, 'private': held.private, 'siblings': siblings})
+        if what == 'tree': return self.reply(200, [_entry(p, s) for p, s in sorted(repository.files.items())])
+        siblings = [{'rfilename': p} for p in repository.files]
+        self.reply(200, {'id': repo, 'sha': repository.commit, 'private': repository.private, 'siblings': siblings})
 
     # writing
 
-    def create(self, said: dict[str, Any]) -> None:
-        repo = f'{said.get("organization") or "tester"}/{said["name"]}'
+    def create(self, body: dict[str, Any]) -> None:
+        repo = f'{body.get("organization") or "tester"}/{body["name"]}'
         url = f'{self.hub.endpoint}/{repo}'
         if repo in self.hub.repos: return self.reply(409, {'error': 'You already created this model repo', 'url': url})
-        self.hub.commit(repo, {}, private=bool(said.get('private')) or said.get('visibility') == 'private')
+        self.hub.commit(repo, {}, private=bool(body.get('private')) or body.get('visibility') == 'private')
         self.reply(200, {'url': url, 'name': repo, 'id': repo})
 
-    def preupload(self, said: dict[str, Any]) -> None:
+    def preupload(self, body: dict[str, Any]) -> None:
         def mode(f: dict[str, Any]) -> str:
             return 'lfs' if f['size'] > 1000 or not f['path'].endswith(('.json', '.md')) else 'regular'
         self.reply(200, {'files': [{'path': f['path'], 'uploadMode': mode(f), 'shouldIgnore': False, 'oid': None}
-                                   for f in said['files']]})
+                                   for f in body['files']]})
 
-    def batch(self, said: dict[str, Any]) -> None:
-        objects = [self.wanted(o) for o in said['objects']]
+    def batch(self, body: dict[str, Any]) -> None:
+        objects = [self.upload_entry(o) for o in body['objects']]
         kind = {'Content-Type': 'application/vnd.git-lfs+json'}
         self.reply(200, {'transfer': 'basic', 'objects': objects}, kind)
 
-    def wanted(self, said: dict[str, Any]) -> dict[str, Any]:
-        entry = {'oid': said['oid'], 'size': said['size']}
-        if self.hub.blob(said['oid']).exists(): return entry
+    def upload_entry(self, lfs_object: dict[str, Any]) -> dict[str, Any]:
+        entry = {'oid': lfs_object['oid'], 'size': lfs_object['size']}
+        if self.hub.blob(lfs_object['oid']).exists(): return entry
         lfs = f'{self.hub.endpoint}/lfs'
-        upload = {'href': f'{lfs}/{said["oid"]}?sig={self.hub.signature}'}
+        upload = {'href': f'{lfs}/{lfs_object["oid"]}?sig={self.hub.signature}'}
         return entry | {'actions': {'upload': upload, 'verify': {'href': f'{lfs}/verify'}}}
 
     def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
@@ -365,11 +366,11 @@ class ModelHub:
     def commit(self, repo: str, files: dict[str, Stored], **more: Any) -> str: # commit
         "Add files to a repository"
         with self.lock:
-            held = self.repos.setdefault(repo, Repository(''))
-            held.files |= files
-            held.commit = held.commit or _git_name(repo)
-            for k, v in more.items(): setattr(held, k, v)
-            return held.commit
+            repository = self.repos.setdefault(repo, Repository(''))
+            repository.files |= files
+            repository.commit = repository.commit or _git_name(repo)
+            for k, v in more.items(): setattr(repository, k, v)
+            return repository.commit
 
     # what the servers ask
 

@@ -312,12 +312,12 @@ class JobQueue:
     def take(self, worker: str, n: int = 1) -> list[QueuedJob]:
         "Hand out up to n jobs, oldest first"
         self.expire()
-        given = self.line.take(n, not_these=self.taken.running())
+        handed_out = self.line.take(n, not_these=self.taken.running())
         now = self.clock()
-        for job in given:
+        for job in handed_out:
             job.start(worker, now)
             self.deadlines.add(now + job.request.execution_timeout_s, job.id)
-        return given
+        return handed_out
 
     def held(self, worker: str) -> list[QueuedJob]:
         "Jobs that a worker runs"
