@@ -154,7 +154,7 @@ def test_a_cancelled_call_ends_its_process_at_once(apart, function):
 
 def test_a_call_has_a_longest_time(apart):
     with pytest.raises(JobError, match='the picture takes longer than 0.2 s') as e:
-        apart.run(endless, what='the picture', seconds=0.2)
+        apart.run(endless, what='the picture', timeout_s=0.2)
     assert e.value.code == 'input_unreadable'
     assert not children(apart)
 

@@ -524,7 +524,8 @@ def test_every_command_of_the_guide(tree, checkout, tmp_path):
             for v in (local.bucket.environment()['MINIO_SECRET_KEY'], plane.key) if v in done.stdout + done.stderr
         ]
         *_, job = local.endpoint.pool.queue.jobs.values()
-    assert (job.request.ttl_s, job.request.execution_s) == (1900, 1300), 'the file\'s times do not travel with the job'
+    times = (job.request.ttl_s, job.request.execution_timeout_s)
+    assert times == (1900, 1300), 'the file\'s times do not travel with the job'
     tag, endpoint = done.stdout.split()[-2:]
     docker = (tmp_path / 'docker.log').read_text()
     assert f'build --platform linux/amd64 --tag {tag} ' in docker

@@ -93,7 +93,7 @@ def poll(check, why=lambda: ''):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    made = Site(tmp_path_factory.mktemp('site'), idle_timeout_s=600, webhook_pause_s=0.05, poll_s=1)
+    made = Site(tmp_path_factory.mktemp('site'), idle_timeout_s=600, webhook_interval_s=0.05, poll_timeout_s=1)
     with made.endpoint: yield made
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_ttl_removes_a_running_job_and_tells_its_worker(queue, clock):
     assert job.id not in queue.jobs
 
 def test_execution_timeout(queue, clock):
-    job = queue.submit(JobRequest({}, execution_s=5))
+    job = queue.submit(JobRequest({}, execution_timeout_s=5))
     clock.now += 50 # waiting does not count
     queue.take('w')
     clock.now += 4.9
@@ -129,7 +129,7 @@ def test_cancel(queue):
     assert queue.stop_signals('w') == []
 
 def test_a_retry_waits_until_the_first_run_has_let_go(queue, clock):
-    job = running(queue, execution_s=5)
+    job = running(queue, execution_timeout_s=5)
     clock.now += 5
     assert queue.retry(job.id)['status'] == 'IN_QUEUE'
     assert queue.take('w2') == [], 'w may still be at it'
@@ -220,7 +220,7 @@ def test_policy_and_defaults():
         sync=True,
         webhook='http://h/',
         ttl_s=3600,
-        execution_s=5,
+        execution_timeout_s=5,
         low_priority=True,
     )
     assert parse_request(b'{"input": {"x": "' + b'x' * 15 * MB + b'"}}', sync=True).size > 15 * MB

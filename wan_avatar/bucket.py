@@ -21,11 +21,16 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .job import JobError
 from .launch import Log, die_with_parent, free_port, private_folder
+
+if TYPE_CHECKING: # imported where they are used
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.x509 import Certificate
+    from minio import Minio
 
 # %% ../nbs/14_bucket.ipynb #0ed6c31f
 @cache
@@ -33,7 +38,7 @@ def _launcher() -> ThreadPoolExecutor:
     "The thread that starts children: PR_SET_PDEATHSIG goes by the thread that forked, so it must live as long as we do"
     return ThreadPoolExecutor(1, 'children')
 
-def _start_child(argv: list[str], **options: Any) -> subprocess.Popen:
+def _start_child(argv: list[str], **options: Any) -> subprocess.Popen[Any]:
     start = partial(subprocess.Popen, argv, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, **options)
     return _launcher().submit(start).result()
 
@@ -81,14 +86,15 @@ def certify(
     toml = _security(str(folder / 'certificate.pem'), str(folder / 'key.pem'))
     _write_private(folder / 'security.toml', toml.encode())
 
-def _certificate(key): # of cryptography.x509, signed by itself
+def _certificate(key: 'EllipticCurvePrivateKey') -> 'Certificate': # signed by itself
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     now = datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'wan_avatar')])
-    valid = {'not_valid_before': now - timedelta(days=1), 'not_valid_after': now + timedelta(days=3650)}
     address = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address('127.0.0.1'))])
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), **valid)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(),
+                                      not_valid_before=now - timedelta(days=1),
+                                      not_valid_after=now + timedelta(days=3650))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     return builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
 
@@ -114,7 +120,7 @@ class Bucket:
         self.access_key, self.secret_key = _keys(self.folder / 's3.json')
         self.log_path = self.folder / 'weed.log'
         self.ports = _ports(5)
-        self.child: subprocess.Popen | None = None
+        self.child: subprocess.Popen[Any] | None = None
         self.served = False
         self.last_words: Callable[[], str] = lambda: '' # the end of the newest child's log
 
@@ -166,7 +172,7 @@ class Bucket:
                 '-s3.port.iceberg', '0', '-s3.port.lance', '0', '-s3.autoCreateBucket=false',
                 '-master.telemetry=false', '-s3.config', str(self.folder / 's3.json')]
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[Any]:
         certify(self.folder)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith('WEED_')} # those would win over the file
         printed = Log(self.log_path)
@@ -181,7 +187,7 @@ class Bucket:
 
     # ready
 
-    def _wait_until_ready(self, child: subprocess.Popen) -> None:
+    def _wait_until_ready(self, child: subprocess.Popen[Any]) -> None:
         "Until the bucket takes an object; a child that ends is not waited for"
         # with minio 0.2 s, spent while SeaweedFS boots
         import urllib3
@@ -198,14 +204,14 @@ class Bucket:
         self.stop()
         raise self._failed(f'did not take an object within {self.start_timeout_s:g} s ({last})')
 
-    def _client(self): # a Minio that does not retry
+    def _client(self) -> 'Minio': # one that does not retry
         import urllib3
         from minio import Minio
         http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(5))
         return Minio(endpoint=urlsplit(self.endpoint).netloc, access_key=self.access_key, secret_key=self.secret_key,
                      secure=False, region='us-east-1', http_client=http)
 
-    def _write_object(self, client) -> None:
+    def _write_object(self, client: 'Minio') -> None:
         "Make the bucket, prove that it takes an object"
         if not client.bucket_exists(bucket_name=self.bucket): client.make_bucket(bucket_name=self.bucket)
         client.put_object(bucket_name=self.bucket, object_name='.ready', data=io.BytesIO(b'ok'), length=2)

@@ -47,7 +47,7 @@ class _ComfyDied(Exception):
 
 class Child:
     "A started process that a loop can wait for"
-    def __init__(self, process: subprocess.Popen):
+    def __init__(self, process: subprocess.Popen[Any]):
         self.process = process
         self.pid = process.pid
         self.ended = asyncio.Event()
@@ -115,7 +115,9 @@ class ComfyProcess:
         "The end of its log"
         return self.log.last(lines) if self.log else '(no log)'
 
-    async def stop(self, grace_s: float = 3) -> None:
+    async def stop(self,
+        timeout_s: float = 3 # for each of the signals
+    ) -> None:
         "End the process and its children: SIGTERM, then SIGKILL; one that was not taken over yet is killed at once"
         if self.launched: self.launched.end()
         self.launched = None
@@ -125,7 +127,7 @@ class ComfyProcess:
             try: os.killpg(child.pid, sig)
             except ProcessLookupError: pass
             try:
-                async with asyncio.timeout(grace_s): await child.wait()
+                async with asyncio.timeout(timeout_s): await child.wait()
             except TimeoutError: log.warning('ComfyUI ignored %s', sig.name)
 
 async def _until_it_answers(process: ComfyProcess, child: Child, http: aiohttp.ClientSession) -> None:
@@ -150,9 +152,10 @@ async def _answers(process: ComfyProcess, http: aiohttp.ClientSession) -> bool:
     limit = aiohttp.ClientTimeout(total=5)
     try:
         async with http.get(f'{process.url}/system_stats', headers={ASKED: number}, timeout=limit) as r:
-            shut, said = r.status == 403, r.headers.get(HEADER)
+            refused = r.status == 403
+            shown = r.headers.get(HEADER)
     except (aiohttp.ClientError, TimeoutError): return False
-    if shut: return said == proof(process.secret, number)
+    if refused: return shown == proof(process.secret, number)
     await process.stop()
     raise _not_started(process, 'answers requests that are not ours')
 
@@ -227,14 +230,14 @@ def unloaded_keys(
 
 # %% ../nbs/31_comfy.ipynb #31de0002
 def device_name(
-    stats: dict # ComfyUI's `/system_stats`
+    stats: dict[str, Any] # ComfyUI's `/system_stats`
 ) -> str: # `NVIDIA H100 80GB HBM3`, or `cpu`
     "The GPU's own name"
     devices = stats.get('devices') or [{}]
     return re.sub(r'^cuda:\d+ | : \w+$', '', str(devices[0].get('name', 'unknown')))
 
 def device_memory(
-    stats: dict # likewise
+    stats: dict[str, Any] # likewise
 ) -> int | None: # bytes; None: a CPU, or ComfyUI does not say
     "All memory of the GPU, as ComfyUI sees it"
     device = (stats.get('devices') or [{}])[0]
@@ -260,14 +263,14 @@ class Comfy:
         self.client_id = uuid.uuid4().hex
         self.http: aiohttp.ClientSession | None = None
         self.socket: aiohttp.ClientWebSocketResponse | None = None
-        self.inboxes: dict[str, asyncio.Queue] = {} # prompt id -> its messages
-        self.object_info: dict[str, dict] = {} # the nodes there are
+        self.inboxes: dict[str, asyncio.Queue[dict[str, Any] | None]] = {} # prompt id -> its messages
+        self.object_info: dict[str, dict[str, Any]] = {} # the nodes there are
         self.device = 'unknown' # what ComfyUI computes on
         self.device_bytes: int | None = None # and its memory
         self.starting = asyncio.Lock()
-        self.reader: asyncio.Task | None = None # of the socket
-        self.revival: asyncio.Task | None = None # a start in the background
-        self.learning: asyncio.Task | None = None # fills `object_info`
+        self.reader: asyncio.Task[None] | None = None # of the socket
+        self.revival: asyncio.Task[None] | None = None # a start in the background
+        self.learning: asyncio.Task[None] | None = None # fills `object_info`
 
     # the process
 
@@ -319,7 +322,11 @@ class Comfy:
         return self.http
 
     @asynccontextmanager
-    async def _asked(self, method: str, path: str, body: dict | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _asked(self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None # sent as JSON
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         "One request; a ComfyUI that runs and does not answer counts as dead"
         limits = aiohttp.ClientTimeout(total=self.request_timeout_s, sock_connect=5)
         try:
@@ -334,7 +341,7 @@ class Comfy:
             r.raise_for_status()
             return await r.json()
 
-    async def post(self, path: str, body: dict) -> tuple[int, Any]: # HTTP status, the JSON of its answer
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]: # HTTP status, the JSON of its answer
         "POST to one of ComfyUI's addresses"
         async with self._asked('POST', path, body) as r:
             return r.status, (await r.json() if r.content_length else None)
@@ -376,7 +383,7 @@ async def run(
     graph: Graph, # bound
     on_progress: Callable[[NodeProgress], None] = lambda p: None,
     restarts: Restarts | None = None # of the job this prompt belongs to; none: no restart
-) -> dict: # outputs by node id, as in ComfyUI's history
+) -> dict[str, Any]: # outputs by node id, as in ComfyUI's history
     "Run a graph to its end; JobError says why it failed"
     restarts = restarts or Restarts(0)
     while True:
@@ -406,9 +413,9 @@ class _Prompt:
     def __init__(self, comfy: Comfy):
         self.comfy = comfy
         self.id = str(uuid.uuid4()) # newer ComfyUIs take no other form
-        self.inbox: asyncio.Queue = asyncio.Queue()
+        self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
-    async def run(self, graph: Graph, on_progress: Callable[[NodeProgress], None]) -> dict:
+    async def run(self, graph: Graph, on_progress: Callable[[NodeProgress], None]) -> dict[str, Any]:
         "Queue it and wait for its outputs; being cancelled interrupts it"
         self.comfy.inboxes[self.id] = self.inbox
         body = {'prompt': graph, 'client_id': self.comfy.client_id, 'prompt_id': self.id}
@@ -426,20 +433,20 @@ class _Prompt:
     async def _may_be_over(self, on_progress: Callable[[NodeProgress], None]) -> bool:
         "Wait for a message; true when it is time to ask for the state of the prompt"
         exited = asyncio.create_task(self.comfy.process.newest_child.wait())
-        heard = asyncio.create_task(self.inbox.get())
+        message = asyncio.create_task(self.inbox.get())
         first = asyncio.FIRST_COMPLETED
-        try: await asyncio.wait({exited, heard}, timeout=self.comfy.idle_check_s, return_when=first)
+        try: await asyncio.wait({exited, message}, timeout=self.comfy.idle_check_s, return_when=first)
         finally:
             exited.cancel()
-            if not heard.done(): heard.cancel()
-        event = heard.result() if heard.done() and not heard.cancelled() else None
+            if not message.done(): message.cancel()
+        event = message.result() if message.done() and not message.cancelled() else None
         if event is None: return True
         kind, data = event['type'], event['data']
         if kind == 'progress': on_progress(NodeProgress(data['node'], data['value'], data['max']))
         if kind == 'executing': return data['node'] is None
         return kind in ('execution_error', 'execution_interrupted')
 
-    async def _outcome(self) -> dict | None:
+    async def _outcome(self) -> dict[str, Any] | None:
         "Outputs when the prompt is over, None while it goes on; raises the error that ended it"
         comfy = self.comfy
         if not comfy.process.alive: raise _ComfyDied(f'exit status {comfy.process.newest_child.returncode}')
@@ -453,10 +460,12 @@ class _Prompt:
         messages = dict(entry['status']['messages'])
         if 'execution_error' in messages: raise node_error(messages['execution_error'])
         if 'execution_interrupted' in messages: raise JobError('cancelled', 'the prompt was interrupted in ComfyUI')
-        return entry['outputs']
+        outputs: dict[str, Any] = entry['outputs']
+        return outputs
 
-    async def _history(self) -> dict | None:
-        return (await self.comfy.get(f'/history/{self.id}')).get(self.id)
+    async def _history(self) -> dict[str, Any] | None:
+        answer: dict[str, dict[str, Any]] = await self.comfy.get(f'/history/{self.id}')
+        return answer.get(self.id)
 
     async def _interrupt(self) -> None:
         "Returns when ComfyUI runs the prompt no more; kills ComfyUI if that takes longer than `interrupt_timeout_s`"
@@ -469,13 +478,13 @@ class _Prompt:
                     try: await asyncio.wait_for(self.inbox.get(), 0.1) # a message, or look again
                     except TimeoutError: pass
         except (TimeoutError, _ComfyDied, aiohttp.ClientError):
-            await comfy.process.stop(grace_s=0.5)
+            await comfy.process.stop(timeout_s=0.5)
             comfy.revive() # while the next job fetches its inputs
 
 @asynccontextmanager
 async def running_comfy(
     place: ComfyPlace,
-    **options # of ComfyProcess
+    **options: Any # of ComfyProcess
 ) -> AsyncIterator[Comfy]:
     "A ComfyUI for the length of a block: notebooks and tests"
     comfy = Comfy(ComfyProcess(place, **options))

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .files import sha256_of, whole_file
@@ -69,7 +69,7 @@ class _Answers(BaseHTTPRequestHandler):
     hub: 'ModelHub' # set by the server
     role: str
 
-    def log_message(self, *args) -> None: pass
+    def log_message(self, *args: Any) -> None: pass
 
     def note(self) -> bool: # was Authorization sent?
         authorised = 'Authorization' in self.headers
@@ -139,7 +139,7 @@ class _Body:
                 self.handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.handler.connection.close()
 
-    def _send_until(self, f, stop: int) -> None:
+    def _send_until(self, f: BinaryIO, stop: int) -> None:
         hub = self.handler.hub
         speed = hub.speed
         began = time.monotonic()
@@ -176,7 +176,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    def handle_error(self, request, client_address) -> None: pass # readers hang up on purpose
+    def handle_error(self, request: Any, client_address: Any) -> None: pass # readers hang up on purpose
 
 # %% ../nbs/13_hub.ipynb #d4818240
 _FILE = re.compile(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
@@ -231,65 +231,66 @@ class _Hub(_Answers):
     # reading
 
     def may_read(self, repo: str) -> Repository | None: # None: it was refused
-        held = self.hub.repos.get(repo)
+        repository = self.hub.repos.get(repo)
         token = self.headers.get('Authorization', '').removeprefix('Bearer ')
         if token and token != self.hub.token:
             self.reply(401, _BAD_TOKEN, {'X-Error-Message': _BAD_TOKEN['error']})
-        elif held is None or (held.private and not token):
+        elif repository is None or (repository.private and not token):
             missing = {'error': 'Repository not found'}
             self.reply(404 if token else 401, missing, {'X-Error-Code': 'RepoNotFound'})
-        elif held.gated and not token:
+        elif repository.gated and not token:
             self.reply(401, {'error': f'Access to model {repo} is restricted'}, {'X-Error-Code': 'GatedRepo'})
-        else: return held
+        else: return repository
         return None
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        if (held := self.may_read(repo)) is None: return
-        if revision not in ('main', held.commit): return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
-        if (stored := held.files.get(path)) is None:
-            return self.reply(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': held.commit})
+        if (repository := self.may_read(repo)) is None: return
+        if revision not in ('main', repository.commit):
+            return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
+        if (stored := repository.files.get(path)) is None:
+            return self.reply(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': repository.commit})
         etag = _git_name(stored.sha256) if stored.small else stored.sha256
-        headers = {'X-Repo-Commit': held.commit, 'ETag': f'"{etag}"'} | self.hub.xet_headers(stored)
+        headers = {'X-Repo-Commit': repository.commit, 'ETag': f'"{etag}"'} | self.hub.xet_headers(stored)
         if not self.hub.redirects or stored.small: return self.send_blob(stored, headers)
         linked = {'X-Linked-Etag': f'"{etag}"', 'X-Linked-Size': str(stored.bytes)}
         self.reply(302, b'', headers | linked | {'Location': self.hub.signed(stored)})
 
     def describe(self, repo: str, what: str | None, revision: str | None) -> None:
-        if (held := self.may_read(repo)) is None: return
-        if revision not in (None, 'main', held.commit):
+        if (repository := self.may_read(repo)) is None: return
+        if revision not in (None, 'main', repository.commit):
             return self.reply(404, b'', {'X-Error-Code': 'RevisionNotFound'})
-        if what == 'tree': return self.reply(200, [_entry(p, s) for p, s in sorted(held.files.items())])
-        siblings = [{'rfilename': p} for p in held.files]
-        self.reply(200, {'id': repo, 'sha': held.commit, 'private': held.private, 'siblings': siblings})
+        if what == 'tree': return self.reply(200, [_entry(p, s) for p, s in sorted(repository.files.items())])
+        siblings = [{'rfilename': p} for p in repository.files]
+        self.reply(200, {'id': repo, 'sha': repository.commit, 'private': repository.private, 'siblings': siblings})
 
     # writing
 
-    def create(self, said: dict) -> None:
-        repo = f'{said.get("organization") or "tester"}/{said["name"]}'
+    def create(self, body: dict[str, Any]) -> None:
+        repo = f'{body.get("organization") or "tester"}/{body["name"]}'
         url = f'{self.hub.endpoint}/{repo}'
         if repo in self.hub.repos: return self.reply(409, {'error': 'You already created this model repo', 'url': url})
-        self.hub.commit(repo, {}, private=bool(said.get('private')) or said.get('visibility') == 'private')
+        self.hub.commit(repo, {}, private=bool(body.get('private')) or body.get('visibility') == 'private')
         self.reply(200, {'url': url, 'name': repo, 'id': repo})
 
-    def preupload(self, said: dict) -> None:
-        def mode(f: dict) -> str:
+    def preupload(self, body: dict[str, Any]) -> None:
+        def mode(f: dict[str, Any]) -> str:
             return 'lfs' if f['size'] > 1000 or not f['path'].endswith(('.json', '.md')) else 'regular'
         self.reply(200, {'files': [{'path': f['path'], 'uploadMode': mode(f), 'shouldIgnore': False, 'oid': None}
-                                   for f in said['files']]})
+                                   for f in body['files']]})
 
-    def batch(self, said: dict) -> None:
-        objects = [self.wanted(o) for o in said['objects']]
+    def batch(self, body: dict[str, Any]) -> None:
+        objects = [self.upload_entry(o) for o in body['objects']]
         kind = {'Content-Type': 'application/vnd.git-lfs+json'}
         self.reply(200, {'transfer': 'basic', 'objects': objects}, kind)
 
-    def wanted(self, said: dict) -> dict:
-        entry = {'oid': said['oid'], 'size': said['size']}
-        if self.hub.blob(said['oid']).exists(): return entry
+    def upload_entry(self, lfs_object: dict[str, Any]) -> dict[str, Any]:
+        entry = {'oid': lfs_object['oid'], 'size': lfs_object['size']}
+        if self.hub.blob(lfs_object['oid']).exists(): return entry
         lfs = f'{self.hub.endpoint}/lfs'
-        upload = {'href': f'{lfs}/{said["oid"]}?sig={self.hub.signature}'}
+        upload = {'href': f'{lfs}/{lfs_object["oid"]}?sig={self.hub.signature}'}
         return entry | {'actions': {'upload': upload, 'verify': {'href': f'{lfs}/verify'}}}
 
-    def commit(self, repo: str, lines: list[dict]) -> None:
+    def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
         files = {}
         for kind, value in ((entry['key'], entry['value']) for entry in lines):
             if kind == 'file': files[value['path']] = self.hub.keep(base64.b64decode(value['content']))
@@ -299,7 +300,7 @@ class _Hub(_Answers):
         url = f'{self.hub.endpoint}/{repo}/commit/{commit}'
         self.reply(200, {'success': True, 'commitOid': commit, 'commitUrl': url, 'hookOutput': ''})
 
-def _entry(path: str, stored: Stored) -> dict: # of a repository's tree
+def _entry(path: str, stored: Stored) -> dict[str, Any]: # of a repository's tree
     entry = {'type': 'file', 'path': path, 'size': stored.bytes, 'oid': _git_name(stored.sha256)}
     if stored.small: return entry
     return entry | {'lfs': {'oid': stored.sha256, 'size': stored.bytes, 'pointerSize': 130}}
@@ -365,11 +366,11 @@ class ModelHub:
     def commit(self, repo: str, files: dict[str, Stored], **more: Any) -> str: # commit
         "Add files to a repository"
         with self.lock:
-            held = self.repos.setdefault(repo, Repository(''))
-            held.files |= files
-            held.commit = held.commit or _git_name(repo)
-            for k, v in more.items(): setattr(held, k, v)
-            return held.commit
+            repository = self.repos.setdefault(repo, Repository(''))
+            repository.files |= files
+            repository.commit = repository.commit or _git_name(repo)
+            for k, v in more.items(): setattr(repository, k, v)
+            return repository.commit
 
     # what the servers ask
 

@@ -15,12 +15,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -40,10 +40,13 @@ from wan_avatar.queue import (
 )
 from .worker_pool import PoolRules, PoolWorker, WorkerPool
 
+if TYPE_CHECKING: # imported where it is used
+    from fastapi import FastAPI, Request, Response
+
 log = logging.getLogger(__name__)
 
 # %% ../nbs/51_local.ipynb #f9b51f22
-async def _read_body(request, most: int) -> bytes:
+async def _read_body(request: 'Request', most: int) -> bytes:
     "A body of at most so many bytes; the rest is read and dropped, so that the caller receives the 413"
     parts: list[bytes] = []
     size = 0
@@ -54,7 +57,7 @@ async def _read_body(request, most: int) -> bytes:
     if size > most: raise too_large(most)
     return b''.join(parts)
 
-async def _read_report(request) -> tuple[dict, int]: # body, its bytes
+async def _read_report(request: 'Request') -> tuple[dict[str, Any], int]: # body, its bytes
     "A worker's report; a result beyond any limit is replaced by its size, which fails the job"
     try: body = await _read_body(request, payload_limit(True) + MB)
     except RequestRefused: return {}, 10 * payload_limit(True)
@@ -67,7 +70,7 @@ def _query_number(text: str | None, default: int, least: int, most: int, name: s
     if least <= value <= most: return value
     raise RequestRefused(400, f'{name} is {shorten(text)}; it must be a whole number from {least} to {most}')
 
-def _json_response(data: Any, status: int = 200):
+def _json_response(data: Any, status: int = 200) -> 'Response':
     "JSON as ASCII"
     from fastapi import Response
     return Response(json.dumps(data), status, media_type='application/json')
@@ -76,8 +79,8 @@ def _is_key(given: str | None, key: str) -> bool:
     return given is not None and hmac.compare_digest(given.encode(), key.encode())
 
 # %% ../nbs/51_local.ipynb #6edb9eb7
-def _caller_routes(app, base: str, api_key: str, pool: WorkerPool) -> None:
-    from fastapi import Depends, Request
+def _caller_routes(app: 'FastAPI', base: str, api_key: str, pool: WorkerPool) -> None:
+    from fastapi import Depends, Request, Response
     queue = pool.queue
     per_10_s = {'run': 1000, 'runsync': 2000, 'status': 2000}
     rates = {name: RateLimit(n, pool.rules.clock) for name, n in per_10_s.items()}
@@ -92,15 +95,15 @@ def _caller_routes(app, base: str, api_key: str, pool: WorkerPool) -> None:
         pool.changed.notify()
         return job
 
-    async def run(request: Request): return _json_response((await submitted(request, False)).view())
+    async def run(request: Request) -> Response: return _json_response((await submitted(request, False)).view())
 
-    async def runsync(request: Request):
+    async def runsync(request: Request) -> Response:
         wait = _query_number(request.query_params.get('wait'), 90_000, 1000, 300_000, 'wait')
         job = await submitted(request, True)
         await pool.changed.wait_for(lambda: job.ended is not None or job.id not in queue.jobs, wait / 1000)
         return _json_response(queue.status(job.id))
 
-    async def status(job_id: str):
+    async def status(job_id: str) -> Response:
         rates['status']()
         return _json_response(queue.status(job_id))
 
@@ -110,18 +113,19 @@ def _caller_routes(app, base: str, api_key: str, pool: WorkerPool) -> None:
     app.get(f'{base}/status/{{job_id}}', dependencies=guards)(status)
     _queue_routes(app, base, pool, guards)
 
-def _queue_routes(app, base: str, pool: WorkerPool, guards: list) -> None:
+def _queue_routes(app: 'FastAPI', base: str, pool: WorkerPool, guards: list[Any]) -> None:
+    from fastapi import Response
     queue = pool.queue
 
-    def changed(answer: dict):
+    def changed(answer: dict[str, Any]) -> Response:
         pool.changed.notify()
         return _json_response(answer)
 
-    async def stream(job_id: str): return _json_response(queue.stream(job_id))
-    async def health(): return _json_response({'jobs': queue.health(), 'workers': pool.counts()})
-    async def cancel(job_id: str): return changed(queue.cancel(job_id))
-    async def retry(job_id: str): return changed(queue.retry(job_id))
-    async def purge(): return changed(queue.purge())
+    async def stream(job_id: str) -> Response: return _json_response(queue.stream(job_id))
+    async def health() -> Response: return _json_response({'jobs': queue.health(), 'workers': pool.counts()})
+    async def cancel(job_id: str) -> Response: return changed(queue.cancel(job_id))
+    async def retry(job_id: str) -> Response: return changed(queue.retry(job_id))
+    async def purge() -> Response: return changed(queue.purge())
     app.get(f'{base}/stream/{{job_id}}', dependencies=guards)(stream)
     app.get(f'{base}/health', dependencies=guards)(health)
     app.post(f'{base}/cancel/{{job_id}}', dependencies=guards)(cancel)
@@ -129,7 +133,7 @@ def _queue_routes(app, base: str, pool: WorkerPool, guards: list) -> None:
     app.post(f'{base}/purge-queue', dependencies=guards)(purge)
 
 # %% ../nbs/51_local.ipynb #0b399416
-def _worker_routes(app, base: str, pool: WorkerPool) -> None:
+def _worker_routes(app: 'FastAPI', base: str, pool: WorkerPool) -> None:
     from fastapi import Request, Response
     queue = pool.queue
     changed = pool.changed
@@ -141,21 +145,22 @@ def _worker_routes(app, base: str, pool: WorkerPool) -> None:
             raise RequestRefused(401, 'not a worker of this endpoint')
         return worker
 
-    async def taken(request: Request, worker_id: str, n: int) -> list[dict]:
+    async def taken(request: Request, worker_id: str, n: int) -> list[dict[str, Any]]:
         worker = known(request, worker_id)
         pool.ready(worker)
         if request.query_params.get('job_in_progress') == '0': queue.seen(worker.id, set())
-        jobs = await changed.wait_for(lambda: worker.state != 'ready' or queue.take(worker.id, n), pool.rules.poll_s)
+        def answered() -> bool | list[QueuedJob]: return worker.state != 'ready' or queue.take(worker.id, n)
+        jobs = await changed.wait_for(answered, pool.rules.poll_timeout_s)
         jobs = jobs if isinstance(jobs, list) else []
         if jobs: pool.backoff.worker_took_job()
         # a worker that is stopped asks again until it sees its SIGTERM
         elif worker.state != 'ready': await changed.wait_for(lambda: worker.state == 'gone', 0.1)
         return [{'id': job.id, 'input': job.request.input} for job in jobs]
 
-    async def take(worker_id: str, request: Request):
+    async def take(worker_id: str, request: Request) -> Response:
         return _json_response(jobs[0]) if (jobs := await taken(request, worker_id, 1)) else Response(status_code=204)
 
-    async def take_batch(worker_id: str, request: Request):
+    async def take_batch(worker_id: str, request: Request) -> Response:
         n = _query_number(request.query_params.get('batch_size'), 1, 1, 1000, 'batch_size')
         return _json_response(jobs) if (jobs := await taken(request, worker_id, n)) else Response(status_code=204)
 
@@ -163,18 +168,19 @@ def _worker_routes(app, base: str, pool: WorkerPool) -> None:
     app.get(f'{base}/job-take-batch/{{worker_id}}')(take_batch)
     _report_routes(app, base, pool, known)
 
-def _report_routes(app, base: str, pool: WorkerPool, known: Callable) -> None:
+def _report_routes(app: 'FastAPI', base: str, pool: WorkerPool,
+                   known: Callable[['Request', str], PoolWorker]) -> None:
     from fastapi import Request, Response
     queue = pool.queue
 
-    async def stop(worker_id: str, request: Request):
+    async def stop(worker_id: str, request: Request) -> Response:
         worker = known(request, worker_id)
         over = ('stopping', 'gone')
         ids = await pool.changed.wait_for(lambda: queue.stop_signals(worker.id) or worker.state in over,
-                                           pool.rules.poll_s)
+                                           pool.rules.poll_timeout_s)
         return _json_response({'jobsToStop': ids}) if isinstance(ids, list) and ids else Response(status_code=204)
 
-    async def report(worker_id: str, job_id: str, request: Request):
+    async def report(worker_id: str, job_id: str, request: Request) -> Response:
         worker = known(request, worker_id)
         body, size = await _read_report(request)
         if body.get('status') == 'IN_PROGRESS': accepted = queue.progress(worker.id, job_id, body.get('output'))
@@ -182,53 +188,54 @@ def _report_routes(app, base: str, pool: WorkerPool, known: Callable) -> None:
         else: accepted = queue.done(worker.id, job_id, body, size)
         if body.get('stopPod'): pool.drain(worker)
         pool.changed.notify()
-        return {'accepted': accepted}
+        return _json_response({'accepted': accepted})
 
-    async def ping(worker_id: str, request: Request):
+    async def ping(worker_id: str, request: Request) -> Response:
         worker = known(request, worker_id)
         query = request.query_params
         if query.get('status') == 'unhealthy':
             pool.mark_unhealthy(worker, f'{query.get("check")}: {query.get("reason")}')
         else: pool.ready(worker)
         queue.seen(worker.id, set(','.join(query.getlist('job_id')).split(',')))
-        return {}
+        return _json_response({})
 
     app.get(f'{base}/job-stop/{{worker_id}}')(stop)
     app.get(f'{base}/ping/{{worker_id}}')(ping)
     for name in ('job-done', 'job-stream'): app.post(f'{base}/{name}/{{worker_id}}/{{job_id}}')(report)
 
 # %% ../nbs/51_local.ipynb #2b717a61
-def _app(base: str, api_key: str, pool: WorkerPool):
+def _app(base: str, api_key: str, pool: WorkerPool) -> 'FastAPI':
     "The endpoint as an ASGI application"
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Request, Response
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.exception_handler(RequestRefused)
-    async def refused(request: Request, e: RequestRefused): return _json_response({'error': str(e)}, e.status)
+    async def refused(request: Request, e: RequestRefused) -> Response:
+        return _json_response({'error': str(e)}, e.status)
     _caller_routes(app, base, api_key, pool)
     _worker_routes(app, base, pool)
     return app
 
 # %% ../nbs/51_local.ipynb #c14f232c
 def webhook_sender(
-    pause_s: float = 10, # between tries
+    interval_s: float = 10, # between tries
     tries: int = 3,
     at_once: int = 8 # connections
-) -> Callable: # async (url, status) -> the attempt that got 200, or None
+) -> Callable[[str, dict[str, Any]], Coroutine[Any, Any, int | None]]: # (url, status) -> the try that got 200
     "Posts results; never raises when the other side fails"
     lanes = asyncio.Semaphore(at_once)
     limits = aiohttp.ClientTimeout(total=20)
 
-    async def post(url: str, status: dict) -> bool:
+    async def post(url: str, status: dict[str, Any]) -> bool:
         try:
             async with lanes, aiohttp.ClientSession(timeout=limits) as http, http.post(url, json=status) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError): return False
 
-    async def send(url: str, status: dict) -> int | None:
+    async def send(url: str, status: dict[str, Any]) -> int | None:
         for attempt in range(1, tries + 1):
             if await post(url, status): return attempt
-            if attempt < tries: await asyncio.sleep(pause_s)
+            if attempt < tries: await asyncio.sleep(interval_s)
         log.warning('webhook of job %s: %d tries without a 200', status['id'], tries)
         return None
     return send
@@ -248,26 +255,26 @@ class LocalEndpoint:
         port: int = 0, # 0: any
         init_timeout_s: float = 420, # RunPod's 7 minutes
         clock: Callable[[], float] = time.monotonic,
-        webhook_pause_s: float = 10,
-        on_event: Callable[[str, dict], None] | None = None, # (kind, details), from the endpoint's thread
-        stop_grace_s: float = 10, # between SIGTERM and SIGKILL
+        webhook_interval_s: float = 10,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None, # (kind, details), from the endpoint's thread
+        stop_timeout_s: float = 10, # between SIGTERM and SIGKILL
         queue_delay_s: float = 4, # RunPod's scaler
-        poll_s: float = 5): # longest poll of a worker
+        poll_timeout_s: float = 5): # longest poll of a worker
         self.endpoint_id = endpoint_id
         self.api_key = f'local_{secrets.token_hex(20)}'
-        self.webhook_pause_s = webhook_pause_s
-        self.stop_grace_s = stop_grace_s
+        self.webhook_interval_s = webhook_interval_s
+        self.stop_timeout_s = stop_timeout_s
         self.socket = socket.create_server(('127.0.0.1', port), backlog=256)
         self.url = f'http://127.0.0.1:{self.socket.getsockname()[1]}/v2'
         self.rules = PoolRules(command=list(worker_command), env=dict(worker_env), log_folder=Path(log_folder),
                             base=f'{self.url}/{endpoint_id}', endpoint_id=endpoint_id, idle_timeout_s=idle_timeout_s,
                             max_workers=max_workers, init_timeout_s=init_timeout_s, queue_delay_s=queue_delay_s,
-                            stop_grace_s=stop_grace_s, poll_s=poll_s, clock=clock,
+                            stop_timeout_s=stop_timeout_s, poll_timeout_s=poll_timeout_s, clock=clock,
                             on_event=on_event or (lambda kind, details: None))
         self.thread: threading.Thread | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closing: asyncio.Event | None = None
-        self.started: Future = Future()
+        self.started: Future[None] = Future()
 
     def start(self) -> None:
         private_folder(self.rules.log_folder, 'the folder of logs')
@@ -283,7 +290,7 @@ class LocalEndpoint:
             if self.loop is not None and self.closing is not None: # else it never began
                 try: self.loop.call_soon_threadsafe(self.closing.set)
                 except RuntimeError: pass # the loop has ended
-            self.thread.join(timeout=self.stop_grace_s + 20)
+            self.thread.join(timeout=self.stop_timeout_s + 20)
         self.socket.close()
 
     def __enter__(self) -> 'LocalEndpoint':
@@ -291,7 +298,7 @@ class LocalEndpoint:
         self.started.result(timeout=30)
         return self
 
-    def __exit__(self, *exc) -> None: self.close()
+    def __exit__(self, *exc: object) -> None: self.close()
 
     # the endpoint's thread
 
@@ -312,7 +319,7 @@ class LocalEndpoint:
                                 timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[self.socket]))
-        ruling = asyncio.create_task(self.pool.apply_rules(webhook_sender(self.webhook_pause_s)))
+        ruling = asyncio.create_task(self.pool.apply_rules(webhook_sender(self.webhook_interval_s)))
         closing = asyncio.create_task(self.closing.wait())
         self.started.set_result(None)
         await asyncio.wait({serving, ruling, closing}, return_when=asyncio.FIRST_COMPLETED)
@@ -337,7 +344,7 @@ def up(
     worker_command: list[str] | None = None, # default: the worker of the image
     worker_env: dict[str, str] | None = None, # on top of the bucket's MINIO_* variables
     idle_timeout_s: float = 5,
-    **more # of LocalEndpoint
+    **more: Any # of LocalEndpoint
 ) -> Iterator[Local]:
     "The whole endpoint for the length of a block; nothing is left running"
     folder = Path(folder).resolve()

@@ -36,12 +36,12 @@ class RequestRefused(Exception):
 @dataclass(frozen=True)
 class JobRequest:
     "One checked body of `/run` or `/runsync`"
-    input: dict
+    input: dict[str, Any]
     size: int = 0 # bytes of the body
     sync: bool = False
     webhook: str | None = None
     ttl_s: float = 86400 # from submission, whatever state the job is in
-    execution_s: float = 600 # from pick-up
+    execution_timeout_s: float = 600 # from pick-up
     low_priority: bool = False # served last, starts no worker
 
 def payload_limit(
@@ -76,7 +76,7 @@ def parse_request(
                       sync=sync,
                       webhook=webhook,
                       ttl_s=_policy_seconds(policy, 'ttl', 86_400_000),
-                      execution_s=_policy_seconds(policy, 'executionTimeout', 600_000),
+                      execution_timeout_s=_policy_seconds(policy, 'executionTimeout', 600_000),
                       low_priority=policy.get('lowPriority') is True)
 
 def too_large(
@@ -85,7 +85,7 @@ def too_large(
     "What is raised for a body that is larger"
     return RequestRefused(413, f'the body has more than {most // MB} MB; put files into the bucket and send their keys')
 
-def _policy_seconds(policy: dict, name: str, default: int) -> float: # of a field in milliseconds
+def _policy_seconds(policy: dict[str, Any], name: str, default: int) -> float: # of a field in milliseconds
     value = policy.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= WEEK_MS:
         must = 'it must be a whole number of milliseconds up to 7 days'
@@ -107,9 +107,10 @@ class QueuedJob:
     error: str | None = None
     losses: int = 0 # workers that went away with it
     size: int = 0 # bytes kept: request and result
-    chunks: deque = field(default_factory=lambda: deque(maxlen=1000)) # of a streaming handler, not yet fetched
+    # of a streaming handler, not yet fetched
+    chunks: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))
 
-    def view(self) -> dict:
+    def view(self) -> dict[str, Any]:
         "The answer of `/status`, and the body of the webhook"
         shown: dict[str, Any] = {'id': self.id, 'status': self.state}
         if self.started is not None:
@@ -218,12 +219,12 @@ class _TakenJobs:
     def running(self) -> set[str]: return set().union(*self.may_still_run.values())
 
 # %% ../nbs/50_queue.ipynb #d4c0a33a
-def _within_limit(body: dict, size: int, most: int) -> tuple[dict, int]: # a result and its bytes
+def _within_limit(body: dict[str, Any], size: int, most: int) -> tuple[dict[str, Any], int]: # a result and its bytes
     return (body, size) if size <= most else ({'error': f'the result has more than {most // MB} MB'}, 0)
 
 def _new_id(request: JobRequest) -> str: return f'{secrets.token_hex(12)}-{"s" if request.sync else "u"}1'
 
-def _error_of(body: dict) -> str | None: # of a result
+def _error_of(body: dict[str, Any]) -> str | None: # of a result
     error = body.get('error') or None
     return error if error is None or isinstance(error, str) else json.dumps(error)
 
@@ -246,7 +247,7 @@ class JobQueue:
         self.deadlines = _Deadlines()
         self.kept = 0 # bytes
         self.taken = _TakenJobs()
-        self.webhooks: deque[tuple[str, dict]] = deque(maxlen=1000) # to be sent
+        self.webhooks: deque[tuple[str, dict[str, Any]]] = deque(maxlen=1000) # to be sent
         self.totals = dict.fromkeys(('completed', 'failed', 'retried'), 0)
 
     # callers
@@ -263,21 +264,21 @@ class JobQueue:
         self.deadlines.add(job.submitted + request.ttl_s, job.id)
         return job
 
-    def status(self, job_id: str) -> dict: return self._find(job_id).view()
+    def status(self, job_id: str) -> dict[str, Any]: return self._find(job_id).view()
 
-    def stream(self, job_id: str) -> dict:
+    def stream(self, job_id: str) -> dict[str, Any]:
         "State, and the chunks that were not fetched yet"
         job = self._find(job_id)
         chunks = [job.chunks.popleft() for _ in range(len(job.chunks))]
         return {'id': job.id, 'status': job.state, 'stream': chunks}
 
-    def cancel(self, job_id: str) -> dict:
+    def cancel(self, job_id: str) -> dict[str, Any]:
         "CANCELLED, unless it has ended already"
         job = self._find(job_id)
         if job.state not in FINAL: self._end(job, 'CANCELLED')
         return {'id': job.id, 'status': job.state}
 
-    def retry(self, job_id: str) -> dict:
+    def retry(self, job_id: str) -> dict[str, Any]:
         "Run a job that is FAILED or TIMED_OUT once more, under the same id; its times start anew"
         job = self._find(job_id)
         if job.state not in ('FAILED', 'TIMED_OUT'):
@@ -288,7 +289,7 @@ class JobQueue:
         self.deadlines.add(job.submitted + job.request.ttl_s, job.id)
         return {'id': job.id, 'status': job.state}
 
-    def purge(self) -> dict:
+    def purge(self) -> dict[str, Any]:
         "Cancel every waiting job; running jobs go on"
         self.expire()
         waiting = [job for job in self.jobs.values() if job.state == 'IN_QUEUE']
@@ -311,12 +312,12 @@ class JobQueue:
     def take(self, worker: str, n: int = 1) -> list[QueuedJob]:
         "Hand out up to n jobs, oldest first"
         self.expire()
-        given = self.line.take(n, not_these=self.taken.running())
+        handed_out = self.line.take(n, not_these=self.taken.running())
         now = self.clock()
-        for job in given:
+        for job in handed_out:
             job.start(worker, now)
-            self.deadlines.add(now + job.request.execution_s, job.id)
-        return given
+            self.deadlines.add(now + job.request.execution_timeout_s, job.id)
+        return handed_out
 
     def held(self, worker: str) -> list[QueuedJob]:
         "Jobs that a worker runs"
@@ -328,13 +329,13 @@ class JobQueue:
         job.output = output
         return True
 
-    def chunk(self, worker: str, job_id: str, body: dict) -> bool: # accepted
+    def chunk(self, worker: str, job_id: str, body: dict[str, Any]) -> bool: # accepted
         "Add one part of a streaming handler's output"
         if (job := self._holds(worker, job_id)) is None: return False
         job.chunks.append({'output': body.get('output')})
         return True
 
-    def done(self, worker: str, job_id: str, body: dict, size: int = 0) -> bool: # accepted
+    def done(self, worker: str, job_id: str, body: dict[str, Any], size: int = 0) -> bool: # accepted
         "End a job with its result: FAILED when it holds `error`"
         self.taken.ended(worker, job_id)
         if (job := self._holds(worker, job_id)) is None: return False
@@ -372,8 +373,8 @@ class JobQueue:
         if job.ended is not None:
             if now >= job.ended + self.retention_s[job.request.sync]: self._forget(job)
         elif now >= job.submitted + job.request.ttl_s: self._forget(job)
-        elif job.started is not None and now >= job.started + job.request.execution_s:
-            late = f'the job ran longer than its executionTimeout of {job.request.execution_s:g} s'
+        elif job.started is not None and now >= job.started + job.request.execution_timeout_s:
+            late = f'the job ran longer than its executionTimeout of {job.request.execution_timeout_s:g} s'
             self._end(job, 'TIMED_OUT', error=late)
 
     def _end(self, job: QueuedJob, state: str, output: Any = None, error: str | None = None,

@@ -49,10 +49,10 @@ class PoolRules:
     max_workers: int
     init_timeout_s: float # a worker that is not ready by then is unhealthy
     queue_delay_s: float # a job that waited so long calls for one more worker
-    stop_grace_s: float # between SIGTERM and SIGKILL
-    poll_s: float # longest poll of a worker
+    stop_timeout_s: float # between SIGTERM and SIGKILL
+    poll_timeout_s: float # longest poll of a worker
     clock: Callable[[], float] # seconds
-    on_event: Callable[[str, dict], None] # (kind, details)
+    on_event: Callable[[str, dict[str, Any]], None] # (kind, details)
 
 # %% ../nbs/50_worker_pool.ipynb #371cd15c
 def worker_environment(
@@ -98,10 +98,10 @@ class Changes:
         self.event.set()
         self.event = asyncio.Event()
 
-    async def wait_for(self, ready: Callable[[], Any], seconds: float) -> Any:
-        "The first true answer of `ready`, or its answer when the time is over"
+    async def wait_for(self, ready: Callable[[], Any], timeout_s: float) -> Any:
+        "The first true answer of `ready`, or its answer when `timeout_s` have passed"
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(timeout_s):
                 while not (answer := ready()): await self.event.wait()
                 return answer
         except TimeoutError: return ready()
@@ -132,7 +132,7 @@ class WorkerPool:
         self.changed = Changes()
         self.backoff = Backoff(rules.clock)
         self.workers: dict[str, PoolWorker] = {}
-        self.tasks: set[asyncio.Task] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.unhealthy: deque[str] = deque(maxlen=rules.max_workers)
 
     # reports of workers
@@ -154,7 +154,7 @@ class WorkerPool:
         if worker.trouble is not None: return
         worker.trouble = why
         worker.state = 'stopping'
-        self._task(self.stop(worker, grace_s=1))
+        self._task(self.stop(worker, timeout_s=1))
 
     # the life of one worker
 
@@ -171,14 +171,14 @@ class WorkerPool:
         else: self._task(self._watch(worker, process, guard))
         self.changed.notify()
 
-    async def stop(self, worker: PoolWorker, grace_s: float) -> None:
+    async def stop(self, worker: PoolWorker, timeout_s: float) -> None:
         "SIGTERM, which lets running jobs finish, then SIGKILL to the group; its polls are answered at once meanwhile"
         worker.state = 'stopping'
-        process = await self.changed.wait_for(lambda: worker.process, grace_s) # it may be starting
+        process = await self.changed.wait_for(lambda: worker.process, timeout_s) # it may be starting
         if process is None: return
         if process.returncode is None: process.terminate()
         self.changed.notify()
-        if not await self.changed.wait_for(lambda: worker.state == 'gone', grace_s): _kill_group(process)
+        if not await self.changed.wait_for(lambda: worker.state == 'gone', timeout_s): _kill_group(process)
 
     async def _watch(self, worker: PoolWorker, process: Process, guard: Process) -> None:
         code = await process.wait()
@@ -205,7 +205,7 @@ class WorkerPool:
 
     # the rules
 
-    async def apply_rules(self, send_webhook: Callable[[str, dict], Coroutine]) -> None:
+    async def apply_rules(self, send_webhook: Callable[[str, dict[str, Any]], Coroutine[Any, Any, Any]]) -> None:
         "Apply the rules until cancelled"
         while True:
             for worker in list(self.workers.values()): self._check(worker)
@@ -230,7 +230,7 @@ class WorkerPool:
         idle_s = max(self.rules.idle_timeout_s, 30) if self.queue.waiting() else self.rules.idle_timeout_s
         if worker.state == 'draining' or now >= worker.idle_since + idle_s:
             worker.state = 'stopping'
-            self._task(self.stop(worker, self.rules.stop_grace_s))
+            self._task(self.stop(worker, self.rules.stop_timeout_s))
 
     def _needs_worker(self) -> bool:
         "Does a job wait that no worker here will soon take?"
@@ -254,13 +254,13 @@ class WorkerPool:
         for worker in list(self.workers.values()):
             for job in self.queue.held(worker.id): self.queue.cancel(job.id)
         await self.changed.wait_for(lambda: all(w.process for w in self.workers.values()), 5) # one may be starting
-        stops = [self.stop(w, self.rules.stop_grace_s) for w in list(self.workers.values()) if w.process]
+        stops = [self.stop(w, self.rules.stop_timeout_s) for w in list(self.workers.values()) if w.process]
         await asyncio.gather(*stops)
         await self.changed.wait_for(lambda: not self.workers, 5)
         for task in list(self.tasks): task.cancel()
         if self.tasks: await asyncio.wait(list(self.tasks), timeout=2)
 
-    def _task(self, work: Coroutine) -> asyncio.Task:
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         self.tasks.add(task := asyncio.create_task(work))
         task.add_done_callback(self.tasks.discard)
         return task
