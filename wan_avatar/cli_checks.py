@@ -23,10 +23,11 @@ import typer
 from rich.table import Table
 
 from .access import LOCAL, endpoint_or_local, job_inputs, until_signal
-from .bench import BENCHES, run_bench, table
+from .bench import BENCHES, run_bench
 from .client import Client
 from .gpu import Options, bench_gpu
 from .job import shorten
+from .measure import table
 from .metrics import RecordsError, RunDifference
 from .reports import ReportError, ReportFailed, compare_folders, run_report
 from .smoke import Row, keep_summary, rows, run_smoke

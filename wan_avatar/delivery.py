@@ -144,14 +144,18 @@ def render_settings(
         negative_prompt=profile.prompts.get('negative_embedding'),
         files=[w.file for w in needed_files(profile)])
 
-async def upload_proven(run: JobRun, inputs: Inputs, attempt: Attempt) -> dict[str, Any]: # fields of the result
+async def upload_proven(
+    inputs: Inputs,
+    attempt: Attempt,
+    timeline: Timeline, # of the job
+    progress: Callable[[int, int], None] # bytes done, and in all
+) -> dict[str, Any]: # fields of the result
     "Upload the video while it is checked; the first failure is raised at once"
-    progress = run.progress('upload')
     digest = await asyncio.to_thread(sha256_of, inputs.result)
     async def upload() -> None:
-        with run.timeline.stage('upload', bytes=inputs.result.stat().st_size):
+        with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(attempt.put, inputs.result, digest, progress)
-    proven, _ = await together(asyncio.to_thread(prove, inputs, run.timeline, digest), upload())
+    proven, _ = await together(asyncio.to_thread(prove, inputs, timeline, digest), upload())
     return proven
 
 def manifest_of(
@@ -178,7 +182,7 @@ async def deliver(
     attempt = Attempt(run.worker.store, run.key, uuid.uuid4().hex)
     try:
         async with attempt.removed_on_failure():
-            proven = await upload_proven(run, inputs, attempt)
+            proven = await upload_proven(inputs, attempt, run.timeline, run.progress('upload'))
             manifest = manifest_of(run, inputs, proven, track, kernels)
             there = await asyncio.to_thread(attempt.store.stat, run.key)
             if not there or there['labels'].get('attempt', attempt.id) != attempt.id: # another attempt wrote over it

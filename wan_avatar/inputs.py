@@ -83,7 +83,7 @@ def take_image(
     else:
         worker.store.download(str(job.input_image_minio_path), raw, 'input_image_minio_path', MAX_IMAGE_BYTES,
                               cancelled=cancelled)
-    worker.reading.run(normalise_image, raw, reference, what='the picture', seconds=MAX_IMAGE_SECONDS,
+    worker.reading.run(normalise_image, raw, reference, what='the picture', timeout_s=MAX_IMAGE_SECONDS,
                        cancelled=cancelled)
     return reference
 
