@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 from conftest import ROOT
 from control_plane import KEY, control_plane

@@ -16,7 +16,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, urlsplit
 
-import httpx
+import httpx2 as httpx
 import pytest
 from conftest import make_settings
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
-import httpx
+import httpx2 as httpx
 import numpy as np
 
 from .client import Client, EndpointError, Status, fetch_result
