@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
-import httpx
+import httpx2
 import psutil
 import pytest
 from conftest import ROOT, comfy_dir, comfy_with_probe
@@ -279,7 +279,7 @@ def test_requests_that_are_not_ours_are_refused(running, method, path, headers, 
     process = running.comfy.process
     before = sorted(running.place.work_dir.rglob('*'))
     headers = {k: of_this_start(v, process) for k, v in headers.items()}
-    with httpx.Client(trust_env=False) as client:
+    with httpx2.Client(trust_env=False) as client:
         answer = client.request(method, process.url + of_this_start(path, process), headers=headers, timeout=10, **more)
     assert answer.status_code == 403
     assert answer.text.startswith('refused: ')
@@ -299,7 +299,7 @@ ASKED = [
 def test_what_the_worker_asks_for_is_answered(running, method, path):
     process = running.comfy.process
     body = {} if method == 'POST' else None
-    with httpx.Client(trust_env=False) as client:
+    with httpx2.Client(trust_env=False) as client:
         answer = client.request(method, process.url + path, headers=process.headers, timeout=30, json=body)
     assert answer.status_code == 200
 

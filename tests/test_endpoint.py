@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from conftest import ROOT, comfy_dir, cut
@@ -164,10 +164,10 @@ def answers(port: int) -> list[str]:
     anyone.verify_mode = ssl.CERT_NONE
     heard = []
     for scheme, asked in (('http', ASKED), ('https', ASKED[::10])): # without a certificate nobody gets to name a path
-        with httpx.Client(verify=anyone, trust_env=False, timeout=10) as client:
+        with httpx2.Client(verify=anyone, trust_env=False, timeout=10) as client:
             for method, path, more in asked:
                 try: answer = client.request(method, f'{scheme}://127.0.0.1:{port}{path}', **more)
-                except httpx.TransportError: continue
+                except httpx2.TransportError: continue
                 if answer.status_code < 400 or SECRET_TEXT in answer.content:
                     heard.append(f'{port} {scheme} {method} {path}: {answer.status_code} {answer.text[:60]}')
     return heard

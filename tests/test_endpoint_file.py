@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from conftest import ROOT
 from control_plane import KEY, control_plane
@@ -275,7 +275,7 @@ def test_gives_up_in_the_end(plane, tmp_path):
 
 def test_who_may_ask(plane, control, tmp_path):
     bearer = {'Authorization': f'Bearer {KEY}'}
-    usual = httpx.get(f'{plane.url}/v2/serverless', headers=bearer, trust_env=False)
+    usual = httpx2.get(f'{plane.url}/v2/serverless', headers=bearer, trust_env=False)
     assert usual.status_code == 403, 'the stand-in takes a default User-Agent'
     with pytest.raises(EndpointError, match='401 Unauthorized: invalid bearer token'):
         find(Control('rpa_other', plane.url), 'x')

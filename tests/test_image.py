@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from wan_avatar.cli import app
 from wan_avatar.image import (
     Commit,
     build_arguments,
-    read_lock,
+    lock_of,
     read_metadata,
     requirement_inputs,
     requirement_name,
@@ -58,7 +59,7 @@ def test_hadolint_passes():
 def test_lock_and_dockerfile_agree():
     said = instructions()
     arguments = [rest for what, rest in said if what == 'ARG']
-    given = build_arguments(read_lock(ROOT), Commit('0' * 40, '20260101'), '1')
+    given = build_arguments(lock_of(ROOT), Commit('0' * 40, '20260101'), '1')
     assert set(arguments) == set(given), 'an argument has a default, or nobody gives it'
     assert [rest.split(' AS ')[0] for what, rest in said if what == 'FROM'] == [BASE, BASE]
     dockerfile = (ROOT / 'Dockerfile').read_text()
@@ -97,7 +98,7 @@ def test_lock_and_requirements_agree():
 # %% ComfyUI's code has a hash
 def test_what_is_tested_is_what_the_lock_names():
     "ComfyUI here, from a package, has the code of the commit that the image is built from"
-    lock = read_lock(ROOT)['comfyui']
+    lock = lock_of(ROOT).comfyui
     version = (ROOT / '.comfy/ComfyUI/comfyui_version.py').read_text()
     assert install.code_hash(ROOT / '.comfy/ComfyUI') == lock['code_sha256']
     assert f'"{lock["version"]}"' in version
@@ -173,7 +174,7 @@ def test_a_clone_has_the_hash_of_the_package(tmp_path, autocrlf):
     clone = ['git', '-c', f'core.autocrlf={autocrlf}', 'clone', '-q', tmp_path / 'origin', tmp_path / 'clone']
     subprocess.run(clone, check=True, timeout=120)
     assert (b'\r\n' in (tmp_path / 'clone/main.py').read_bytes()) == (autocrlf == 'true')
-    install.settle(tmp_path / 'clone', 'a clone', read_lock(ROOT)['comfyui']['code_sha256'])
+    install.settle(tmp_path / 'clone', 'a clone', lock_of(ROOT).comfyui['code_sha256'])
 
 def test_context_is_small_and_has_what_is_copied():
     there = context()
@@ -293,9 +294,11 @@ def tree(tmp_path_factory):
         shutil.copy(ROOT / name, base / 'context' / name)
     line = make_wheel(base / 'wheels', 'tinydep', '1.0')
     for name in ('worker', 'comfy'): requirements_file(base / 'context', name).write_text(line)
-    lock = read_lock(ROOT) | {'custom_nodes': [{'repo': f'file://{base}/Sage', 'commit': repository(base / 'Sage')}]}
-    lock['comfyui'] = lock['comfyui'] | {'repo': f'file://{base}/ComfyUI', 'commit': repository(base / 'ComfyUI'),
-                                         'code_sha256': install.code_hash(base / 'ComfyUI')} # of other requirements
+    comfyui = {'repo': f'file://{base}/ComfyUI', 'commit': repository(base / 'ComfyUI'),
+               'code_sha256': install.code_hash(base / 'ComfyUI')} # of other requirements
+    sage = {'repo': f'file://{base}/Sage', 'commit': repository(base / 'Sage')}
+    lock = lock_of(ROOT)
+    lock = replace(lock, comfyui={**lock.comfyui, **comfyui}, custom_nodes=(sage,))
     (base / 'bin').mkdir()
     (base / 'bin/python3.12').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n') # the image's Python is this one
     (base / 'bin/python3.12').chmod(0o755)
@@ -545,7 +548,7 @@ def test_every_command_of_the_guide(tree, checkout, tmp_path):
 def check_versions(worker: dict, built: dict[str, str]) -> None:
     "What made a video can be read from its manifest"
     assert worker['git_sha'] == built['GIT_SHA']
-    assert worker['comfyui'] == read_lock(ROOT)['comfyui']['version']
+    assert worker['comfyui'] == lock_of(ROOT).comfyui['version']
     assert worker['comfyui_source'] == f'{built["COMFYUI_REPO"]}@{built["COMFYUI_COMMIT"]}'
     assert worker['custom_nodes'] == built['CUSTOM_NODES']
     assert worker['lock'] == hashlib.sha256((ROOT / 'wan_avatar/models.lock.json').read_bytes()).hexdigest()[:12]

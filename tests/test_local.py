@@ -9,7 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -56,7 +56,7 @@ class Site:
         command = command or [sys.executable, str(folder / 'worker.py')]
         self.endpoint = LocalEndpoint(command, QUIET | (env or {}), folder / 'logs', on_event=self.hear, **more)
         key = {'Authorization': f'Bearer {self.endpoint.api_key}'}
-        self.http = httpx.Client(base_url=f'{self.endpoint.url}/local', headers=key, timeout=30)
+        self.http = httpx2.Client(base_url=f'{self.endpoint.url}/local', headers=key, timeout=30)
 
     def hear(self, kind: str, details: dict) -> None:
         with self.heard:
@@ -152,7 +152,7 @@ STRANGERS = [ # without a key, or with another's
 
 @pytest.mark.parametrize('method, path, headers', STRANGERS)
 def test_a_stranger_is_refused(site, method, path, headers):
-    answer = httpx.request(method, site.endpoint.url + path, json={'input': {}}, headers=headers)
+    answer = httpx2.request(method, site.endpoint.url + path, json={'input': {}}, headers=headers)
     assert answer.status_code == 401
 
 REFUSALS = [ # with a caller's key

@@ -16,7 +16,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, urlsplit
 
-import httpx
+import httpx2
 import pytest
 from conftest import make_settings
 
@@ -210,7 +210,7 @@ def test_a_cancelled_wait_for_the_bucket_ends(bucket, tmp_path):
 
 def test_presigned_addresses(bucket, store, tmp_path):
     store.write_bytes('pre signed.bin', b'hello', 'application/octet-stream')
-    assert httpx.get(store.presign('pre signed.bin', 60)).content == b'hello'
+    assert httpx2.get(store.presign('pre signed.bin', 60)).content == b'hello'
     public = Store(make_settings(bucket, tmp_path, MINIO_PUBLIC_ENDPOINT='https://media.example.org')).presign(
         'a.mp4', 60
     )

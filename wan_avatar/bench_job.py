@@ -38,7 +38,6 @@ from .ffmpeg import bench_media, timed_call
 from .files import sha256_of, whole_file
 from .frames import FPS, SIZE, read_frames
 from .inputs import Inputs
-from .job import manifest_key
 from .launch import ComfyPlace
 from .measure import SAMPLES, Measurement, fresh_endpoint, sample_job, timed_job
 from .mp4 import Encoder

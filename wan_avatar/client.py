@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 
 from .files import sha256_of
@@ -72,7 +72,7 @@ class Client:
         self.endpoint = endpoint.rstrip('/')
         self.attempts = attempts
         self.pause = pause
-        self.http = httpx.Client(headers={'Authorization': f'Bearer {api_key}'}, timeout=30, trust_env=False)
+        self.http = httpx2.Client(headers={'Authorization': f'Bearer {api_key}'}, timeout=30, trust_env=False)
 
     # jobs
 
@@ -121,9 +121,9 @@ class Client:
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try: r = self.http.request(method, self.endpoint + path, json=body)
-        except httpx.TransportError as e:
+        except httpx2.TransportError as e:
             # a POST may have arrived: a second /run is a second bill
-            unsafe = method == 'POST' and not isinstance(e, httpx.ConnectError)
+            unsafe = method == 'POST' and not isinstance(e, httpx2.ConnectError)
             raise (_Refused if unsafe else TransientError)(f'{type(e).__name__}: {e}') from e
         if r.status_code == 200:
             answer: dict[str, Any] = r.json()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
-import httpx
+import httpx2
 from rich.markup import escape
 from rich.table import Table
 
@@ -184,7 +184,7 @@ class Control:
         self.hide = sorted({h for h in (api_key, *hide) if h}, key=len, reverse=True)
         headers = {'Authorization': f'Bearer {api_key}',
                    'User-Agent': f'wan-avatar/{version("wan_avatar")}'} # RunPod refuses the libraries' own
-        self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(30, connect=5), trust_env=False)
+        self.http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(30, connect=5), trust_env=False)
 
     def masked(self, text: str) -> str:
         "A text without any value that is to stay hidden"
@@ -200,15 +200,15 @@ class Control:
         except TransientError as e: raise EndpointError(f'{request}: {e}, {self.attempts} times') from None
         return answer.json() if answer.content else None
 
-    def _once(self, method: str, url: str, body: Any) -> httpx.Response: # TransientError when it may be tried again
+    def _once(self, method: str, url: str, body: Any) -> httpx2.Response: # TransientError when it may be tried again
         creates = method == 'POST' and not url.endswith('/graphql')
         def failed(kind: type[EndpointError], why: str) -> EndpointError:
             return kind(self.masked(f'{method} {url}: {why}'))
         def passing(why: str, after_s: float = 0) -> TransientError: return TransientError(self.masked(why), after_s)
         try: r = self.http.request(method, url, json=body)
-        except httpx.TransportError as e:
+        except httpx2.TransportError as e:
             why = f'{type(e).__name__}: {e}'
-            unsent = isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout))
+            unsent = isinstance(e, (httpx2.ConnectError, httpx2.ConnectTimeout))
             if creates and not unsent: raise failed(OutcomeUnknown, why) from e
             raise passing(why) from e
         if r.is_success or (method == 'DELETE' and r.status_code == 404): return r # it is gone already
@@ -218,7 +218,7 @@ class Control:
         if creates: raise failed(OutcomeUnknown, why)
         raise passing(why)
 
-def _detail(r: httpx.Response) -> str:
+def _detail(r: httpx2.Response) -> str:
     "RunPod's explanation"
     try: answer = r.json()
     except ValueError: return r.text[:200]
@@ -375,14 +375,14 @@ def read_log(
     until = time.monotonic() + limit_s
     url = f'{control.base}/v2/serverless/{endpoint_id}/workers/{worker_id}/logs'
     accept = {'Accept': 'text/event-stream'}
-    timeout = httpx.Timeout(5, read=1)
+    timeout = httpx2.Timeout(5, read=1)
     try:
         with control.http.stream('GET', url, params={'tail': lines}, headers=accept, timeout=timeout) as r:
             if not r.is_success: return read
             for line in r.iter_lines():
                 if line.startswith('data:'): read.append(control.masked(json.loads(line[5:]).get('line', '')))
                 if len(read) >= lines or time.monotonic() > until: break
-    except httpx.TransportError: pass # a second without a line: the log has been read
+    except httpx2.TransportError: pass # a second without a line: the log has been read
     return read
 
 # %% ../nbs/52_endpoint.ipynb #9e420564

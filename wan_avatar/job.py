@@ -168,9 +168,9 @@ def parse_job(
                        'send its key in input_image_minio_path, or its address in input_image_url')
     try: return Job.model_validate(data)
     except ValidationError as e:
-        raise JobError('bad_input', '; '.join(_findings(e.errors(include_url=False)))) from None
+        raise JobError('bad_input', '; '.join(_field_findings(e.errors(include_url=False)))) from None
 
-def _findings(found: list[ErrorDetails]) -> Iterator[str]:
+def _field_findings(found: list[ErrorDetails]) -> Iterator[str]:
     unknown = [finding['loc'][0] for finding in found if finding['type'] == 'extra_forbidden']
     yield from (_finding(finding) for finding in found if finding['type'] != 'extra_forbidden')
     if not unknown: return

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -485,7 +485,7 @@ def billing_figures(
     source = '/v2/billing/serverless'
     asked: dict[str, str | int] = {'serverlessId': endpoint_id, 'bucketSize': 'hour', 'lastN': hours}
     headers = {'Authorization': f'Bearer {api_key}', 'User-Agent': 'wan-avatar'}
-    r = httpx.get(base + source, params=asked, timeout=30, trust_env=False, headers=headers)
+    r = httpx2.get(base + source, params=asked, timeout=30, trust_env=False, headers=headers)
     if r.status_code != 200: raise RecordsError(f'{source} answered HTTP {r.status_code}: {r.text[:200]}')
     amounts = [(x['startTime'], float(x['totalAmount'])) for x in r.json()['records']]
     return [Sourced(f'billed from {begin}', usd, 'USD', source) for begin, usd in amounts if usd]

@@ -318,10 +318,12 @@ def _look(
 ) -> Step:
     target = places.target(file)
     if not file.known: return Step(file, 'not pinned')
-    if remembered(target, file.pin.sha256): return Step(file, 'verified')
+    pin = file.pin
+    if remembered(target, pin.sha256): return Step(file, 'verified')
     if target.exists() and target.stat().st_size == file.bytes: return Step(file, 'here')
     if next(cached(file, places.caches), None): return Step(file, 'cache')
-    return Step(file, 'mirror' if in_mirror(file) else 'hub', arrived(part_path(target, file.pin.sha256), file.pin.bytes))
+    where = 'mirror' if in_mirror(file) else 'hub'
+    return Step(file, where, arrived(part_path(target, pin.sha256), pin.bytes))
 
 LINK_MB_S = 100 # of a worker's link: assumed wherever a time follows from bytes; measured nowhere
 _WHERE = {

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
-import httpx
+import httpx2
 import numpy as np
 
 from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
@@ -98,18 +98,18 @@ def get_url(url: str) -> tuple[int, str, str]: # HTTP status, SHA-256 of the bod
     "GET as anybody would, without credentials"
     digest = hashlib.sha256()
     try:
-        with httpx.stream('GET', url, timeout=60, trust_env=False) as r:
+        with httpx2.stream('GET', url, timeout=60, trust_env=False) as r:
             for chunk in r.iter_bytes(): digest.update(chunk)
             return r.status_code, digest.hexdigest(), ''
-    except httpx.HTTPError as e: return 0, '', f'{type(e).__name__}: {e}'
+    except httpx2.HTTPError as e: return 0, '', f'{type(e).__name__}: {e}'
 
 def until_refused(url: str, limit_s: float, pause: Callable[[float], None] = time.sleep) -> int: # last HTTP status
     "Ask for one byte until the storage says no"
     until = time.monotonic() + limit_s
     status = 0
     while time.monotonic() < until:
-        try: status = httpx.get(url, headers={'Range': 'bytes=0-0'}, timeout=30, trust_env=False).status_code
-        except httpx.HTTPError: status = 0
+        try: status = httpx2.get(url, headers={'Range': 'bytes=0-0'}, timeout=30, trust_env=False).status_code
+        except httpx2.HTTPError: status = 0
         if 400 <= status < 500: return status
         pause(0.25)
     return status

