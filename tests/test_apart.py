@@ -19,9 +19,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from wan_avatar.apart import MEMORY_LIMIT, Apart, bare_environment, peak_memory
 from wan_avatar.comfy import Restarts
 from wan_avatar.inputs import take_image, take_video
-from wan_avatar.apart import MEMORY_LIMIT, Apart, bare_environment, peak_memory
 from wan_avatar.job import Job, JobError
 from wan_avatar.normalise import normalise_video
 from wan_avatar.run import JobRun, WorkerContext

@@ -20,8 +20,8 @@ from wan_avatar.job import JobError
 from wan_avatar.launch import ComfyPlace, launch
 from wan_avatar.models import Lock, LockedFile, Needs, dump_lock, load_lock
 from wan_avatar.prompt import Embedding
-from wan_avatar.tasks import Background
 from wan_avatar.store import Store
+from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import boot, check_fit, shut_down, warm_up
 from wan_avatar.workflow import TINY, WAN, Profile, Weight, needed_files, with_tracker

@@ -18,9 +18,9 @@ from wan_avatar.comfy import Comfy, ComfyProcess, node_error, run
 from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError
 from wan_avatar.launch import HEADER, BoundedFile, ComfyPlace, Log, launch, lay_out, place_of, private_folder
+from wan_avatar.memory import Memory, find_memory, memory_in_use, memory_variable, pinned_at_most
 from wan_avatar.tasks import Background
 from wan_avatar.worker import check_disk
-from wan_avatar.memory import Memory, find_memory, memory_in_use, memory_variable, pinned_at_most
 
 PICTURE = {'a': {'class_type': 'EmptyImage', 'inputs': {'width': 64, 'height': 64, 'batch_size': 1, 'color': 255}},
            'b': {'class_type': 'PreviewImage', 'inputs': {'images': ['a', 0]}}}

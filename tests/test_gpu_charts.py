@@ -12,11 +12,11 @@ from wan_avatar import gpu_charts
 from wan_avatar.cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, measured, write_run
 from wan_avatar.gpu_charts import (
     UNMEASURED,
+    cards_section,
     fits,
     pool_sizes,
     shown_case,
     table_of,
-    cards_section,
     whole_windows,
     write_report,
 )

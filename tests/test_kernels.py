@@ -5,12 +5,12 @@ import subprocess
 import pytest
 from conftest import ROOT, comfy_dir, make_settings
 
-from wan_avatar.run import profile_here
 from wan_avatar.cards import PRODUCTION, GpuRun, Measured, runs_by_folder, unfounded
 from wan_avatar.config import load_settings
 from wan_avatar.job import JobError
 from wan_avatar.kernels import ATTENTIONS, FP8_PRODUCTS, KERNELS, NEEDED_GB, Choice, Need
 from wan_avatar.nodes import Kernels, kernels_for
+from wan_avatar.run import profile_here
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import boot, check_card
 from wan_avatar.workflow import PROFILES, WAN

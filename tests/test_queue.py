@@ -6,6 +6,7 @@ import pytest
 
 from wan_avatar.queue import MB, JobQueue, JobRequest, RateLimit, RequestRefused, parse_request
 
+
 class Clock:
     now = 100.0
     def __call__(self) -> float: return self.now

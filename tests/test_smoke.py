@@ -18,8 +18,8 @@ from wan_avatar.local import up
 from wan_avatar.manifest import BootReport, Manifest
 from wan_avatar.mp4 import Encoder, check_mp4
 from wan_avatar.normalise import normalise_video
-from wan_avatar.timeline import Stage
 from wan_avatar.smoke import LEAST_CHANGE, Decoded, Evidence, change, checks_of, decode_result, run_smoke, until_refused
+from wan_avatar.timeline import Stage
 
 ANSWER = {
     'minio_key': 'avatars/smoke/now/j1.mp4',
