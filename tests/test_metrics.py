@@ -13,22 +13,52 @@ from conftest import ROOT
 from wan_avatar.bundle import own_lock
 from wan_avatar.cards import PRODUCTION, GpuRun, Measured
 from wan_avatar.charts import (
-    draw_cold_starts, draw_costs, draw_distribution, draw_download, draw_full_size, draw_gantt, draw_jobs,
-    draw_months, draw_percentiles, full_size_bars,
+    draw_cold_starts,
+    draw_costs,
+    draw_distribution,
+    draw_download,
+    draw_full_size,
+    draw_gantt,
+    draw_jobs,
+    draw_months,
+    draw_percentiles,
+    full_size_bars,
 )
 from wan_avatar.cli_weights import models_plan
 from wan_avatar.forecast import start_bytes
 from wan_avatar.metrics import (
-    FullSize, JobRecord, RecordsError, billed_s, billing_figures, by_kind, cold_parts, cold_share, cold_share_at,
-    compare_runs, costs, difference, download_speed, estimates, full_size_start, full_weights, months, percentiles,
-    read_records, start_of, summarise, waited_for,
-    what_is_saved, without_price, write_records,
+    FullSize,
+    JobRecord,
+    RecordsError,
+    billed_s,
+    billing_figures,
+    by_kind,
+    cold_parts,
+    cold_share,
+    cold_share_at,
+    compare_runs,
+    costs,
+    difference,
+    download_speed,
+    estimates,
+    full_size_start,
+    full_weights,
+    months,
+    percentiles,
+    read_records,
+    start_of,
+    summarise,
+    waited_for,
+    what_is_saved,
+    without_price,
+    write_records,
 )
 from wan_avatar.models import LINK_MB_S, load_lock, plan_table
 from wan_avatar.prices import POOLS, GpuPool, PricesError, load_prices, pool_of
 from wan_avatar.reports import report_parameters, report_path
 from wan_avatar.timeline import Stage
 from wan_avatar.workflow import WAN
+
 
 def stage(name, begin_s, end_s, **facts) -> Stage: return Stage(name, begin_s, end_s, facts)
 

@@ -15,19 +15,33 @@ from conftest import ROOT, make_settings
 from typer.testing import CliRunner
 
 import wan_avatar.hub as hub_module
-from wan_avatar import download, fetch as fetching, partial, pinning, sources
+from wan_avatar import download, partial, pinning, sources
+from wan_avatar import fetch as fetching
 from wan_avatar.cli import app
 from wan_avatar.fetch import ProgressLines, fetch
 from wan_avatar.hub import Fault, model_hub
 from wan_avatar.job import JobError
-from wan_avatar.models import FIGURES, Lock, LockDamaged, LockedFile, Needs, Places
-from wan_avatar.models import dump_lock, load_lock, parse_lock, part_path, remembered, verified
+from wan_avatar.models import (
+    FIGURES,
+    Lock,
+    LockDamaged,
+    LockedFile,
+    Needs,
+    Places,
+    dump_lock,
+    load_lock,
+    parse_lock,
+    part_path,
+    remembered,
+    verified,
+)
 from wan_avatar.partial import arrived, merged, read_journal
 from wan_avatar.pinning import HubUnreachable, changes, checked, pinned
 from wan_avatar.sources import Http, Hub, Mirror
 from wan_avatar.store import Store
 from wan_avatar.track import TRACKERS
 from wan_avatar.workflow import PROFILES, WAN, check_weights, locked_files, needed_files, with_tracker
+
 
 def some_bytes(n: int, seed: int = 0) -> bytes: return random.Random(seed).randbytes(n)
 

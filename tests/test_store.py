@@ -23,9 +23,19 @@ from conftest import make_settings
 from wan_avatar.config import SettingsError, load_settings
 from wan_avatar.job import JobError, parse_job
 from wan_avatar.store import (
-    CACHES, PART, WEB_PORTS, Replaced, Store, address, check_reach, check_url, fetch_image, is_public,
+    CACHES,
+    PART,
+    WEB_PORTS,
+    Replaced,
+    Store,
+    address,
+    check_reach,
+    check_url,
+    fetch_image,
+    is_public,
     ports_of,
 )
+
 
 class Line:
     "A TCP relay to the bucket: counts connections, and cuts the n-th of them after so many bytes of the answer"

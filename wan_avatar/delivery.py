@@ -156,7 +156,7 @@ async def upload_proven(
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(attempt.put, inputs.result, digest, progress)
     proven, _ = await together(asyncio.to_thread(prove, inputs, timeline, digest), upload())
-    return proven
+    return dict(proven)
 
 def manifest_of(
     run: JobRun,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from .avatar import make_avatar
 from .job import JobError, ProgressUpdate, parse_job
@@ -19,11 +20,11 @@ from .timeline import Timeline, log_line
 log = logging.getLogger(__name__)
 
 # %% ../nbs/41_handler.ipynb #252ecd71
-Send = Callable[[dict, dict], Awaitable[None]] # (job event, update)
+Send = Callable[[dict[str, Any], dict[str, Any]], Awaitable[None]] # (job event, update)
 
 @asynccontextmanager
 async def progress_feed(
-    event: dict, # the job, as RunPod gave it
+    event: dict[str, Any], # the job, as RunPod gave it
     send: Send,
     interval_s: float = 0.5, # least time between updates
     drain_s: float = 5 # longest wait for one update
@@ -53,7 +54,7 @@ async def progress_feed(
         fresh.set()
         await asyncio.wait({task})
 
-async def _send_one(send: Send, event: dict, update: dict, limit_s: float) -> None:
+async def _send_one(send: Send, event: dict[str, Any], update: dict[str, Any], limit_s: float) -> None:
     try: await asyncio.wait_for(send(event, update), limit_s)
     except (OSError, TimeoutError) as e: # an update that is lost does not fail the job
         log.warning('progress of %s was not taken: %r', event['id'], e)
@@ -65,7 +66,7 @@ class Handler:
         self.worker = worker
         self.send = send
 
-    async def __call__(self, event: dict) -> dict: # `Result.answer()`, or an error
+    async def __call__(self, event: dict[str, Any]) -> dict[str, Any]: # `Result.answer()`, or an error
         "One job, from event to answer"
         timeline = Timeline()
         job_id = str(event.get('id'))

@@ -123,7 +123,7 @@ async def render(run: Run, shared: RenderPlan) -> KernelsRan | None:
     "Render every window in ComfyUI and encode it; returns what `kernels_that_ran` finds"
     profile, clip, timeline = run.profile, shared.inputs.clip, run.timeline
     length, tail = profile.length, None
-    outputs: list[dict] = []
+    outputs: list[dict[str, Any]] = []
     todo = plan_windows(clip.frames, length, profile.overlap)
     progress = run.progress('render', segments=len(todo))
     encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
@@ -149,7 +149,7 @@ async def render(run: Run, shared: RenderPlan) -> KernelsRan | None:
     return kernels_that_ran(outputs, profile)
 
 def kernels_that_ran(
-    outputs: list[dict], # of each window, by node
+    outputs: list[dict[str, Any]], # of each window, by node
     profile: Profile
 ) -> KernelsRan | None: # None: a graph without them
     "The kernels that computed a video; logs a warning where the profile names another one"

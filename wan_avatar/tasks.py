@@ -18,9 +18,9 @@ from typing import Any
 
 # %% ../nbs/04_tasks.ipynb #1d697e33
 async def in_thread(
-    function: Callable, # blocking; takes `cancelled: Callable[[], bool]`
-    *args,
-    **kwargs
+    function: Callable[..., Any], # blocking; takes `cancelled: Callable[[], bool]`
+    *args: Any,
+    **kwargs: Any
 ) -> Any: # what it returns
     "Run a blocking function; cancelling this stops the thread first"
     stop = threading.Event()
@@ -35,10 +35,10 @@ async def in_thread(
 
 # %% ../nbs/04_tasks.ipynb #1215ac59
 def start_in_thread(
-    function: Callable, # blocking
-    *args,
-    **kwargs
-) -> asyncio.Future: # to be awaited
+    function: Callable[..., Any], # blocking
+    *args: Any,
+    **kwargs: Any
+) -> asyncio.Future[Any]: # to be awaited
     "Start a call in a thread now; it runs to its end even if its caller is cancelled. For tidying up"
     # not a task: a loop that ends would cancel it before its first step
     call = partial(function, *args, **kwargs)
@@ -47,8 +47,8 @@ def start_in_thread(
 # %% ../nbs/04_tasks.ipynb #03af2c5b
 @asynccontextmanager
 async def entered_in_thread(
-    manager: AbstractContextManager,
-    ending: Callable[[], AbstractContextManager] = nullcontext # around a good end: a stage of the timeline
+    manager: AbstractContextManager[Any],
+    ending: Callable[[], AbstractContextManager[Any]] = nullcontext # around a good end: a stage of the timeline
 ) -> AsyncIterator[Any]:
     "A blocking context manager whose beginning and end may take long, such as an encoder that finishes its file"
     value = await asyncio.to_thread(manager.__enter__)
@@ -62,8 +62,8 @@ async def entered_in_thread(
 @asynccontextmanager
 async def one_at_a_time() -> AsyncIterator[Callable[..., Awaitable[None]]]:
     "Gives a function that starts blocking calls in a thread, one at a time; starting one waits for the one before"
-    running: list[asyncio.Task] = []
-    async def start(function: Callable, *args: Any) -> None:
+    running: list[asyncio.Task[Any]] = []
+    async def start(function: Callable[..., Any], *args: Any) -> None:
         if running: await running.pop()
         running.append(asyncio.create_task(in_thread(function, *args)))
     try:
@@ -74,10 +74,10 @@ async def one_at_a_time() -> AsyncIterator[Callable[..., Awaitable[None]]]:
         if running: await asyncio.wait(running)
 
 # %% ../nbs/04_tasks.ipynb #479b1a6d
-async def _awaited(work: Awaitable) -> Any: return await work
+async def _awaited(work: Awaitable[Any]) -> Any: return await work
 
 async def together(
-    *works: Awaitable
+    *works: Awaitable[Any]
 ) -> list[Any]: # what they return, in the order of the arguments
     "Await all at once; the first failure ends the rest before it is raised"
     tasks = [asyncio.create_task(_awaited(w)) for w in works]
@@ -90,7 +90,7 @@ async def together(
 # %% ../nbs/04_tasks.ipynb #18d14c32
 class KeyedLock:
     "A lock per key; a key that is not held takes no memory"
-    def __init__(self):
+    def __init__(self) -> None:
         self.locks: dict[str, asyncio.Lock] = {}
         self.holders: Counter[str] = Counter()
 
@@ -108,15 +108,15 @@ class KeyedLock:
 # %% ../nbs/04_tasks.ipynb #a85a6957
 class Background:
     "An event loop on a thread of its own"
-    def __init__(self):
+    def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.pool = ThreadPoolExecutor(thread_name_prefix='service')
         self.loop.set_default_executor(self.pool)
-        self.works: weakref.WeakSet[Coroutine] = weakref.WeakSet() # submitted, and not ended
+        self.works: weakref.WeakSet[Coroutine[Any, Any, Any]] = weakref.WeakSet() # submitted, and not ended
         self.thread = threading.Thread(target=self.loop.run_forever, name='service', daemon=True)
         self.thread.start()
 
-    def submit(self, work: Coroutine) -> Future:
+    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         "Run a coroutine on the loop; cancelling the future cancels it"
         self.works.add(work)
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -136,7 +136,7 @@ class Background:
         "Cancel submitted coroutines and let them tidy up, then cancel all other tasks; bounded"
         asyncio.run_coroutine_threadsafe(_wind_up(self.works), self.loop).result(timeout=25)
 
-async def _wind_up(works: weakref.WeakSet) -> None:
+async def _wind_up(works: weakref.WeakSet[Coroutine[Any, Any, Any]]) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     submitted = {task for task in others if task.get_coro() in works}
     for task in submitted:
