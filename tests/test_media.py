@@ -15,7 +15,6 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-
 from wan_avatar.clocks import ClockPart, Reading, sound_on_one_clock
 from wan_avatar.decoders import decoder_threads, pictures_kept
 from wan_avatar.files import whole_file

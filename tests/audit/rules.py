@@ -168,7 +168,7 @@ def main() -> None:
     "Write clip, track, picture and what must come of them"
     from PIL import Image
 
-    from wan_avatar.mp4 import Encoder # a codec and a file format are not what is audited
+    from wan_avatar.mp4 import Encoder  # a codec and a file format are not what is audited
     from wan_avatar.track import TRACKERS, Track, pack_mask, save_track
     with Encoder(HERE / 'driving.mp4') as encoder:
         for i in range(FRAMES): encoder.write(frame(i))
