@@ -67,8 +67,7 @@ def on_one_clock(
     "Packets of a stream with the times of its first part"
     base = Fraction(stream.time_base)
     back = -int(CLOCK_BACK / base) # ticks
-    top: int | None = None # ticks of the stream, by the clock of the present part
-    decoded: int | None = None # the same, of the last packet in decoding order
+    top = decoded = None # ticks of the stream, by the clock of the present part
     reached: float | None = None # seconds that any track has come to
     shift = 0 # ticks
     for packet in packets:

@@ -7,7 +7,7 @@ __all__ = ['SMALL_PIXELS', 'VIDEO_FORMATS', 'AUDIO_FORMATS', 'PICTURE_CODECS', '
            'is_default', 'video_stream', 'decode_frames', 'Probe', 'probe', 'describe_video']
 
 # %% ../nbs/20_media.ipynb #fa9fbde5
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,6 @@ def video_stream(
 
 # %% ../nbs/20_media.ipynb #f65a4d5f
 SEND_ALL = 'send the whole file'
-
 TIMED_TRACKS = ('video', 'audio', 'subtitle') # tracks whose end is the end of the file
 
 def decode_frames(
@@ -113,17 +112,11 @@ def decode_frames(
 ) -> Iterator[Any]: # av.VideoFrame
     "Every frame of a stream, its `pts` in place; raises where the file has a hole or stops early"
     damaged = False
-    whole = True # the last packet
     good: float | None = None # second of the last frame that decoded
     checked: _Working | None = None
-    reached = 0.0
-    count = 0
+    end = _Reached()
     packets = on_one_clock(reading.within_limits(container.demux()), stream, reading.parts, may_be_joined(container))
-    for packet in packets:
-        reached = max(reached, _seconds_until(packet))
-        if packet.size: whole = not packet.is_corrupt
-        if packet.stream is not stream: continue
-        count += packet.size > 0
+    for packet in end.follow(packets, stream):
         try: frames = packet.decode()
         except av.EOFError: continue
         except av.FFmpegError: frames = None
@@ -137,11 +130,25 @@ def decode_frames(
         else: continue
         break
     else:
-        if not damaged and is_whole(container, stream, path, reached, count, whole): return
-        if not damaged: good = reached
-    second = _how_far(good or 0, promised_end(container, stream, path))
-    raise JobError('input_unreadable', f'{reading.name} is damaged or cut off: decoding stopped at {second}; '
-                   f'{SEND_ALL}')
+        if not damaged and is_whole(container, stream, path, end.second, end.count, end.last_whole): return
+        if not damaged: good = end.second
+    raise _cut_off(reading.name, good or 0, promised_end(container, stream, path))
+
+@dataclass
+class _Reached:
+    "How far the packets of a file went"
+    second: float = 0.0 # until which there was anything, in any track
+    count: int = 0 # packets of the video
+    last_whole: bool = True # the last packet
+
+    def follow(self, packets: Iterable[Any], stream: Any) -> Iterator[Any]:
+        "The packets of the video; those of other tracks only say how far the file goes"
+        for packet in packets:
+            self.second = max(self.second, _seconds_until(packet))
+            if packet.size: self.last_whole = not packet.is_corrupt
+            if packet.stream is not stream: continue
+            self.count += packet.size > 0
+            yield packet
 
 def _seconds_until(packet: Any) -> float: # where it ends; 0: not said
     if packet.pts is None or packet.stream.type not in TIMED_TRACKS: return 0.0
@@ -150,9 +157,11 @@ def _seconds_until(packet: Any) -> float: # where it ends; 0: not said
 def _is_hole(before: float | None, now: float | None) -> bool:
     return before is not None and now is not None and now - before > MAX_HOLE
 
-def _how_far(reached: float, promised: float) -> str:
-    if promised <= reached: return f'{reached:.2f} s'
-    return f'{reached:.2f} s of {promised:.2f} s ({reached / promised:.0%} is there)'
+def _cut_off(name: str, reached: float, promised: float) -> JobError:
+    "The error of a file that stops early or has a hole"
+    where = f'{reached:.2f} s'
+    if promised > reached: where += f' of {promised:.2f} s ({reached / promised:.0%} is there)'
+    return JobError('input_unreadable', f'{name} is damaged or cut off: decoding stopped at {where}; {SEND_ALL}')
 
 _Working = tuple[int, int, str | None] # width, height and pixel format that a decoder works at
 
