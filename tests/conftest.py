@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
 LONG = [
-    'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_endpoint', 'test_cli', 'test_image',
-    'test_bad_input', 'test_notebooks', 'test_local', 'test_boot', 'test_store', 'test_comfy',
+    'test_wan', 'test_production_size', 'test_service', 'test_notebooks', 'test_reports', 'test_boot', 'test_endpoint',
+    'test_cli', 'test_image', 'test_smoke', 'test_bad_input', 'test_local', 'test_queue', 'test_bucket', 'test_models',
+    'test_media', 'test_wholebody', 'test_store', 'test_comfy',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
@@ -84,6 +85,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
             if name == 'hostile': tried[value[0]] += value[1]
     kinds = ', '.join(f'{n} {kind}' for kind, n in tried.most_common())
     if tried: terminalreporter.write_line(f'hostile cases: {sum(tried.values())}, of them {kinds}')
+    took = Counter() # seconds of setups, calls and teardowns
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, 'duration')):
+        took[Path(report.fspath).stem] += report.duration
+    longest = ', '.join(f'{name} {seconds:.0f}' for name, seconds in took.most_common(12) if seconds > 10)
+    if longest: terminalreporter.write_line(f'seconds of the longest files, for the order of LONG: {longest}')
 
 def pytest_collection_modifyitems(items) -> None:
     "Files that take longest come first, so that the processes of `make test` end together; hostile cases are counted"
@@ -138,9 +144,15 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
         return shutil.copytree(made, tmp_path_factory.mktemp('models'), dirs_exist_ok=True)
     return copy
 
-# glibc gives every freed picture back to the kernel, which then clears its pages for the next one: a third of the time
-# of ComfyUI on a CPU at 1280x720. With these a process keeps what it had
-KEEP_MEMORY = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
+# For a ComfyUI that renders on a CPU. glibc gives every freed picture back to the kernel, which then clears its pages
+# for the next one: a third of the time at 1280x720. And torch's threads spin while they wait for each other, on cores
+# that the other processes of `make test` need
+SPARING = {
+    'MALLOC_ARENA_MAX': '1',
+    'MALLOC_MMAP_MAX_': '0',
+    'MALLOC_TRIM_THRESHOLD_': str(2**40),
+    'OMP_WAIT_POLICY': 'passive',
+}
 
 def make_settings(bucket, work: Path, **more: str):
     folders = {'COMFY_DIR': str(comfy_dir()), 'WORK_DIR': str(work), 'MODELS_DIR': str(work / 'models')}

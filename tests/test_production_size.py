@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from conftest import KEEP_MEMORY, Service, cut
+from conftest import SPARING, Service, cut
 
 from wan_avatar.frames import read_frames
 from wan_avatar.mp4 import check_mp4
@@ -38,7 +38,7 @@ def production(bucket, samples, tiny, detectors, tmp_path_factory):
     clip = cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip'))
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(PROFILES, SMALL.name, SMALL)
-        for name, value in KEEP_MEMORY.items(): patched.setenv(name, value) # for ComfyUI
+        for name, value in SPARING.items(): patched.setenv(name, value) # for ComfyUI
         made = Service(bucket, work, MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
         made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
         made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')
