@@ -110,7 +110,7 @@ def _bench_site(**more) -> Iterator[tuple[Local, Client, Store]]:
 def timed_job(client: Client, job: dict) -> tuple[float, Status]: # seconds from submit to result, the last status
     "Run a job to its end; EndpointError when it fails"
     began = time.perf_counter()
-    *_, last = client.follow(client.submit(job).id, every_s=0.05)
+    *_, last = client.follow(client.submit(job).id, interval_s=0.05)
     if last.state != 'COMPLETED': raise EndpointError(f'the job of this bench is {last.state}: {last.error}')
     return time.perf_counter() - began, last
 
@@ -276,7 +276,7 @@ RESULT_FRAMES = 456 # 19 s
 
 def _refused_s(client: Client) -> float: # seconds
     "Seconds of SDK and endpoint for a job that is refused before its first step"
-    *_, last = client.follow(client.submit({'no_such_field': 1}).id, every_s=0.05)
+    *_, last = client.follow(client.submit({'no_such_field': 1}).id, interval_s=0.05)
     return last.execution_s
 
 def _beside_check_s(
