@@ -684,6 +684,6 @@ def test_a_torn_journal_promises_nothing_it_should_not(tmp_path, records, expect
 
 def test_progress_lines_tell_how_far_it_is(hub, site):
     lines: list[str] = []
-    site.fetch(hub.put('org/w', 'a.safetensors', some_bytes(10_000)), watch=ProgressLines(lines.append, every_s=0))
+    site.fetch(hub.put('org/w', 'a.safetensors', some_bytes(10_000)), watch=ProgressLines(lines.append, interval_s=0))
     assert json.loads(lines[-1])['done'] == 1
     assert merged([]) == []

@@ -47,12 +47,12 @@ CASES = { # policy, failures of the work, pause asked for, when it is asked, is 
     'growing': (RetryPolicy(attempts=5, first_s=1, longest_s=3, jitter=0), 4, 0, [0, 2, 5, 9, 13], True),
     'attempts used up': (RetryPolicy(attempts=3, first_s=1, jitter=0), 9, 0, [0, 2, 5], False),
     'a single attempt': (RetryPolicy(attempts=1), 9, 0, [0], False),
-    'time used up': (RetryPolicy(limit_s=6.5, first_s=1, jitter=0), 99, 0, [0, 2, 5, 6.5], False),
-    'no time': (RetryPolicy(limit_s=0), 99, 0, [0], False),
-    'both limits, time first': (RetryPolicy(attempts=9, limit_s=4, first_s=1, jitter=0), 9, 0, [0, 2, 4], False),
-    'both limits, attempts first': (RetryPolicy(attempts=2, limit_s=99, first_s=1, jitter=0), 9, 0, [0, 2], False),
+    'time used up': (RetryPolicy(timeout_s=6.5, first_s=1, jitter=0), 99, 0, [0, 2, 5, 6.5], False),
+    'no time': (RetryPolicy(timeout_s=0), 99, 0, [0], False),
+    'both limits, time first': (RetryPolicy(attempts=9, timeout_s=4, first_s=1, jitter=0), 9, 0, [0, 2, 4], False),
+    'both limits, attempts first': (RetryPolicy(attempts=2, timeout_s=99, first_s=1, jitter=0), 9, 0, [0, 2], False),
     'asked for': (RetryPolicy(attempts=2, first_s=1, jitter=0), 1, 20, [0, 21], True),
-    'asked for more than there is': (RetryPolicy(limit_s=5), 9, 20, [0, 5], False),
+    'asked for more than there is': (RetryPolicy(timeout_s=5), 9, 20, [0, 5], False),
 }
 
 @pytest.mark.parametrize('name', CASES)

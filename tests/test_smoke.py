@@ -167,7 +167,7 @@ class Endless:
     def __init__(self): self.jobs, self.cancelled, self.running = iter(('fails', 'goes on')), [], threading.Event()
     def submit(self, job): return Status(next(self.jobs), 'IN_QUEUE')
     def cancel(self, job_id): self.cancelled.append(job_id)
-    def follow(self, job_id, every_s):
+    def follow(self, job_id, interval_s):
         if job_id == 'fails':
             self.running.wait(10)
             yield Status(job_id, 'FAILED', error='no_person: nobody')

@@ -203,7 +203,7 @@ RESULT_FRAMES = 456 # 19 s
 
 def _refused_s(client: Client) -> float: # seconds
     "Seconds of SDK and endpoint for a job that is refused before its first step"
-    *_, last = client.follow(client.submit({'no_such_field': 1}).id, every_s=0.05)
+    *_, last = client.follow(client.submit({'no_such_field': 1}).id, interval_s=0.05)
     return last.execution_s or 0
 
 def _beside_check_s(

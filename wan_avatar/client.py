@@ -94,17 +94,18 @@ class Client:
         "Stop a job"
         return read_status(self.call('POST', f'/cancel/{job_id}'))
 
-    def follow(self, job_id: str, limit_s: float = 7200, every_s: float = 0.5) -> Iterator[Status]:
-        "Statuses of a job as they change, until it is over; EndpointError after `limit_s`"
-        until = time.monotonic() + limit_s
+    def follow(self, job_id: str, timeout_s: float = 7200, interval_s: float = 0.5) -> Iterator[Status]:
+        "Statuses of a job as they change, until it is over; EndpointError after `timeout_s`"
+        until = time.monotonic() + timeout_s
         last = None
         while time.monotonic() < until:
             status = self.status(job_id)
             if status != last: yield status
             if status.over: return
             last = status
-            self.pause(every_s) # the API has nothing to wait on
-        raise EndpointError(f'job {job_id} was not over after {limit_s:.0f} s; it goes on: wan-avatar status {job_id}')
+            self.pause(interval_s) # the API has nothing to wait on
+        raise EndpointError(f'job {job_id} was not over after {timeout_s:.0f} s; '
+                            f'it goes on: wan-avatar status {job_id}')
 
     # the endpoint
 

@@ -48,7 +48,7 @@ class Download:
             self.error = SourceFailed(f'{why}, and nothing else for {patience_s:.0f} s')
         else:
             # no `retry` here: the connection does not wait for this file, it goes on with another one
-            self.not_before = now + RetryPolicy(limit_s=patience_s).pause(self.failures, why.after_s)
+            self.not_before = now + RetryPolicy(timeout_s=patience_s).pause(self.failures, why.after_s)
 
     def progress(self, count: int, now: float) -> None:
         "Bytes came"

@@ -285,18 +285,18 @@ class ProgressLines:
     def __init__(
         self,
         say: Callable[[str], None] = print,
-        every_s: float = 5,
+        interval_s: float = 5,
         clock: Callable[[], float] = time.monotonic
     ):
         self.say = say
-        self.every_s = every_s
+        self.interval_s = interval_s
         self.clock = clock
         self.began = clock()
         self.last = self.began
 
     def __call__(self, files: list[FileProgress]) -> None:
         now = self.clock()
-        if now - self.last < self.every_s: return
+        if now - self.last < self.interval_s: return
         self.last = now
         self.say(json.dumps(progress_figures(files, now - self.began)))
 

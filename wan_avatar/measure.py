@@ -76,7 +76,7 @@ def fresh_endpoint(**more: Any) -> Iterator[tuple[Local, Client, Store]]:
 def timed_job(client: Client, job: dict) -> tuple[float, Status]: # seconds from submit to result, the last status
     "Run a job to its end; EndpointError when it fails"
     began = time.perf_counter()
-    *_, last = client.follow(client.submit(job).id, every_s=0.05)
+    *_, last = client.follow(client.submit(job).id, interval_s=0.05)
     if last.state != 'COMPLETED': raise EndpointError(f'the job of this bench is {last.state}: {last.error}')
     return time.perf_counter() - began, last
 

@@ -126,7 +126,7 @@ def measured_job(
     at = datetime.now(UTC).isoformat(timespec='milliseconds')
     submitted = clock()
     picked = None
-    for status in client.follow(client.submit(job).id, every_s=0.2):
+    for status in client.follow(client.submit(job).id, interval_s=0.2):
         if status.state == 'IN_PROGRESS' and picked is None: picked = clock()
         on_status(status)
     times = (round(submitted, 3), picked and round(picked, 3), round(clock(), 3))

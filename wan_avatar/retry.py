@@ -55,14 +55,14 @@ def is_transient(error: BaseException) -> bool:
 class RetryPolicy:
     "How often and how long something is tried, and the pauses between"
     attempts: int | None = None # None: only time limits them
-    limit_s: float | None = None # the last attempt begins by then; None: only their number limits them
+    timeout_s: float | None = None # the last attempt begins by then; None: only their number limits them
     first_s: float = 0.2 # the first pause; each one after it is twice as long
     longest_s: float = 10
     jitter: float = 0.5 # the share of a pause that is left to chance
 
     def __post_init__(self) -> None:
-        if self.attempts is None and self.limit_s is None:
-            raise ValueError('attempts and limit_s are both None: such a policy would try for ever; give one of them')
+        if self.attempts is None and self.timeout_s is None:
+            raise ValueError('attempts and timeout_s are both None: such a policy would try for ever; give one of them')
 
     def pause(
         self,
@@ -107,7 +107,7 @@ def _tenacity_options(
     clock: Callable[[], float]
 ) -> dict[str, Any]: # of tenacity
     began = clock()
-    def left() -> float: return float('inf') if policy.limit_s is None else began + policy.limit_s - clock()
+    def left() -> float: return float('inf') if policy.timeout_s is None else began + policy.timeout_s - clock()
     def stop(state: RetryCallState) -> bool:
         return stopped() or state.attempt_number == policy.attempts or left() <= 0
     def wait(state: RetryCallState) -> float:

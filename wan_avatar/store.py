@@ -366,7 +366,7 @@ class Store:
     ) -> _Reply:
         "Do it, again while the fault may pass; JobError `storage_failed` when it does not"
         def give_up() -> bool: return bool(cancelled and cancelled())
-        policy = RetryPolicy(limit_s=self.outage_s if outage_s is None else outage_s, first_s=0.5, longest_s=4)
+        policy = RetryPolicy(timeout_s=self.outage_s if outage_s is None else outage_s, first_s=0.5, longest_s=4)
         try: return retry(work, policy, f'the bucket at {self.host}', is_passing, give_up)
         except (*_LASTING, OSError, http.client.HTTPException) as e:
             if is_passing(e):
