@@ -56,10 +56,10 @@ def decode_result(path: Path) -> Decoded:
                 if not isinstance(frame, (av.AudioFrame, av.VideoFrame)) or frame.time is None: continue
                 if isinstance(frame, av.AudioFrame): audio_s = frame.time + frame.samples / frame.sample_rate
                 else: times.append((frame.time, float((frame.duration or 0) * (frame.time_base or 0))))
-            return _decoded(video, times, audio_s)
+            return _decoded_video(video, times, audio_s)
     except (av.FFmpegError, IndexError, OSError) as e: return Decoded(trouble=f'{type(e).__name__}: {e}'[:200])
 
-def _decoded(video: av.VideoStream, times: list[tuple[float, float]], audio_s: float | None) -> Decoded:
+def _decoded_video(video: av.VideoStream, times: list[tuple[float, float]], audio_s: float | None) -> Decoded:
     if not times: return Decoded(trouble='no frame')
     fps = float(video.average_rate or 0)
     first = times[0][0]
@@ -136,7 +136,8 @@ class Check:
     wanted: str
     found: str
 
-def _equal(name: str, wanted: object, found: object) -> Check: return Check(name, wanted == found, str(wanted), str(found))
+def _equal(name: str, wanted: object, found: object) -> Check:
+    return Check(name, wanted == found, str(wanted), str(found))
 
 def _none_of(name: str, wrong: list[str], wanted: str) -> Check:
     return Check(name, not wrong, wanted, ', '.join(wrong) or wanted)

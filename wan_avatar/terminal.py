@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, Self
+from typing import Annotated, Any, NoReturn, Self
 
 import typer
 from rich.console import Console
@@ -33,7 +33,7 @@ from .job import JobError
 
 # %% ../nbs/60_terminal.ipynb #a57eb269
 def describe(
-    update: dict # a job's progress
+    update: dict[str, Any] # a job's progress
 ) -> str:
     "A job's stage and window in words"
     words = {'fetch': 'reading the inputs', 'track': 'finding the person', 'render': 'rendering', 'upload': 'uploading'}
@@ -42,7 +42,7 @@ def describe(
     return f'{text}, segment {update["segment"]} of {update["segments"]}'
 
 def remaining(
-    update: dict # a job's progress
+    update: dict[str, Any] # a job's progress
 ) -> str:
     "The time still to go, in words"
     return f'about {update["eta_s"]:.0f} s to go' if update.get('eta_s') is not None else ''
@@ -106,7 +106,7 @@ class BootWatch:
         self.began: float | None = None
         self.log: Path | None = None
 
-    def event(self, kind: str, details: dict) -> None:
+    def event(self, kind: str, details: dict[str, Any]) -> None:
         "From the endpoint's thread"
         if kind == 'worker_started':
             self.log = self.folder / 'logs' / f'worker-{details["worker"]}.log'
