@@ -69,7 +69,7 @@ def job_inputs(
     image: str, # file, http(s) address, or key
     driving: str | None, # file or key; None: the worker's default
     store: Store
-) -> dict: # fields of a `Job`
+) -> dict[str, Any]: # fields of a `Job`
     "Upload what is a file here"
     def key(text: str) -> str: return upload_file(Path(text), store) if Path(text).is_file() else text
     if image.startswith(('http://', 'https://')): fields = {'input_image_url': image}
@@ -108,7 +108,7 @@ def until_signal() -> Iterator[None]:
 @contextmanager
 def local_endpoint(
     folder: Path,
-    on_event: Callable[[str, dict], None] | None = None, # as `LocalEndpoint` takes it
+    on_event: Callable[[str, dict[str, Any]], None] | None = None, # as `LocalEndpoint` takes it
     environment: Mapping[str, str] | None = None, # of its workers, on top of `local_environment`
     **more: Any # of `up`
 ) -> Iterator[tuple[Local, EndpointAccess]]:
@@ -124,7 +124,7 @@ def local_endpoint(
 def endpoint_or_local(
     endpoint: str | None, # as `find_endpoint` takes it
     folder: Path, # of the local endpoint
-    on_event: Callable[[str, dict], None] | None = None, # as `local_endpoint` takes it
+    on_event: Callable[[str, dict[str, Any]], None] | None = None, # as `local_endpoint` takes it
     **more: Any # of `local_endpoint`
 ) -> Iterator[EndpointAccess]:
     "The named endpoint, or the one that runs here, or one started for the block"

@@ -220,7 +220,10 @@ def _beside_check_s(
     both = timed_call(lambda: asyncio.run(upload))
     return max(both - check, 0.0)
 
-def handler_figures(spent: dict[str, list[float]], size: int) -> list[Measurement]: # seconds of each round; bytes in and out
+def handler_figures(
+    spent: dict[str, list[float]], # seconds of each round
+    size: int # bytes in and out
+) -> list[Measurement]:
     "Medians of the rounds, and our part against the plain worker's"
     m = {k: statistics.median(v) for k, v in spent.items()}
     ours = m['own'] - m['refused'] + m['beside']
@@ -283,7 +286,7 @@ class PeakMemory:
         self.thread.start()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.over.set()
         self.thread.join(timeout=10)
 

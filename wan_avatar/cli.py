@@ -130,7 +130,7 @@ def _up(
     "Run the endpoint and its bucket on this machine until Ctrl-C."
     console = Console()
     def plain(text: str) -> None: console.print(text, markup=False, highlight=False)
-    def event(kind: str, details: dict) -> None:
+    def event(kind: str, details: dict[str, Any]) -> None:
         plain(f'{time.strftime("%H:%M:%S")} {kind.replace("_", " ")} {" ".join(str(v) for v in details.values())}')
     limits: dict[str, Any] = {'port': port, 'idle_timeout_s': idle, 'max_workers': workers}
     with exit_on_error(), local_endpoint(folder, event, **limits) as (local, access):

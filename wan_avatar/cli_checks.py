@@ -17,20 +17,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from .access import LOCAL, endpoint_or_local, job_inputs, until_signal
 from .bench import BENCHES, run_bench
-from .client import Client
+from .client import Client, Status
 from .gpu import Options, bench_gpu
 from .job import shorten
 from .measure import table
 from .metrics import RecordsError, RunDifference
 from .reports import ReportError, ReportFailed, compare_folders, run_report
-from .smoke import Row, keep_summary, rows, run_smoke
+from .smoke import Outcome, Row, keep_summary, rows, run_smoke
 from wan_avatar.terminal import (
     AsJson,
     BootWatch,
@@ -52,9 +52,9 @@ def checks_table(found: list[Row]) -> Table:
         table.add_row(r.name, f'{r.passed} of {r.of}', r.wanted, r.found, style=None if r.ok else 'bold red')
     return table
 
-def spread_table(percentiles: dict) -> Table:
+def spread_table(percentiles: dict[str, Any]) -> Table:
     "Percentiles of a summary for people; one that so few jobs cannot support is in brackets"
-    def cell(p: dict) -> str: return f'{p["value"]:.2f}' if p['enough'] else f'({p["value"]:.2f})'
+    def cell(p: dict[str, Any]) -> str: return f'{p["value"]:.2f}' if p['enough'] else f'({p["value"]:.2f})'
     table = Table('jobs', 'seconds', 'n', 'p50', 'p90', 'p95', 'p99', box=None)
     for name, kinds in percentiles.items():
         for kind, ps in kinds.items():
@@ -94,14 +94,18 @@ def _smoke(
     else: _show_gate(outcomes, summary, out)
     raise typer.Exit(Code.OK if summary['ok'] else Code.JOB_FAILED)
 
-def _gate_progress(screen: JobScreen, jobs: int, concurrency: int) -> tuple[Callable, Callable]: # on_status, on_done
+def _gate_progress(
+    screen: JobScreen,
+    jobs: int,
+    concurrency: int
+) -> tuple[Callable[[Status], None], Callable[[int], None]]: # on_status, on_done
     "One job shows its stages, several are counted"
-    def ignore(_) -> None: pass
+    def ignore(_: object) -> None: pass
     def count(done: int) -> None:
         screen.show('jobs', f'{jobs} jobs, {concurrency} at a time', done, jobs, f'{done} of {jobs}')
     return (screen.job, ignore) if jobs == 1 else (ignore, count)
 
-def _show_gate(outcomes: list, summary: dict, out: Path) -> None:
+def _show_gate(outcomes: list[Outcome], summary: dict[str, Any], out: Path) -> None:
     console = wide_console(140)
     console.print(checks_table(rows(outcomes)))
     if len(outcomes) > 1: console.print(spread_table(summary['percentiles']))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -124,7 +124,8 @@ def _models_fetch(profile: OfProfile = None, text_encoder: WithEncoder = False, 
         head = ('file', 'bytes', 'from', 'fetched')
         if as_json: print(json.dumps([dict(zip(head, row, strict=True)) for row in found]))
         else:
-            def texts(row: tuple) -> tuple[str, ...]: return tuple(f'{v:,}' if isinstance(v, int) else v for v in row)
+            def texts(row: tuple[Any, ...]) -> tuple[str, ...]:
+                return tuple(f'{v:,}' if isinstance(v, int) else v for v in row)
             print_rows(map(texts, found), *head)
 
 # %% ../nbs/60_cli_weights.ipynb #cb817a40
@@ -150,7 +151,7 @@ def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
             found.append(checked(file, hub))
         screen.finish()
     if as_json:
-        def entry(c: Checked) -> dict:
+        def entry(c: Checked) -> dict[str, Any]:
             return asdict(c.file) | {'place': c.file.place, 'verdict': c.verdict, 'problem': c.problem or None}
         print(json.dumps([entry(c) for c in found]))
     else:

@@ -33,7 +33,7 @@ JOBS = 'https://api.runpod.ai/v2' # RUNPOD_ENDPOINT_BASE_URL
 def request_body(
     file: EndpointFile,
     environ: Mapping[str, str] # of the person who applies it
-) -> dict: # of `POST /v2/serverless`
+) -> dict[str, Any]: # of `POST /v2/serverless`
     "The endpoint as RunPod's REST API v2 takes it"
     workers = file.workers
     return {'name': file.name,
@@ -58,7 +58,7 @@ def _worker_variables(file: EndpointFile, environ: Mapping[str, str]) -> dict[st
             'RUNPOD_INIT_TIMEOUT': str(file.init_timeout_s),
             **{n: environ.get(n, '') for n in file.secrets.from_environment}}
 
-def _gpu_block(gpu: Gpu) -> dict:
+def _gpu_block(gpu: Gpu) -> dict[str, Any]:
     block = {'pools': list(gpu.order), 'excludedTypes': list(gpu.excluded_types), 'count': gpu.count,
              'allowedCudaVersions': []}
     return block | ({'minCudaVersion': gpu.min_cuda} if gpu.min_cuda else {})
@@ -76,7 +76,7 @@ class Difference:
     remote: Any = dataclasses.field(repr=False) # on RunPod; it may be a secret
     desired: Any = dataclasses.field(repr=False) # in the file
 
-def _flat(part: Mapping, above: str = '') -> dict[str, Any]:
+def _flat(part: Mapping[str, Any], above: str = '') -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in part.items():
         if isinstance(value, dict): flat |= _flat(value, f'{above}{name}.')
@@ -84,8 +84,8 @@ def _flat(part: Mapping, above: str = '') -> dict[str, Any]:
     return flat
 
 def compare(
-    remote: Mapping, # an endpoint as RunPod shows it
-    body: Mapping # as `request_body` makes it
+    remote: Mapping[str, Any], # an endpoint as RunPod shows it
+    body: Mapping[str, Any] # as `request_body` makes it
 ) -> list[Difference]:
     "Fields that differ; fields that RunPod adds are ignored"
     have = _flat(remote)
@@ -102,7 +102,7 @@ class Plan:
     "The changes `apply` would make"
     action: Literal['nothing', 'create', 'update', 'replace']
     file: EndpointFile
-    body: Mapping = field(repr=False)
+    body: Mapping[str, Any] = field(repr=False)
     endpoint_id: str | None = None # None: there is none yet
     differences: tuple[Difference, ...] = ()
     models: tuple[str, ...] | None = () # cached on RunPod; None: RunPod did not answer
@@ -123,8 +123,8 @@ class Plan:
 # %% ../nbs/52_endpoint.ipynb #b16e0038
 def plan_for(
     file: EndpointFile,
-    body: Mapping, # as `request_body` makes it
-    remote: Mapping | None, # the endpoint of this name, as RunPod shows it
+    body: Mapping[str, Any], # as `request_body` makes it
+    remote: Mapping[str, Any] | None, # the endpoint of this name, as RunPod shows it
     models: tuple[str, ...] | None = (), # cached there
     order: tuple[str, ...] = () # of its pools
 ) -> Plan:
@@ -192,7 +192,7 @@ class Control:
         return text
 
     def call(self, method: str, path: str, body: Any = None, jobs: bool = False) -> Any:
-        "One request, repeated where that is safe; EndpointError has RunPod's detail, OutcomeUnknown: it may have happened"
+        "One request, repeated where that is safe; EndpointError with RunPod's detail, OutcomeUnknown if it may be done"
         url = (self.jobs if jobs else self.base) + path
         request = self.masked(f'{method} {url}')
         policy = RetryPolicy(attempts=self.attempts, first_s=1.3)
@@ -231,7 +231,7 @@ def _detail(r: httpx2.Response) -> str:
 def find(
     control: Control,
     name: str
-) -> dict | None:
+) -> dict[str, Any] | None:
     "The endpoint of this name; EndpointError when there are several"
     found = [e for e in control.call('GET', '/v2/serverless')['endpoints'] if e['name'] == name]
     if len(found) > 1:
@@ -242,17 +242,19 @@ def find(
 
 def create(
     control: Control,
-    body: Mapping # as `request_body` makes it
-) -> dict: # the endpoint
+    body: Mapping[str, Any] # as `request_body` makes it
+) -> dict[str, Any]: # the endpoint
     "Create it once, even when the answer is lost"
     name = body['name']
     if found := find(control, name):
         raise EndpointError(f'{name} ({found["id"]}) has appeared meanwhile; look at `wan-avatar endpoint plan` again')
-    try: return control.call('POST', '/v2/serverless', body)
+    try:
+        made: dict[str, Any] = control.call('POST', '/v2/serverless', body)
+        return made
     except OutcomeUnknown as e:
         for wait in (1, 2, 4, 8):
             control.pause(wait)
-            if made := find(control, name): return made
+            if found := find(control, name): return found
         raise EndpointError(f'{e}\nand no {name} has appeared in 15 s. '
                             'It may still: look at `wan-avatar endpoint plan` before you apply again') from e
 
@@ -266,17 +268,19 @@ _SAVE = f'mutation SaveEndpoint($input: EndpointInput!) {{ saveEndpoint(input: $
 def graphql(
     control: Control,
     query: str,
-    **variables
-) -> dict: # `data`
+    **variables: Any
+) -> dict[str, Any]: # `data`
     "One GraphQL request; EndpointError with its messages"
     answer = control.call('POST', '/graphql', {'query': query, 'variables': variables})
     if errors := answer.get('errors'):
         raise EndpointError(control.masked('GraphQL: ' + '; '.join(str(e.get('message')) for e in errors)))
-    return answer['data']
+    data: dict[str, Any] = answer['data']
+    return data
 
-def read_record(control: Control, endpoint_id: str) -> dict:
+def read_record(control: Control, endpoint_id: str) -> dict[str, Any]:
     "An endpoint as GraphQL shows it"
-    found = [e for e in graphql(control, _READ)['myself']['endpoints'] if e['id'] == endpoint_id]
+    endpoints: list[dict[str, Any]] = graphql(control, _READ)['myself']['endpoints']
+    found = [e for e in endpoints if e['id'] == endpoint_id]
     if not found: raise EndpointError(f'GraphQL does not know endpoint {endpoint_id}')
     return found[0]
 
@@ -284,7 +288,8 @@ def save_models(control: Control, endpoint_id: str, file: EndpointFile) -> list[
     "Set the cached model of an endpoint, and nothing else"
     order = ','.join([*file.gpu.order, *(f'-{t}' for t in file.gpu.excluded_types)])
     given = read_record(control, endpoint_id) | {'modelReferences': model_references(file), 'gpuIds': order}
-    return graphql(control, _SAVE, input=given)['saveEndpoint']['modelReferences']
+    saved: list[str] = graphql(control, _SAVE, input=given)['saveEndpoint']['modelReferences']
+    return saved
 
 # %% ../nbs/52_endpoint.ipynb #5e8dbcaf
 def make_plan(
@@ -310,7 +315,9 @@ def make_plan(
            f'other callers send policy.ttl {file.job_ttl_s * 1000}')
     return replace(plan_for(file, request_body(file, environ), remote, models, order), notes=(*notes, ttl))
 
-def _models_and_order(record: Mapping) -> tuple[tuple[str, ...], tuple[str, ...]]: # cached models, order of pools
+def _models_and_order(
+    record: Mapping[str, Any] # as GraphQL shows an endpoint
+) -> tuple[tuple[str, ...], tuple[str, ...]]: # cached models, order of pools
     pools = (record.get('gpuIds') or '').split(',')
     return tuple(record.get('modelReferences') or ()), tuple(p for p in pools if p and not p.startswith('-'))
 
@@ -335,7 +342,7 @@ def apply(
     if plan.by_graphql: save_models(control, endpoint_id, plan.file)
     return endpoint_id
 
-def _patch(body: Mapping, changed: set[str]) -> dict:
+def _patch(body: Mapping[str, Any], changed: set[str]) -> dict[str, Any]:
     "Whole blocks: pools without their exclusions would clear those; a floor that is to go is sent empty"
     patch = {k: v for k, v in body.items() if k in changed}
     return patch | ({'gpu': {'minCudaVersion': '', **patch['gpu']}} if 'gpu' in patch else {})
@@ -348,10 +355,10 @@ def delete(control: Control, endpoint_id: str) -> None:
 @dataclass(frozen=True)
 class State:
     "An endpoint at work"
-    endpoint: dict
-    workers: list[dict]
-    health: dict # jobs and workers, as `/health` answers
-    releases: list[dict] # newest first
+    endpoint: dict[str, Any]
+    workers: list[dict[str, Any]]
+    health: dict[str, Any] # jobs and workers, as `/health` answers
+    releases: list[dict[str, Any]] # newest first
     errors: list[tuple[str, str]] # worker, line
 
 def last_errors(
@@ -368,11 +375,11 @@ def read_log(
     endpoint_id: str,
     worker_id: str,
     lines: int = 300,
-    limit_s: float = 5 # the stream never ends by itself
+    timeout_s: float = 5 # the stream never ends by itself
 ) -> list[str]:
     "The end of a worker's log"
     read: list[str] = []
-    until = time.monotonic() + limit_s
+    until = time.monotonic() + timeout_s
     url = f'{control.base}/v2/serverless/{endpoint_id}/workers/{worker_id}/logs'
     accept = {'Accept': 'text/event-stream'}
     timeout = httpx2.Timeout(5, read=1)
@@ -411,7 +418,7 @@ def state_tables(state: State) -> list[Table]:
 def _titled(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, title_justify='left', box=None)
 
-def _worker_table(workers: list[dict]) -> Table:
+def _worker_table(workers: list[dict[str, Any]]) -> Table:
     table = _titled('workers', 'worker', 'state', 'GPU', 'up', 'image')
     for w in workers:
         state = w['status'] + (' (of an older release)' if w.get('isStale') else '')
@@ -419,12 +426,12 @@ def _worker_table(workers: list[dict]) -> Table:
         table.add_row(w['id'], state, w.get('gpuTypeId') or '-', up, w.get('image') or '-')
     return table
 
-def _queue_table(jobs: dict) -> Table:
+def _queue_table(jobs: dict[str, Any]) -> Table:
     table = _titled('jobs', *jobs)
     table.add_row(*map(str, jobs.values()))
     return table
 
-def _release_table(releases: list[dict]) -> Table:
+def _release_table(releases: list[dict[str, Any]]) -> Table:
     table = _titled('releases', 'release', 'when', 'workers', 'changed')
     for r in releases[:5]:
         changed = ', '.join(d['field'] for d in r['diff']) or '-'

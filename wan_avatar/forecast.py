@@ -89,7 +89,9 @@ def _window_seconds(case: Measured, profile: Profile, length: int) -> float: # s
     assert case.window_s is not None, 'only a whole window says how long one takes'
     sampling = sum(case.steps_s)
     rest = case.window_s - sampling
-    return sampling / len(case.steps_s) * profile.values['steps'] * work + rest * length / case.frames
+    steps: int = profile.values['steps']
+    return sampling / len(case.steps_s) * steps * work + rest * length / case.frames
 
 def _least_seconds(card: Card, profile: Profile, length: int) -> float: # seconds
-    return profile.values['steps'] * least_seconds(_window_operations(profile, length), card, fp8=True)
+    steps: int = profile.values['steps']
+    return steps * least_seconds(_window_operations(profile, length), card, fp8=True)

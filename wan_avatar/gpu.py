@@ -209,11 +209,12 @@ def figures(
     records: Sequence[Mapping[str, Any]], # of the probe
     card: str, # its name
     size: Size = TRUE, # of the transformer
-    **more # of `Measured`
+    **more: Any # of `Measured`
 ) -> Measured:
     "A case as numbers"
     def total(kind: str, *nodes: str) -> float:
-        return sum(r['seconds'] for r in records if r['kind'] == kind and (not nodes or r['node'] in nodes))
+        found = (r['seconds'] for r in records if r['kind'] == kind and (not nodes or r['node'] in nodes))
+        return float(sum(found))
     forwards = [r for r in records if r['kind'] == 'forward' and 'finite' in r] # one that failed has no such fact
     around = total('node', 'sample') - total('forward') - total('profiled') # models come to the GPU in there
     ops = operations(*case.side, case.length, size, image=257 if case.vision == 'clip' else 0)
@@ -227,10 +228,10 @@ def figures(
         decode_s=total('decode'), frames_s=total('node', 'frames'), petaflop=ops.total / 1e15,
         least_s=least_seconds(ops, known, fp8) if known else None, finite=all(r['finite'] for r in forwards),
         tiled=any(r['kind'] == 'tiled' for r in records),
-        peaks={phase: _phase_peak(phase, records) for phase in PHASES if any(r['kind'] == phase for r in records)}, **more)
+        peaks={p: _phase_peak(p, records) for p in PHASES if any(r['kind'] == p for r in records)}, **more)
 
 def _phase_peak(phase: str, records: Sequence[Mapping[str, Any]]) -> Peak:
-    def most(name: str) -> float: return max(r[name] for r in records if r['kind'] == phase) / 1e9
+    def most(name: str) -> float: return float(max(r[name] for r in records if r['kind'] == phase)) / 1e9
     return Peak(allocated_gb=most('allocated'), reserved_gb=most('reserved'))
 
 # %% ../nbs/55_gpu.ipynb #ab3af52a
@@ -248,12 +249,12 @@ class _Bench:
         self.profile, self.size = bench_profile(small), SMALL if small else TRUE
         self.watch, self.seed = Watch(), 0
 
-    async def measure(self, case: Case, graph: Graph, limit_s: float) -> Measured:
+    async def measure(self, case: Case, graph: Graph, timeout_s: float) -> Measured:
         "Run a graph; why it failed is a figure too"
         before = self.records.stat().st_size if self.records.exists() else 0
         began, failed, outputs = time.perf_counter(), None, {}
-        try: outputs = await asyncio.wait_for(run(self.comfy, graph), limit_s)
-        except TimeoutError: failed = f'was interrupted after {limit_s:.0f} s'
+        try: outputs = await asyncio.wait_for(run(self.comfy, graph), timeout_s)
+        except TimeoutError: failed = f'was interrupted after {timeout_s:.0f} s'
         except JobError as e: failed = str(e)[:500]
         seconds = time.perf_counter() - began
         child = self.comfy.process.child
@@ -261,20 +262,20 @@ class _Bench:
                        ran=_what_ran(outputs), ram_peak_gb=ram_peak_gb(child.pid) if child else None,
                        **self.watch.since(began))
 
-    def _since(self, position: int) -> list[dict]:
+    def _since(self, position: int) -> list[dict[str, Any]]:
         if not self.records.exists(): return []
         with self.records.open() as file:
             file.seek(position)
             return [json.loads(line) for line in file]
 
-    async def case(self, case: Case, limit_s: float) -> Measured:
+    async def case(self, case: Case, timeout_s: float) -> Measured:
         "One of the cases, under its cap"
         self.seed += 1
         graph = case_graph(case, self.profile, self.inputs, self.seed)
-        if not (case.cap_gb or case.listed): return await self.measure(case, graph, limit_s)
+        if not (case.cap_gb or case.listed): return await self.measure(case, graph, timeout_s)
         try:
             await run(self.comfy, _hold(case.cap_gb or 0, case.listed))
-            made = await self.measure(case, graph, limit_s)
+            made = await self.measure(case, graph, timeout_s)
             await run(self.comfy, _hold(0))
         except JobError as e: # ComfyUI ended; the next prompt starts it again, with all of the card
             made = figures(case, [], self.card, self.size, failed=str(e)[:500])
@@ -293,7 +294,7 @@ class Budget:
     seconds: float
     began: float = 0 # by time.perf_counter
 
-    def __post_init__(self): self.began = self.began or time.perf_counter()
+    def __post_init__(self) -> None: self.began = self.began or time.perf_counter()
 
     @property
     def left(self) -> float: return self.seconds - (time.perf_counter() - self.began)
@@ -308,7 +309,7 @@ class KeptRun:
         if old and old.card == fresh.card:
             self.run = fresh.model_copy(update={'cases': old.cases, 'tracker': old.tracker})
 
-    def add(self, *cases: Measured, **more) -> None: # `more`: other fields of `GpuRun`
+    def add(self, *cases: Measured, **more: Any) -> None: # `more`: other fields of `GpuRun`
         "Keep what was measured; a case of the same name is replaced"
         names = {c.name for c in cases}
         kept = (*(c for c in self.run.cases if c.name not in names), *cases)
@@ -407,7 +408,7 @@ def small_case(case: Case) -> Case:
     # without the close-up, whose encoders have one size and take 15 s a step here
     return replace(case, length=length, start=min(case.start, 4), side=side, steps=1, seconds=3, face=False)
 
-def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more) -> GpuRun:
+def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more: Any) -> GpuRun:
     "What is known before the first case"
     system, device = stats['system'], stats['devices'][0]
     versions = {'python': system['python_version'].split()[0], 'torch': system['pytorch_version'],
@@ -481,7 +482,7 @@ def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
     (work_dir / name).write_bytes((models / name).read_bytes())
     return name
 
-def _networks(options: Options, seconds: float, before: dict) -> dict: # as `GpuRun.tracker`
+def _networks(options: Options, seconds: float, before: dict[str, Any]) -> dict[str, Any]: # as `GpuRun.tracker`
     "The tracker's networks, in ComfyUI's environment; what was measured until its time was over counts"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'networks.json'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNMEASURED', 'Columns', 'NAME_COLUMNS', 'KERNEL_COLUMNS', 'TIME_COLUMNS', 'MEMORY_COLUMNS', 'POWER_COLUMNS',
-           'VERDICTS', 'EMULATED', 'PARTS', 'PHASE_LABELS', 'OUTCOMES', 'KEPT', 'HEAD', 'fits', 'table_of',
+           'COLUMNS', 'VERDICTS', 'EMULATED', 'PARTS', 'PHASE_LABELS', 'OUTCOMES', 'KEPT', 'HEAD', 'fits', 'table_of',
            'whole_windows', 'draw_window', 'pool_sizes', 'shown_case', 'draw_memory', 'write_report', 'cards_section']
 
 # %% ../nbs/58_gpu_charts.ipynb #2a8318cc
@@ -57,6 +57,7 @@ MEMORY_COLUMNS: Columns = {
     'reserved GB': lambda c: _cell_text(_reserved(c)), 'nvidia-smi GB': lambda c: _cell_text(c.smi_gb),
     'host RAM GB': lambda c: _cell_text(c.ram_peak_gb)}
 POWER_COLUMNS: Columns = {'W': lambda c: _cell_text(c.watts, 0)}
+COLUMNS = NAME_COLUMNS | KERNEL_COLUMNS | TIME_COLUMNS | MEMORY_COLUMNS | POWER_COLUMNS
 
 def _cases(columns: Columns, cases: Iterable[Measured]) -> str:
     return _table([*columns], [[cell(c) for cell in columns.values()] for c in cases])
@@ -85,7 +86,8 @@ def _tracker_rows(run: GpuRun) -> Iterable[list[str]]:
     for name, found in run.tracker.items():
         once = [_cell_text(found.get('device')), _cell_text(found.get('peak_gb'), 2)]
         for variant, t in found.get('times', {}).items():
-            yield [f'{name}: {_cell_text(found.get("what"))}', variant, _cell_text(float(t['ms'])), str(t['calls']), *once]
+            what = f'{name}: {_cell_text(found.get("what"))}'
+            yield [what, variant, _cell_text(float(t['ms'])), str(t['calls']), *once]
 
 def _reasons(run: GpuRun) -> list[str]:
     reasons = [(c.name, f'failed: {c.failed}') for c in run.cases if c.failed and c.cap_gb is None]
@@ -106,12 +108,13 @@ def table_of(run: GpuRun) -> str: # Markdown
     made = (f'ComfyUI started in {_cell_text(run.boot_s, 1, " s")}; '
             f'making the files of random weights took {_cell_text(run.weights_s, 1, " s")}.')
     whole = [c for c in run.cases if c.cap_gb is None and not c.failed]
-    parts = [f'# {run.card}', head, made, _cases(NAME_COLUMNS | KERNEL_COLUMNS | TIME_COLUMNS | MEMORY_COLUMNS | POWER_COLUMNS, whole)]
+    parts = [f'# {run.card}', head, made, _cases(COLUMNS, whole)]
     if reasons := _reasons(run): parts += ['## What went otherwise', '\n'.join(reasons)]
     if capped := _emulated(run):
         verdict: Columns = {'held to GB': lambda c: f'{c.cap_gb:g}', 'memory': _verdict}
         why: Columns = {'why': lambda c: _cell_text(c.failed)}
-        parts += ['## Emulated cards', EMULATED, _cases(verdict | NAME_COLUMNS | KERNEL_COLUMNS | MEMORY_COLUMNS | why, capped)]
+        columns = verdict | NAME_COLUMNS | KERNEL_COLUMNS | MEMORY_COLUMNS | why
+        parts += ['## Emulated cards', EMULATED, _cases(columns, capped)]
     if rows := list(_tracker_rows(run)):
         parts += ['## Networks of the tracker', _table(['network', 'how', 'ms', 'calls', 'on', 'peak GB'], rows)]
     return '\n\n'.join(parts) + '\n'
@@ -186,7 +189,8 @@ def _draw_windows(axes: Any, cases: Sequence[Measured], usual: Measured, slowest
         axes.text(load, len(cases), f' {load:.1f} s', va='center', fontsize=11, fontweight='bold')
         labels.append(f'loading the models, once\n({slowest.name})')
     steps = len(cases[0].steps_s)
-    axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, max(load, *(c.window_s or 0 for c in cases)) * 1.1),
+    longest = max(load, *(c.window_s or 0 for c in cases))
+    axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, longest * 1.1),
              xlabel=f'seconds of a window of {steps} step{"s" * (steps != 1)}')
 
 def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured) -> None:

@@ -54,8 +54,8 @@ async def progress_feed(
         fresh.set()
         await asyncio.wait({task})
 
-async def _send_one(send: Send, event: dict[str, Any], update: dict[str, Any], limit_s: float) -> None:
-    try: await asyncio.wait_for(send(event, update), limit_s)
+async def _send_one(send: Send, event: dict[str, Any], update: dict[str, Any], timeout_s: float) -> None:
+    try: await asyncio.wait_for(send(event, update), timeout_s)
     except (OSError, TimeoutError) as e: # an update that is lost does not fail the job
         log.warning('progress of %s was not taken: %r', event['id'], e)
 

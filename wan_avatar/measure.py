@@ -73,14 +73,17 @@ def fresh_endpoint(**more: Any) -> Iterator[tuple[Local, Client, Store]]:
             client = Client(f'{endpoint.url}/{endpoint.endpoint_id}', endpoint.api_key)
             yield local, client, Store(load_settings(local.bucket.environment()))
 
-def timed_job(client: Client, job: dict) -> tuple[float, Status]: # seconds from submit to result, the last status
+def timed_job(
+    client: Client,
+    job: dict[str, Any] # `Job` fields
+) -> tuple[float, Status]: # seconds from submit to result, the last status
     "Run a job to its end; EndpointError when it fails"
     began = time.perf_counter()
     *_, last = client.follow(client.submit(job).id, interval_s=0.05)
     if last.state != 'COMPLETED': raise EndpointError(f'the job of this bench is {last.state}: {last.error}')
     return time.perf_counter() - began, last
 
-def sample_job(store: Store, driving: Path = SAMPLES / 'pexels.mp4') -> dict:
+def sample_job(store: Store, driving: Path = SAMPLES / 'pexels.mp4') -> dict[str, Any]:
     "The default demo's job"
     return {
         'input_image_minio_path': upload_file(SAMPLES / 'astronaut.png', store),

@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/51_prices.ipynb #ea259a95
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def load_prices(
 ) -> tuple[GpuPool, ...]:
     "The price table; PricesError says what is wrong with a file"
     if not path: return tuple(POOLS.values())
-    def row(p: dict) -> GpuPool: return GpuPool(p['pool'], tuple(p['gpus']), float(p['usd_per_s']))
+    def row(p: dict[str, Any]) -> GpuPool: return GpuPool(p['pool'], tuple(p['gpus']), float(p['usd_per_s']))
     try: found = tuple(map(row, json.loads(Path(path).read_text())))
     except (OSError, ValueError, KeyError, TypeError) as e:
         wanted = 'a list of {"pool", "gpus", "usd_per_s"} is expected'

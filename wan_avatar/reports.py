@@ -82,7 +82,7 @@ def run_report(
     name: str, # smoke, cold-start
     given: Iterable[str] = (), # each `name=value`
     say: Callable[[str], None] = print, # told how far it is
-    limit_s: int = 7200 # longest a cell may take
+    timeout_s: int = 7200 # longest a cell may take
 ) -> Path: # the folder with everything
     "Execute a report; ReportFailed says which assert did not hold"
     import papermill # of the development requirements
@@ -97,7 +97,7 @@ def run_report(
     private = Config(KernelManager={'transport': 'ipc'}) # no port of the kernel that others on this machine could reach
     try:
         papermill.execute_notebook(str(path), str(target), parameters=values, kernel_name='python3', language='python',
-                                   progress_bar=False, execution_timeout=limit_s, config=private)
+                                   progress_bar=False, execution_timeout=timeout_s, config=private)
     except papermill.PapermillExecutionError as e:
         why = e.evalue or e.source.strip().splitlines()[-1]
         raise ReportFailed(f'{path.stem}, cell {e.exec_count}: {e.ename}: {why}') from None
@@ -200,14 +200,14 @@ def local_phases(
         yield tiny_phases(folder, hub, comfy_dir.absolute())
 
 # %% ../nbs/59_reports.ipynb #c54f8c7f
-def until_no_worker(client: Client, limit_s: float = 300, pause: Callable[[float], None] = time.sleep) -> None:
+def until_no_worker(client: Client, timeout_s: float = 300, pause: Callable[[float], None] = time.sleep) -> None:
     "Wait until the endpoint has scaled to zero; EndpointError when it does not"
-    until = time.monotonic() + limit_s
+    until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         workers = client.health()['workers']
         if not sum(workers.get(k, 0) for k in ('idle', 'running', 'ready', 'initializing')): return
         pause(0.2)
-    raise EndpointError(f'{client.endpoint} still has workers after {limit_s:.0f} s: {workers}; set min workers to 0')
+    raise EndpointError(f'{client.endpoint} still has workers after {timeout_s:.0f} s: {workers}; set min workers to 0')
 
 def empty(folders: Iterable[Path]) -> None:
     "Remove folders, so that the disk is like a new worker's"

@@ -58,10 +58,10 @@ def decode_result(path: Path) -> Decoded:
                 if not isinstance(frame, (av.AudioFrame, av.VideoFrame)) or frame.time is None: continue
                 if isinstance(frame, av.AudioFrame): audio_s = frame.time + frame.samples / frame.sample_rate
                 else: times.append((frame.time, float((frame.duration or 0) * (frame.time_base or 0))))
-            return _decoded(video, times, audio_s)
+            return _decoded_video(video, times, audio_s)
     except (av.FFmpegError, IndexError, OSError) as e: return Decoded(trouble=f'{type(e).__name__}: {e}'[:200])
 
-def _decoded(video: av.VideoStream, times: list[tuple[float, float]], audio_s: float | None) -> Decoded:
+def _decoded_video(video: av.VideoStream, times: list[tuple[float, float]], audio_s: float | None) -> Decoded:
     if not times: return Decoded(trouble='no frame')
     fps = float(video.average_rate or 0)
     first = times[0][0]
@@ -103,9 +103,9 @@ def get_url(url: str) -> tuple[int, str, str]: # HTTP status, SHA-256 of the bod
             return r.status_code, digest.hexdigest(), ''
     except httpx2.HTTPError as e: return 0, '', f'{type(e).__name__}: {e}'
 
-def until_refused(url: str, limit_s: float, pause: Callable[[float], None] = time.sleep) -> int: # last HTTP status
+def until_refused(url: str, timeout_s: float, pause: Callable[[float], None] = time.sleep) -> int: # last HTTP status
     "Ask for one byte until the storage says no"
-    until = time.monotonic() + limit_s
+    until = time.monotonic() + timeout_s
     status = 0
     while time.monotonic() < until:
         try: status = httpx2.get(url, headers={'Range': 'bytes=0-0'}, timeout=30, trust_env=False).status_code
@@ -139,7 +139,8 @@ class Check:
     wanted: str
     found: str
 
-def _equal(name: str, wanted: object, found: object) -> Check: return Check(name, wanted == found, str(wanted), str(found))
+def _equal(name: str, wanted: object, found: object) -> Check:
+    return Check(name, wanted == found, str(wanted), str(found))
 
 def _none_of(name: str, wrong: list[str], wanted: str) -> Check:
     return Check(name, not wrong, wanted, ', '.join(wrong) or wanted)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, Self
+from typing import Annotated, Any, NoReturn, Self
 
 import typer
 from rich.console import Console
@@ -104,7 +104,7 @@ class BootWatch:
         self.began: float | None = None
         self.log: Path | None = None
 
-    def event(self, kind: str, details: dict) -> None:
+    def event(self, kind: str, details: dict[str, Any]) -> None:
         "From the endpoint's thread"
         if kind == 'worker_started':
             self.log = self.folder / 'logs' / f'worker-{details["worker"]}.log'
