@@ -59,10 +59,10 @@ def save(figure: Any, path: Path | str) -> Path: # `path`
     figure.savefig(path)
     return Path(path)
 
-def _legend(figure: Any, handles: list, columns: int) -> None:
+def _legend(figure: Any, handles: list[Any], columns: int) -> None:
     if handles: figure.legend(handles=handles, loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
 
-def _patches(colours: dict[str, str]) -> list:
+def _patches(colours: dict[str, str]) -> list[Any]:
     from matplotlib.patches import Patch
     return [Patch(color=c, label=k) for k, c in colours.items()]
 
@@ -248,7 +248,7 @@ def _percentiles_of(axes: Any, samples: Samples, what: str, label: str) -> None:
     axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
     axes.grid(axis='x', color='#eeeeee')
 
-def _mark_key() -> list:
+def _mark_key() -> list[Any]:
     from matplotlib.lines import Line2D
     made = [Line2D([], [], color=LINES[i], marker=m, ls='', label=f'p{q}') for i, (q, m) in enumerate(_MARKS.items())]
     hollow = 'hollow: too few jobs for this percentile; lines: 95 % intervals'
@@ -393,7 +393,7 @@ def draw_months(
     _money_legend(figure, used)
     return save(figure, path)
 
-def _month_bars(axes: Any, cards: list[str], known: dict, guessed: Sequence[Estimate], per_day: int) -> None:
+def _month_bars(axes: Any, cards: list[str], known: dict[str, Any], guessed: Sequence[Estimate], per_day: int) -> None:
     for y, card in enumerate(cards):
         if card not in known:
             _words(axes, y, 0, 'needs cold and warm jobs')

@@ -180,7 +180,7 @@ class Settings(WeightSettings):
         bool, Field(description='take DEBUG all the same: the log has signed addresses then')] = False
 
     @model_validator(mode='after')
-    def fits_together(self):
+    def fits_together(self) -> 'Settings':
         "What only two variables show together"
         problems = [*_address_problems(self), *_level_problems(self)]
         if problems: raise ValueError('; '.join(problems))

@@ -11,6 +11,7 @@ __all__ = ['SKULL', 'OVAL', 'FLAT_HEAD', 'LIPS', 'LIDS', 'EYE_CORNERS', 'LIP_RIM
 
 # %% ../nbs/23_draft.ipynb #b4557f51
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -858,7 +859,7 @@ def _paint_lid(
     import cv2
     wide = float(np.linalg.norm(up[-1] - up[0]))
     shape, under, hole, lash = (np.zeros(area.shape[:2], np.uint8) for _ in range(4))
-    def fixed(v: np.ndarray) -> list: return [np.round(v * 16).astype(np.int32)]
+    def fixed(v: np.ndarray) -> list[Any]: return [np.round(v * 16).astype(np.int32)]
     cv2.fillPoly(shape, fixed(np.vstack([up + lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(under, fixed(np.vstack([up + 2 * lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(hole, fixed(np.vstack([up + .5 * lift, low[::-1]])), 255, cv2.LINE_AA, 4)

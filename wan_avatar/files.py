@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from .job import JobError
 
 # %% ../nbs/03_files.ipynb #20351fe6
@@ -50,7 +51,7 @@ def check_room(
     needed: int, # bytes
     what: str = 'this', # that needs them
     margin: int = MARGIN, # bytes
-    disk_usage: Callable = shutil.disk_usage
+    disk_usage: Callable[..., Any] = shutil.disk_usage
 ) -> None:
     "Will it fit? JobError `storage_failed` with figures, and the worker is unfit"
     if (free := disk_usage(folder).free) >= needed + margin: return

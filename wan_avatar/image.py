@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPOSITORY', 'PYTHON', 'PLATFORM', 'ImageError', 'Commit', 'read_commit', 'image_tag', 'lock_of', 'read_metadata',
-           'build_arguments', 'Inputs', 'requirement_name', 'requirement_inputs', 'requirements_file',
+           'build_arguments', 'RequirementInputs', 'requirement_name', 'requirement_inputs', 'requirements_file',
            'stale_requirements', 'compile_requirements', 'Built', 'docker', 'inspect', 'build_image', 'push_image']
 
 # %% ../nbs/56_image.ipynb #7b061b67
@@ -96,7 +96,7 @@ PYTHON = '3.12' # of the base image: Ubuntu 24.04
 PLATFORM = 'x86_64-manylinux_2_39'
 
 @dataclass(frozen=True)
-class Inputs:
+class RequirementInputs:
     "What one requirements file is compiled from"
     wanted: tuple[str, ...] # requirements
     given: tuple[str, ...] = () # `name==version` the base image has
@@ -110,11 +110,11 @@ class Inputs:
 def requirement_name(requirement: str) -> str:
     "`name` of `name==1.2; marker`"
     name, = re.findall(r'^[\w.-]+', requirement)
-    return name.lower().replace('_', '-')
+    return str(name).lower().replace('_', '-')
 
 def requirement_inputs(
     metadata: Mapping[str, str] # settings.ini
-) -> dict[str, Inputs]: # by environment
+) -> dict[str, RequirementInputs]: # by environment
     "The packages of the image's two environments"
     def names(key: str) -> tuple[str, ...]: return tuple(metadata[key].split())
     base = names('requirements')
@@ -123,8 +123,8 @@ def requirement_inputs(
     replaced = {requirement_name(r) for r in (*given, *without)}
     comfy = tuple(r for r in names('comfy_requirements') if requirement_name(r) not in replaced)
     return {
-        'worker': Inputs(base + names('worker_requirements') + names('image_worker_requirements')),
-        'comfy': Inputs(base + comfy + names('image_comfy_requirements'), given, without),
+        'worker': RequirementInputs(base + names('worker_requirements') + names('image_worker_requirements')),
+        'comfy': RequirementInputs(base + comfy + names('image_comfy_requirements'), given, without),
     }
 
 # %% ../nbs/56_image.ipynb #a02c70d6
@@ -132,13 +132,13 @@ def requirements_file(root: Path, name: str) -> Path:
     "Where the compiled requirements of an environment are"
     return root / f'nbs/tools/requirements-{name}.txt'
 
-def _header(inputs: Inputs) -> str:
+def _header(inputs: RequirementInputs) -> str:
     return (f'# compiled for Python {PYTHON} on {PLATFORM} by `wan-avatar image lock`; do not edit\n'
             f'# from settings.ini: {inputs.digest}\n')
 
 def stale_requirements(root: Path) -> list[str]:
     "Files that were compiled from other settings than those that are here"
-    def stale(file: Path, inputs: Inputs) -> bool:
+    def stale(file: Path, inputs: RequirementInputs) -> bool:
         return not file.exists() or not file.read_text().startswith(_header(inputs))
     files = {requirements_file(root, n): i for n, i in requirement_inputs(read_metadata(root)).items()}
     return [file.name for file, inputs in files.items() if stale(file, inputs)]
@@ -146,7 +146,7 @@ def stale_requirements(root: Path) -> list[str]:
 # %% ../nbs/56_image.ipynb #69d2f89c
 def compile_requirements(
     name: str, # of the environment
-    inputs: Inputs,
+    inputs: RequirementInputs,
     root: Path, # of the checkout
     upgrade: bool = False # take newer versions of requirements that settings.ini does not pin
 ) -> Path:
@@ -160,7 +160,10 @@ def compile_requirements(
         part.write_text(_header(inputs) + part.read_text().replace(f'{folder}/', ''))
     return target
 
-def _compile_options(inputs: Inputs, folder: Path) -> list[str | Path]: # of uv; its input files go into `folder`
+def _compile_options(
+    inputs: RequirementInputs,
+    folder: Path # gets the input files
+) -> list[str | Path]: # of uv
     def put(file: str, lines: list[str]) -> Path:
         (folder / file).write_text('\n'.join(lines))
         return folder / file

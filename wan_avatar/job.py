@@ -70,10 +70,10 @@ class JobError(Exception):
         self.message = without_middle(printable(without_middle(message, room)), room)
         super().__init__(f'{code}: {self.message}')
 
-    def __reduce__(self) -> tuple: # an exception is pickled by its text otherwise
+    def __reduce__(self) -> tuple[Any, ...]: # an exception is pickled by its text otherwise
         return type(self), (self.code, self.message, self.worker_unfit)
 
-    def answer(self) -> dict: # what the handler returns to RunPod
+    def answer(self) -> dict[str, Any]: # what the handler returns to RunPod
         "RunPod marks a job FAILED when its output holds `error`, and replaces the worker on `refresh_worker`"
         return {'error': str(self)} | ({'refresh_worker': True} if self.worker_unfit else {})
 
@@ -118,7 +118,7 @@ class Job(BaseModel):
                        Field(description='true, or a lifetime in seconds: adds presigned_url')] = False
 
     @model_validator(mode='after')
-    def one_image(self):
+    def one_image(self) -> 'Job':
         "Exactly one picture"
         n = sum(v is not None for v in (self.input_image_url, self.input_image_minio_path))
         if n != 1: raise ValueError(f'give exactly one of input_image_url and input_image_minio_path (got {n})')
@@ -132,7 +132,7 @@ class Job(BaseModel):
 # %% ../nbs/00_job.ipynb #109edbb3
 class _Short(reprlib.Repr):
     "As `repr` says it, without following what is deep, long or huge"
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 6
         self.maxlist = self.maxtuple = self.maxdict = 20
@@ -204,7 +204,7 @@ class Result(BaseModel):
     notes: list[str] | None = Field(None, description='what was left out of the driving video, such as a sound track '
                                                       'that nothing here decodes')
 
-    def answer(self) -> dict:
+    def answer(self) -> dict[str, Any]:
         "JSON for RunPod; `presigned_url` and `notes` only when there are any"
         return self.model_dump(exclude_none=True)
 
@@ -220,7 +220,7 @@ class ProgressUpdate(BaseModel):
     segment: int | None = Field(None, description='the window that is rendered, from 1')
     segments: int | None = Field(None, description='windows in all')
 
-    def answer(self) -> dict:
+    def answer(self) -> dict[str, Any]:
         "JSON for RunPod: what is known"
         return self.model_dump(exclude_none=True)
 
@@ -243,7 +243,7 @@ def manifest_key(
     return f'{video_key}.json'
 
 # %% ../nbs/00_job.ipynb #d2909a58
-def schemas() -> dict[str, dict]: # 'input', 'output', 'progress': each a JSON Schema
+def schemas() -> dict[str, dict[str, Any]]: # 'input', 'output', 'progress': each a JSON Schema
     "JSON Schemas of a job's input, of its output, and of what stands in its place while the job runs"
     sides: dict[str, type[BaseModel]] = {'input': Job, 'output': Result, 'progress': ProgressUpdate}
     return {name: model.model_json_schema() for name, model in sides.items()}

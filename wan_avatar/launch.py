@@ -234,9 +234,11 @@ def guard(environ: MutableMapping[str, str]) -> None:
     if not secret: raise ValueError(f'{DOOR} holds no secret')
 
     @web.middleware
-    async def ours_alone(request: web.Request, handler) -> web.StreamResponse:
+    async def ours_alone( # type: ignore[no-untyped-def] # `typing` would be imported before ComfyUI starts
+        request: web.Request, handler
+    ) -> web.StreamResponse:
         why = not_ours(request.method, request.path, request.headers, f'127.0.0.1:{port}', secret)
-        if not why: return await handler(request)
+        if not why: return await handler(request) # type: ignore[no-any-return]
         proven = {HEADER: proof(secret, request.headers[ASKED])} if ASKED in request.headers else None
         return web.Response(status=403, text=f'refused: {why}', headers=proven)
 
@@ -329,7 +331,7 @@ class Log:
 class Launched:
     "A ComfyUI that was started; it may not answer yet, or have ended"
     place: ComfyPlace
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     port: int # loopback
     secret: str # required with every request
     log: Log

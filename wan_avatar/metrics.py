@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -117,7 +118,7 @@ def make_record(
 def measured_job(
     client: Client,
     store: Store,
-    job: dict, # `Job` fields
+    job: dict[str, Any], # `Job` fields
     group: str,
     clock: Callable[[], float], # seconds since the run began
     on_status: Callable[[Status], None] = lambda status: None
@@ -469,7 +470,7 @@ class Sourced:
     source: str
 
 def health_figures(
-    health: dict # `/health`
+    health: dict[str, Any] # `/health`
 ) -> list[Sourced]:
     "Jobs since the endpoint was made, and workers now"
     return [Sourced(f'{what}: {name}', value, '', f'/health, {what}')
@@ -546,7 +547,7 @@ def what_full_size_saves(full: FullSize, pool: GpuPool, weights: tuple[tuple[str
             f'that is ${(b - a) * pool.usd_per_s:.2f} less a start in {pool.name} at prices of {PRICES_DATE}.')
 
 # %% ../nbs/54_metrics.ipynb #0346cc53
-def summarise(records: list[JobRecord]) -> dict: # plain JSON values
+def summarise(records: list[JobRecord]) -> dict[str, Any]: # plain JSON values
     "A run in one object: counts, percentiles with sample sizes, cold starts"
     made = [r for r in records if r.state == 'COMPLETED']
     cold, known, share = cold_share(records)
@@ -563,8 +564,8 @@ def summarise(records: list[JobRecord]) -> dict: # plain JSON values
         'cold_start_parts_s': {g: parts for g in groups if (parts := mean_parts(records, g))},
     }
 
-def _spreads(jobs: list[JobRecord]) -> dict[str, list[dict]]:
-    def spread(name: str) -> list[dict]:
+def _spreads(jobs: list[JobRecord]) -> dict[str, list[dict[str, Any]]]:
+    def spread(name: str) -> list[dict[str, Any]]:
         values = [v for r in jobs if (v := getattr(r, name)) is not None]
         return [asdict(p) | {'enough': p.enough} for p in percentiles(values)]
     return {name: spread(name) for name in ('delay_s', 'execution_s', 'total_s')}

@@ -171,7 +171,7 @@ def network(
     small: bool = False # a toy of the same inputs and outputs, for a dry run
 ) -> Module: # in evaluation mode
     "One of the three, ready to answer"
-    makers: dict[str, tuple[Callable[..., Module], tuple]] = {
+    makers: dict[str, tuple[Callable[..., Module], tuple[Any, ...]]] = {
         'vitpose': (vitpose, (64, 2, 2)), 'yolox': (yolox, (8, 1)), 'sam2': (sam2, (16, (1, 1, 1, 1), 1, ()))}
     make, toy = makers[name]
     net: Module = make(*(toy if small else ()))
@@ -180,7 +180,7 @@ def network(
 # %% ../nbs/36_networks.ipynb #13d71f33
 def _has_gpu() -> bool:
     import torch
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 def _settle() -> None:
     "Wait for the GPU"
@@ -245,7 +245,7 @@ def _tf32(on: bool) -> Iterator[None]:
     finally:
         for k, was in zip(kinds, before, strict=True): k.allow_tf32 = was
 
-def _twin(name: str, shape: tuple[int, ...], batches: tuple[int, ...]) -> Callable[[Place, dict], None]:
+def _twin(name: str, shape: tuple[int, ...], batches: tuple[int, ...]) -> Callable[[Place, dict[str, Any]], None]:
     def measure(place: Place, found: dict[str, Any]) -> None:
         import torch
         with torch.device(place.device): net = network(name, place.small)
@@ -335,11 +335,11 @@ def measure_networks(
     seconds: float = 60, # budget
     small: bool = False, # toys: proves that it runs
     say: Callable[[str], None] = print,
-    keep: Callable[[dict[str, dict]], None] = lambda found: None # called after each network with all there is
+    keep: Callable[[dict[str, dict[str, Any]]], None] = lambda found: None # called after each network with all there is
 ) -> dict[str, dict]: # `GpuRun.tracker`: network -> what, device, parameters, times (ms), peak_gb; or failed, left_out
     "The tracker's networks"
     end = time.perf_counter() + seconds
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, trial in TRIALS.items():
             left = end - time.perf_counter()
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=60)
     parser.add_argument('--small', action='store_true', help='toys: a dry run')
     args = parser.parse_args()
-    def keep(found: dict[str, dict]) -> None:
+    def keep(found: dict[str, dict[str, Any]]) -> None:
         with whole_file(args.result) as part: part.write_text(json.dumps(found, indent=1))
     measure_networks(args.seconds, args.small, lambda line: print(line, flush=True), keep)
 

@@ -87,7 +87,7 @@ class AvatarTrack:
                 'optional': {'detectors': detectors}}
 
     def run(self, source: str, kind: str, track: str, detectors: Detectors | None = None) -> dict:
-        with _gpu(GPU_MEMORY if detectors else 0) as gpu:
+        with _gpu_beside_comfy(GPU_MEMORY if detectors else 0) as gpu:
             made = _find_person(_work_path(source), kind, _progress, detectors, gpu)
         check_person(made, kind)
         save_track(made, _work_path(track))
@@ -130,7 +130,7 @@ class AvatarDetectors:
         return (Detectors(*(Path(path(kind, name)) for kind, name in files)),)
 
 @contextmanager
-def _gpu(needed: int) -> Iterator[bool]: # bytes -> is there one
+def _gpu_beside_comfy(needed: int) -> Iterator[bool]: # bytes -> is there one
     "ComfyUI's GPU for something it did not load itself"
     from comfy import model_management
     device = model_management.get_torch_device()

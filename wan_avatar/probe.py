@@ -34,7 +34,7 @@ def _raise_open_peaks(gpu: Any) -> None:
     if gpu: gpu.reset_peak_memory_stats()
 
 @contextmanager
-def measured_block(kind: str, **facts) -> Iterator[dict]: # to add facts to
+def measured_block(kind: str, **facts) -> Iterator[dict[str, Any]]: # to add facts to
     "Note what a block took and held"
     gpu = _gpu()
     if gpu: gpu.synchronize()
@@ -53,12 +53,12 @@ def measured_block(kind: str, **facts) -> Iterator[dict]: # to add facts to
 # %% ../nbs/37_probe.ipynb #a204a58f
 _asked = {'profile': False} # by the next prompt
 
-def _node(inner: Callable) -> Callable:
+def _node(inner: Callable[..., Any]) -> Callable[..., Any]:
     async def run(prompt_id, unique_id, obj, *args, **more):
         with measured_block('node', node=unique_id): return await inner(prompt_id, unique_id, obj, *args, **more)
     return run
 
-def _forward(inner: Callable) -> Callable:
+def _forward(inner: Callable[..., Any]) -> Callable[..., Any]:
     def run(self, x, *args, **more):
         import torch
         profiled, _asked['profile'] = _asked['profile'], False
@@ -70,7 +70,7 @@ def _forward(inner: Callable) -> Callable:
         return out
     return run
 
-def kernels_of(call: Callable) -> Any: # what the call returns
+def kernels_of(call: Callable[..., Any]) -> Any: # what the call returns
     "Run it under torch's profiler; the table stands beside the records"
     import torch
     gpu = _gpu()
@@ -82,15 +82,15 @@ def kernels_of(call: Callable) -> Any: # what the call returns
     Path(os.environ[RECORD]).with_name('kernels.txt').write_text(table)
     return out
 
-def _vae(kind: str) -> Callable:
-    def around(inner: Callable) -> Callable:
+def _vae(kind: str) -> Callable[..., Any]:
+    def around(inner: Callable[..., Any]) -> Callable[..., Any]:
         def run(self, given, *args, **more):
             facts = {'shape': list(given.shape), 'type': str(self.vae_dtype)}
             with measured_block(kind, **facts): return inner(self, given, *args, **more)
         return run
     return around
 
-def _tiled(inner: Callable) -> Callable:
+def _tiled(inner: Callable[..., Any]) -> Callable[..., Any]:
     def run(self, *args, **more):
         note(kind='tiled') # memory did not suffice for the whole of it
         return inner(self, *args, **more)
@@ -122,19 +122,19 @@ class ProbeCap:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = 'avatar', 'run', (), True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict:
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         gb = 'FLOAT', {'min': 0, 'max': 1000, 'tooltip': '10**9 bytes'}
         return {'required': {'gb': gb, 'profile': ('BOOLEAN', {})}}
 
     @classmethod
     def IS_CHANGED(cls, **inputs) -> float: return float('nan') # what it sets is not kept with its output
 
-    def run(self, gb: float, profile: bool) -> dict:
+    def run(self, gb: float, profile: bool) -> dict[str, Any]:
         _asked['profile'] = profile
         hold_to(int(gb * 1e9))
         return {'ui': {'gb': [gb]}}
 
-_whole: dict[str, Callable] = {} # ComfyUI's own functions, while others stand in for them
+_whole: dict[str, Callable[..., Any]] = {} # ComfyUI's own functions, while others stand in for them
 
 def hold_to(total: int) -> None: # bytes; 0: all there is
     "Replace what ComfyUI and torch take for the card's memory; models are unloaded, so that they are placed anew"
@@ -148,7 +148,7 @@ def hold_to(total: int) -> None: # bytes; 0: all there is
     gpu.set_per_process_memory_fraction(min(1.0, (total - CONTEXT) / real) if total else 1.0)
     management.get_total_memory, management.get_free_memory = _stand_ins(total) if total else _whole.values()
 
-def _stand_ins(total: int) -> tuple[Callable, Callable]:
+def _stand_ins(total: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     gpu, whole_total, whole_free = _gpu(), *_whole.values()
     def total_memory(dev=None, torch_total_too=False):
         if getattr(dev, 'type', 'cuda') != 'cuda': return whole_total(dev, torch_total_too)

@@ -48,7 +48,7 @@ class EmbeddingDamaged(ValueError):
 def read_header(
     file: BinaryIO, # safetensors
     max_bytes: int = MAX_HEADER # a longer header is refused
-) -> tuple[dict, int]: # header, where the tensors begin
+) -> tuple[dict[str, Any], int]: # header, where the tensors begin
     "A safetensors header; raises EmbeddingDamaged"
     length = int.from_bytes(file.read(8), 'little')
     if not 2 <= length <= max_bytes: raise EmbeddingDamaged(f'its header would be {length} bytes long')
@@ -58,7 +58,7 @@ def read_header(
     if len(raw) < length or not raw.startswith(b'{'): raise EmbeddingDamaged('its header is not an object')
     return header, 8 + length
 
-def _once(pairs: list[tuple[str, Any]]) -> dict:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made := dict(pairs)) < len(pairs): raise ValueError('a name twice')
     return made
 

@@ -111,14 +111,14 @@ def _as_html(notebook: Path) -> None:
     with whole_file(notebook.with_suffix('.html')) as part: part.write_text(body)
 
 # %% ../nbs/59_reports.ipynb #93c4d0fc
-def write_summary(out: Path, summary: dict) -> Path: # its path
+def write_summary(out: Path, summary: dict[str, Any]) -> Path: # its path
     "summary.json of a report"
     with whole_file(out / 'summary.json') as part: part.write_text(json.dumps(summary, indent=1) + '\n')
     return out / 'summary.json'
 
 def endpoint_figures_of(
     records: Path # records.jsonl of an earlier run
-) -> list[dict]: # empty: no summary lies beside it
+) -> list[dict[str, Any]]: # empty: no summary lies beside it
     "The endpoint's own figures of that run, so that drawing it again does not lose them"
     summary = records.parent / 'summary.json'
     return json.loads(summary.read_text()).get('endpoint_figures', []) if summary.exists() else []
@@ -217,7 +217,7 @@ def empty(folders: Iterable[Path]) -> None:
 def measure_phase(
     client: Client,
     store: Store,
-    job: dict, # `Job` fields
+    job: dict[str, Any], # `Job` fields
     phase: Phase,
     cold: int, # jobs
     warm: int, # jobs

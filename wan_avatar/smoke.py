@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx2
@@ -118,7 +119,7 @@ def until_refused(url: str, timeout_s: float, pause: Callable[[float], None] = t
 @dataclass(frozen=True)
 class Evidence:
     "A job's evidence: the request, the answer and the video"
-    job: dict # `Job` fields as submitted
+    job: dict[str, Any] # `Job` fields as submitted
     prefix: str # OUTPUT_PREFIX of the worker
     status: Status
     driving: Decoded
@@ -208,7 +209,7 @@ PRESIGN_S = 5 # long enough to begin a GET, short enough to wait for its end
 
 def _judged(
     status: Status, # of a completed job
-    job: dict,
+    job: dict[str, Any],
     prefix: str,
     driving: Path,
     wanted: Decoded, # the driving video
@@ -260,7 +261,7 @@ class _Run:
         if self.stop.is_set(): raise EndpointError('this run was stopped')
         self.on_status(status)
 
-    def job(self, job: dict, driving: Path, wanted: Decoded, prefix: str, folder: Path) -> Outcome:
+    def job(self, job: dict[str, Any], driving: Path, wanted: Decoded, prefix: str, folder: Path) -> Outcome:
         def clock() -> float: return time.monotonic() - self.began
         record, status = measured_job(self.client, self.store, job, 'smoke', clock, self.saw)
         evidence = Evidence(job, prefix, status, wanted)
@@ -278,7 +279,7 @@ class _Run:
 def run_smoke(
     client: Client,
     store: Store,
-    job: dict, # `Job` fields; `presign` is added
+    job: dict[str, Any], # `Job` fields; `presign` is added
     driving: Path, # the driving video, here
     folder: Path, # keeps everything
     jobs: int = 1,
@@ -328,7 +329,7 @@ def _row_of(name: str, checks: list[Check]) -> Row:
     shown = next((c for c in checks if not c.ok), checks[0])
     return Row(name, sum(c.ok for c in checks), len(checks), shown.wanted, shown.found)
 
-def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict: # as in summary.json
+def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict[str, Any]: # as in summary.json
     "summary.json and records.jsonl of a run"
     records = [o.record for o in outcomes]
     found = rows(outcomes)

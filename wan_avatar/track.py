@@ -250,7 +250,7 @@ def track_bytes_at_most(
     return frames * (a_mask + sum(KEYPOINTS.values()) * 6 + 64) + w * h * 3 + 100_000
 
 # %% ../nbs/21_track.ipynb #514109d6
-def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
+def _read_track(archive: Archive, meta: dict[str, Any], present: np.ndarray) -> Track:
     n = len(present)
     size = _read_size(meta, 'size')
     mask_size = _read_size(meta, 'mask_size')
@@ -268,7 +268,7 @@ def _read_track(archive: Archive, meta: dict, present: np.ndarray) -> Track:
     masks = _read_masks(archive, n, mask_size)
     return Track(size, present, points, mask_size, masks, meta['tracker'], **extra, **pictures)
 
-def _read_size(meta: dict, name: str) -> tuple[int, int]:
+def _read_size(meta: dict[str, Any], name: str) -> tuple[int, int]:
     w, h = meta[name]
     if not all(type(side) is int and 1 <= side <= _SIDE for side in (w, h)):
         raise TrackDamaged(f'its {name} is {str(meta[name])[:99]}')
@@ -644,9 +644,9 @@ class _TrackUnderWay:
         self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
         self.plate = Plate(size)
         self.camera = Camera()
-        self.rows: list[tuple] = [] # present, camera, mask, then the groups of each frame
+        self.rows: list[tuple[Any, ...]] = [] # present, camera, mask, then the groups of each frame
         self.skins: list[np.ndarray] = [] # (3,) each
-        self.added: Future | None = None # the newest frame of the plate
+        self.added: Future[Any] | None = None # the newest frame of the plate
 
     def add(self, pool: ThreadPoolExecutor, frame: np.ndarray, groups: list, beside: tuple, any_face: bool) -> None:
         "Add the findings of the detectors in a frame"
@@ -702,11 +702,11 @@ def _mediapipe_track(
 
 # %% ../nbs/21_track.ipynb #a94d616a
 def ours_only(
-    rows: list[tuple], # present, camera, mask, then the groups of each frame
+    rows: list[tuple[Any, ...]], # present, camera, mask, then the groups of each frame
     people: PersonFilter,
     zoom: float, # pixels of the groups to one of the view that `people` saw
     empty: bytes # mask of a frame without a person
-) -> list[tuple]:
+) -> list[tuple[Any, ...]]:
     "Rows that show another person become rows without a person"
     points = np.full((len(rows), 2), np.nan)
     scale = np.zeros(len(rows))
@@ -716,7 +716,7 @@ def ours_only(
         points[i] = (face[:, :2].mean(0) if has_face else body[0, :2]) / zoom
         shoulders = np.nan_to_num(np.linalg.norm(body[11, :2] - body[12, :2]))
         scale[i] = max(shoulders, np.ptp(face[:, 0]) if has_face else 0) / zoom
-    def without_person(row: tuple) -> tuple:
+    def without_person(row: tuple[Any, ...]) -> tuple[Any, ...]:
         return False, row[1], empty, *(np.full_like(g, np.nan) for g in row[3:])
     ours = people.frames_of_ours(points, scale)
     return [row if is_ours else without_person(row) for row, is_ours in zip(rows, ours, strict=True)]

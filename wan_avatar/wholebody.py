@@ -352,12 +352,12 @@ def _prompt(
         starts.append((stretch, 0 if carried else keys[0]))
     return starts
 
-def _box_and_joints(box: np.ndarray, points: np.ndarray) -> dict:
+def _box_and_joints(box: np.ndarray, points: np.ndarray) -> dict[str, Any]:
     joints = prompt_points(points, box).tolist()
     on_person = {'input_points': [[joints]], 'input_labels': [[[1] * len(joints)]]} if joints else {}
     return {'input_boxes': [[box.tolist()]], **on_person}
 
-def _propagate(model: Any, session: Any, starts: Stretches, resize: Callable) -> Masks:
+def _propagate(model: Any, session: Any, starts: Stretches, resize: Callable[..., Any]) -> Masks:
     "Each stretch from its first prompted frame to its end, then back to its beginning"
     size = [[session.video_height, session.video_width]]
     def masks(start: int, count: int, reverse: bool) -> Masks:
@@ -373,13 +373,13 @@ def _propagate(model: Any, session: Any, starts: Stretches, resize: Callable) ->
 OpenFrames = Callable[[], Iterable[np.ndarray]] # starts reading the frames (h, w, 3) uint8 RGB from the beginning
 
 def chunks(
-    items: Iterable,
+    items: Iterable[Any],
     size: int,
     shared: int = 0 # items at the end of a list that the next one begins with
-) -> Iterator[list]:
+) -> Iterator[list[Any]]:
     "Lists of so many items, the last one shorter; none has shared items alone"
     source = iter(items)
-    batch: list = []
+    batch: list[Any] = []
     while fresh := list(islice(source, size - len(batch))):
         batch += fresh
         del fresh

@@ -26,12 +26,13 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -40,7 +41,7 @@ from .config import Settings, SettingsError, load_settings
 from .embeddings import describe_picture, find_embedding, prompt_embeddings
 from .fetch import FileProgress, ProgressLines, fetch_weights, places_of
 from .files import check_room, whole_file
-from .handler import Handler
+from .handler import Handler, Send
 from .job import JobError, without_secrets
 from .kernels import NEEDED_GB, Need, lacking
 from .launch import ComfyPlace, Launched, absolute_folder, private_folder
@@ -93,7 +94,7 @@ def _origin(folder: Path) -> str:
 def check_disk(
     settings: Settings,
     needed: int = 2 * 10**9, # bytes: two windows of raw frames and a long video
-    disk_usage=shutil.disk_usage
+    disk_usage: Callable[[Path], Any] = shutil.disk_usage
 ) -> None:
     "JobError `storage_failed` unless WORK_DIR is this user's own folder and has room to work in"
     try: private_folder(settings.work_dir)
@@ -167,7 +168,7 @@ def warm_up_graph(profile: Profile) -> Graph: # slots: embedding, vision, frames
     graph = profile_graph(profile.changed(steps=1))
     length = profile.overlap + 4
     gone = {'segment', 'pictures', 'mask_rows'} & set(graph)
-    def kept(inputs: dict) -> dict:
+    def kept(inputs: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] in gone)}
     graph = {i: n | {'inputs': kept(n['inputs'])} for i, n in graph.items() if i not in gone}
     graph['sample']['inputs'] |= {'positive': ['animate', 0], 'negative': ['animate', 1]}
@@ -242,7 +243,7 @@ def check_card(
     raise JobError('out_of_memory', f'{found}: {remedy}', worker_unfit=True)
 
 # %% ../nbs/42_worker.ipynb #b0010007
-async def _step(timeline: Timeline, name: str, what: str, work: Awaitable) -> None:
+async def _step(timeline: Timeline, name: str, what: str, work: Awaitable[Any]) -> None:
     with timeline.stage(name): await work
     log.info('boot: %s after %.1f s', what, timeline.elapsed())
 
@@ -320,7 +321,7 @@ def spare_the_core() -> None:
     cpuinfo.get_cpu_info = lambda: {'brand_raw': platform.processor() or platform.machine()}
 
 # %% ../nbs/42_worker.ipynb #368e93d4
-def _serve(background: Background, booted: Future, settings: Settings, timeline: Timeline) -> None:
+def _serve(background: Background, booted: Future[Any], settings: Settings, timeline: Timeline) -> None:
     "Take jobs until RunPod or a signal ends the worker"
     with timeline.stage('sdk'):
         spare_the_core()
@@ -328,13 +329,13 @@ def _serve(background: Background, booted: Future, settings: Settings, timeline:
     runpod.serverless.register_fitness_check(fitness_check(booted, timeline))
     handle: list[Handler] = []
 
-    async def handler(event: dict) -> dict:
+    async def handler(event: dict[str, Any]) -> dict[str, Any]:
         if not handle: handle.append(Handler(booted.result(), progress_sender()))
         return await asyncio.wrap_future(background.submit(handle[0](event)))
 
     runpod.serverless.start({'handler': handler, 'concurrency_modifier': lambda current: settings.concurrency})
 
-def fitness_check(booted: Future, timeline: Timeline):
+def fitness_check(booted: Future[Any], timeline: Timeline) -> Callable[[], Awaitable[None]]:
     "The one check of our own: ComfyUI answers, bucket reachable, disk free"
     async def ready() -> None:
         worker = await asyncio.wrap_future(booted)
@@ -342,12 +343,12 @@ def fitness_check(booted: Future, timeline: Timeline):
         # only now: its imports take no core from the boot, and are done before a first job's files are here
         worker.reading.start()
     return ready
-def progress_sender():
+def progress_sender() -> Send:
     "Gives a function that sends updates as the SDK does, but on our loop, where they can be awaited"
     from runpod.http_client import AsyncClientSession
     from runpod.serverless.modules.rp_http import send_result
 
-    async def send(event: dict, update: dict) -> None:
+    async def send(event: dict[str, Any], update: dict[str, Any]) -> None:
         progress = {'status': 'IN_PROGRESS', 'output': update}
         async with AsyncClientSession() as session: await send_result(session, progress, event)
     return send
@@ -377,7 +378,7 @@ def main(
         shut_down(background, booted)
         if launched and launched.process.poll() is None: launched.end() # boot never began
 
-def shut_down(background: Background, booted: Future) -> None:
+def shut_down(background: Background, booted: Future[Any]) -> None:
     "End jobs and boot, then ComfyUI, then the loop, whatever state they are in; bounded"
     background.end()
     ready = booted.done() and not booted.cancelled() and booted.exception() is None

@@ -26,7 +26,7 @@ from .models import Lock, LockedFile, Needs, load_lock
 from .segments import BLOCKS, LENGTH, OVERLAP, MaskShape
 
 # %% ../nbs/30_workflow.ipynb #a46c697a
-Graph = dict[str, dict]
+Graph = dict[str, dict[str, Any]]
 _SLOT = re.compile(r'\{\{(\w+)\}\}')
 
 def load_graph(
@@ -34,7 +34,8 @@ def load_graph(
 ) -> Graph:
     "A graph with its slots unfilled"
     path = name if isinstance(name, Path) else files('wan_avatar') / 'workflows' / f'{name}.json'
-    return json.loads(path.read_text())
+    graph: Graph = json.loads(path.read_text())
+    return graph
 
 def _inputs(graph: Graph) -> Iterator[tuple[str, str, Any]]:
     "Every (node id, input name, value)"
@@ -56,13 +57,15 @@ def bind(
     wanted, given = slots(graph), set(values)
     if missing := wanted - given: raise ValueError(f'slots without a value: {sorted(missing)}')
     if extra := given - wanted: raise ValueError(f'values no slot takes: {sorted(extra)}; slots are {sorted(wanted)}')
-    def fill(value): return values[m[1]] if isinstance(value, str) and (m := _SLOT.fullmatch(value)) else value
+    def fill(value: Any) -> Any:
+        slot = _SLOT.fullmatch(value) if isinstance(value, str) else None
+        return values[slot[1]] if slot else value
     return {i: node | {'inputs': {k: fill(v) for k, v in node['inputs'].items()}} for i, node in graph.items()}
 
 # %% ../nbs/30_workflow.ipynb #421b04c2
 def validate(
     graph: Graph, # bound
-    object_info: Mapping[str, dict] # what ComfyUI answers to GET /object_info
+    object_info: Mapping[str, dict[str, Any]] # what ComfyUI answers to GET /object_info
 ) -> list[str]: # findings; empty: ComfyUI will take it
     "Everything ComfyUI would refuse"
     unknown = {node_id: node for node_id, node in graph.items() if node['class_type'] not in object_info}
@@ -71,7 +74,7 @@ def validate(
         if node_id not in unknown: found += _findings(node_id, graph, object_info)
     return found
 
-def _findings(node_id: str, graph: Graph, object_info: Mapping[str, dict]) -> list[str]:
+def _findings(node_id: str, graph: Graph, object_info: Mapping[str, dict[str, Any]]) -> list[str]:
     node = graph[node_id]
     taken = object_info[node['class_type']]['input']
     required, optional = taken.get('required', {}), taken.get('optional', {})
@@ -86,18 +89,18 @@ def _findings(node_id: str, graph: Graph, object_info: Mapping[str, dict]) -> li
             found.append(f'{where}: input "{name}" {problem}')
     return found
 
-def _options(spec: list) -> list | None:
+def _options(spec: list[Any]) -> list[Any] | None:
     "The values of a combo, in either way ComfyUI writes one"
     return spec[0] if isinstance(spec[0], list) else spec[1].get('options') if spec[0] == 'COMBO' else None
 
-def _accepted(spec: list) -> str:
+def _accepted(spec: list[Any]) -> str:
     options = _options(spec)
     return shorten(options, 200) if options is not None else spec[0]
 
 # %% ../nbs/30_workflow.ipynb #8416c2fd
 _LITERALS: dict[str, tuple[type, ...]] = {'INT': (int,), 'FLOAT': (int, float), 'STRING': (str,), 'BOOLEAN': (bool,)}
 
-def _mismatch(value: Any, spec: list, graph: Graph, object_info: Mapping[str, dict]) -> str | None:
+def _mismatch(value: Any, spec: list[Any], graph: Graph, object_info: Mapping[str, dict[str, Any]]) -> str | None:
     "Why an input cannot take a value"
     if isinstance(value, list): return _bad_link(value, spec, graph, object_info)
     options = _options(spec)
@@ -111,7 +114,7 @@ def _mismatch(value: Any, spec: list, graph: Graph, object_info: Mapping[str, di
         return f'is {value}; it takes {low} to {high}'
     return None
 
-def _bad_link(link: list, spec: list, graph: Graph, object_info: Mapping[str, dict]) -> str | None:
+def _bad_link(link: list[Any], spec: list[Any], graph: Graph, object_info: Mapping[str, dict[str, Any]]) -> str | None:
     if len(link) != 2 or link[0] not in graph: return f'links to {shorten(link)}, which is not in the graph'
     info = object_info.get(graph[link[0]]['class_type'])
     if info is None: return None # the unknown node is a finding already
@@ -161,7 +164,7 @@ class Profile:
     carries: bool = False # a window goes on from the last frames of the one before
     needs_face: bool = False # it draws by the face alone and cannot use a body seen from behind
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vision not in VISIONS:
             raise ValueError(f'{self.name}: vision {self.vision!r} does not exist; it is one of {", ".join(VISIONS)}')
         if self.carries and (self.overlap % 4 != 1 or self.overlap >= self.length):
@@ -275,7 +278,7 @@ def disconnected(
 def relinked(
     graph: Graph,
     old: str, # node id
-    link: list # [node id, output]
+    link: list[Any] # [node id, output]
 ) -> Graph: # a new one
     "A graph without a node: inputs that took its first output take this link"
     def moved(value: Any) -> Any: return link if value == [old, 0] else value
@@ -443,7 +446,7 @@ def ranks(graph: Graph) -> dict[str, int]: # node id -> column
         return 1 + max(map(rank, before)) if before else 0
     return {n: rank(n) for n in graph}
 
-def draw_graph(graph: Graph):
+def draw_graph(graph: Graph) -> Any:
     "A matplotlib figure of the nodes, their values and their links"
     from matplotlib.figure import Figure
     column = ranks(graph)
@@ -465,7 +468,7 @@ def draw_graph(graph: Graph):
     axes.axis('off')
     return figure
 
-def _caption(node: dict) -> str:
+def _caption(node: dict[str, Any]) -> str:
     def cut(text: str) -> str: return text if len(text) < 22 else text[:20] + '…'
     values = [f'{k} {cut(str(v))}' for k, v in node['inputs'].items() if not isinstance(v, list)]
     return '\n'.join([node['class_type'], *values[:7]])
