@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUE', 'SMALL', 'Shapes', 'Spec', 'GAINS', 'BF16_DIT', 'Size', 'dit_shapes', 'vae_shapes', 'vision_shapes', 'of_type',
-           'is_linear', 'scaled_fp8', 'lora', 'distillation', 'fill', 'embeddings', 'write', 'make_tiny',
+           'is_linear', 'scaled_fp8', 'lora', 'distillation', 'fill', 'embeddings', 'write_checkpoints',
            'production_files', 'main']
 
 # %% ../nbs/34_tiny.ipynb #1c8069a2
@@ -137,7 +137,7 @@ def embeddings(profile: Profile) -> list[Embedding]:
     "Of its prompt and its negative prompt, whatever `cfg` is"
     return [Embedding(text, profile.encoder_sha256) for text in (profile.prompt or '', profile.negative_prompt)]
 
-def write(
+def write_checkpoints(
     folder: Path, # in ComfyUI's layout
     files: Mapping[str, Spec], # by place in it
     metadata: Mapping[str, dict[str, str]], # of those that have some
@@ -154,7 +154,7 @@ def write(
         took = f', {time.perf_counter() - began:.0f} s' if device != 'cpu' else ''
         say(f'{place}: {(folder / place).stat().st_size:,} bytes{took}')
 
-def make_tiny(
+def _make_tiny(
     folder: Path, # gets diffusion_models/, loras/, vae/, clip_vision/ and embeddings/
     face: bool = False, # with the encoders of the close-up, 71 MB
     say: Callable[[str], None] = print
@@ -167,7 +167,7 @@ def make_tiny(
     described = {f'embeddings/{e.name}': e for e in embeddings(TINY)}
     files |= {name: {'embedding': ('F16', e.shape)} for name, e in described.items()}
     metadata = {name: e.metadata() for name, e in described.items()}
-    write(folder, files, metadata, spread=0.05, say=say) # wide enough for every branch to leave a trace
+    write_checkpoints(folder, files, metadata, spread=0.05, say=say) # wide enough for every branch to leave a trace
 
 # %% ../nbs/34_tiny.ipynb #c2c7bce4
 BF16_DIT = f'{WAN.weights[0].folder}/wan22-animate-bf16.safetensors' # the transformer before it was quantised
@@ -198,12 +198,12 @@ def main() -> None:
     from comfy.cli_args import args
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     args.cpu = device == 'cpu' # ComfyUI looks for a GPU on import otherwise
-    if 'production' not in options: return make_tiny(Path(models), 'face' in options)
+    if 'production' not in options: return _make_tiny(Path(models), 'face' in options)
     files = production_files(SMALL if 'small' in options else TRUE, 'bf16' in options)
     missing = {place: spec for place, spec in files.items() if not (Path(models) / place).exists()} # in a second call
     described = {f'embeddings/{e.name}': e for e in embeddings(WAN)}
     missing |= {name: {'embedding': ('F16', e.shape)} for name, e in described.items()}
-    write(Path(models), missing, {name: e.metadata() for name, e in described.items()}, device)
+    write_checkpoints(Path(models), missing, {name: e.metadata() for name, e in described.items()}, device)
 
 # %% ../nbs/34_tiny.ipynb #35aaad16
 #| eval: false
