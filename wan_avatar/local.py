@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from wan_avatar.queue import (
     payload_limit,
     too_large,
 )
+from .retry import RetryPolicy, TransientError, retry_async
 from .worker_pool import PoolRules, PoolWorker, WorkerPool
 
 if TYPE_CHECKING: # imported where it is used
@@ -226,17 +228,23 @@ def webhook_sender(
     lanes = asyncio.Semaphore(at_once)
     limits = aiohttp.ClientTimeout(total=20)
 
-    async def post(url: str, status: dict[str, Any]) -> bool:
+    # RunPod's pauses are all alike
+    policy = RetryPolicy(attempts=tries, first_s=interval_s, longest_s=interval_s, jitter=0)
+
+    async def post(url: str, status: dict[str, Any]) -> None:
         try:
             async with lanes, aiohttp.ClientSession(timeout=limits) as http, http.post(url, json=status) as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError): return False
+                if answer.status != 200: raise TransientError(f'HTTP {answer.status}')
+        except (aiohttp.ClientError, TimeoutError) as e: raise TransientError(type(e).__name__) from e
 
     async def send(url: str, status: dict[str, Any]) -> int | None:
-        for attempt in range(1, tries + 1):
-            if await post(url, status): return attempt
-            if attempt < tries: await asyncio.sleep(interval_s)
-        log.warning('webhook of job %s: %d tries without a 200', status['id'], tries)
+        attempts = count(1)
+        async def attempt() -> int:
+            number = next(attempts)
+            await post(url, status)
+            return number
+        try: return await retry_async(attempt, policy, f'webhook of job {status["id"]}')
+        except TransientError: log.warning('webhook of job %s: %d tries without a 200', status['id'], tries)
         return None
     return send
 
