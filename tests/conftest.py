@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from wan_avatar.normalise import normalise_video
 from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.worker import boot, shut_down
-from wan_avatar.workflow import PROFILES
+from wan_avatar.workflow import PROFILES, Profile
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
@@ -160,11 +160,13 @@ def make_settings(bucket, work: Path, **more: str):
 
 class Service:
     "A booted worker without RunPod around it: real bucket, real ComfyUI, the real handler"
-    def __init__(self, bucket, work: Path, **more: str):
+    def __init__(self, bucket, work: Path, profiles: Sequence[Profile] = (), **more: str):
+        "`profiles`: those that jobs can name beside, or instead of, the ones that ship"
         self.background = Background()
         self.reports: list[tuple[str, dict]] = []
         self.settings = make_settings(bucket, work, **more)
-        self.booted = self.background.submit(boot(self.settings, Timeline()))
+        self.profiles = PROFILES | {p.name: p for p in profiles}
+        self.booted = self.background.submit(boot(self.settings, Timeline(), profiles=self.profiles))
         self.context = self.booted.result(timeout=120)
         self.store = self.context.store
         self.comfy = self.context.comfy
@@ -202,19 +204,18 @@ class Service:
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):
     "One service for all tests that do not break its settings; inputs are in its bucket, and its windows are short"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(PROFILES, 'draft', PROFILES['draft'].changed(length=29)) # faults of windows need no 77 frames
-        made = Service(bucket, tmp_path_factory.mktemp('work'))
-        for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'):
-            made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-        for name, frames in (('two windows', 48), ('brief', 12)):
-            clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut'))
-            made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
-        face = next(read_frames(samples / 'single_face.mp4', start=10))
-        Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
-        made.store.upload(picture, 'in/face.png', 'image/png')
-        yield made
-        made.close()
+    short = PROFILES['draft'].changed(length=29) # faults of windows need no 77 frames
+    made = Service(bucket, tmp_path_factory.mktemp('work'), profiles=[short])
+    for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'):
+        made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
+    for name, frames in (('two windows', 48), ('brief', 12)):
+        clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut'))
+        made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
+    face = next(read_frames(samples / 'single_face.mp4', start=10))
+    Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
+    made.store.upload(picture, 'in/face.png', 'image/png')
+    yield made
+    made.close()
 
 def cut(source: Path, frames: int, folder: Path) -> Path:
     "The first frames of a clip as a driving video of its own, 640x360 with sound"

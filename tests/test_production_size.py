@@ -10,7 +10,7 @@ from conftest import SPARING, Service, cut
 
 from wan_avatar.frames import read_frames
 from wan_avatar.mp4 import check_mp4
-from wan_avatar.workflow import PROFILES, TINY, WAN, profile_graph, vision_graph
+from wan_avatar.workflow import TINY, WAN, profile_graph, vision_graph
 
 FRAMES = 13 # two windows of 9, of which the second goes on from 5
 
@@ -37,9 +37,8 @@ def production(bucket, samples, tiny, detectors, tmp_path_factory):
     work = tmp_path_factory.mktemp('production')
     clip = cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip'))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(PROFILES, SMALL.name, SMALL)
         for name, value in SPARING.items(): patched.setenv(name, value) # for ComfyUI
-        made = Service(bucket, work, MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
+        made = Service(bucket, work, [SMALL], MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
         made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
         made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')
         yield made

@@ -22,7 +22,6 @@ from wan_avatar.normalise import normalise_video
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.track import load_track, parse_track
 from wan_avatar.workflow import (
-    PROFILES,
     REFERENCE,
     TINY,
     WAN,
@@ -101,20 +100,21 @@ def wan(bucket, samples, weights, tmp_path_factory):
     probed = comfy_with_probe(tmp_path_factory.mktemp('probed'))
     with pytest.MonkeyPatch.context() as patched:
         for name, value in SPARING.items(): patched.setenv(name, value) # for ComfyUI
-        made = Service(bucket, work, MODELS_DIR=str(weights), PROFILE='wan22-animate-tiny', COMFY_DIR=str(probed))
+        made = Service(bucket, work, [FACE, BODY, BLIND, PROMPTED], MODELS_DIR=str(weights),
+                       PROFILE='wan22-animate-tiny', COMFY_DIR=str(probed))
     made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
     for name, frames in (('short', 14), ('five frames', 5)):
         clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('clip'))
         made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
-    with known(FACE, BODY, BLIND, PROMPTED): yield made
+    yield made
     made.close()
 
 @contextmanager
-def known(*profiles: Profile) -> Iterator[None]:
-    "Profiles that jobs can name for the length of a block"
-    with pytest.MonkeyPatch.context() as patched:
-        for profile in profiles: patched.setitem(PROFILES, profile.name, profile)
-        yield
+def known(wan, profile: Profile) -> Iterator[None]:
+    "A profile that jobs can name for the length of a block"
+    wan.profiles[profile.name] = profile
+    yield
+    del wan.profiles[profile.name]
 
 JOB = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/short.mp4'}
 BRIEF = JOB | {'driving_video_path': 'in/five frames.mp4'}
@@ -174,7 +174,7 @@ def test_length_and_overlap_can_be_changed(wan):
     longer = TINY.changed(length=13, overlap=9)
     for profile, carried in ((longer, 9), (WAN, 5)):
         assert profile_graph(profile)['animate']['inputs']['continue_motion_max_frames'] == carried
-    with known(replace(longer, name='longer')): answer = wan.run('longer', **JOB, profile='longer')
+    with known(wan, replace(longer, name='longer')): answer = wan.run('longer', **JOB, profile='longer')
     assert answer['frames'] == 14
     assert rendered(wan, 'longer') == [(0, 13), (1, 13)]
 
@@ -582,12 +582,12 @@ def short_of_memory(tmp_path: Path, most: int) -> Profile:
     return replace(TINY, name='full', graph=tmp_path / 'full.json', length=17)
 
 def test_out_of_memory_is_tried_with_shorter_windows(wan, tmp_path):
-    with known(short_of_memory(tmp_path, 9)): answer = wan.run('shorter', **JOB, profile='full')
+    with known(wan, short_of_memory(tmp_path, 9)): answer = wan.run('shorter', **JOB, profile='full')
     assert answer['frames'] == 14
     assert rendered(wan, 'shorter') == [(0, 17), (0, 9), (1, 9), (2, 9)]
 
 def test_out_of_memory_for_good_says_so_with_figures(wan, tmp_path):
-    with known(short_of_memory(tmp_path, 1)): answer = wan.run('no-room', **JOB, profile='full')
+    with known(wan, short_of_memory(tmp_path, 1)): answer = wan.run('no-room', **JOB, profile='full')
     assert answer['error'].startswith('out_of_memory: a window of 9 frames at 64x48')
     assert 'Allocation on device' in answer['error']
     assert wan.store.stat('avatars/no-room.mp4') is None

@@ -190,11 +190,14 @@ class Settings(WeightSettings):
 
 # %% ../nbs/01_config.ipynb #22794629
 def _address_problems(settings: Settings) -> list[str]:
-    problems, given = [], 'minio_region' in settings.model_fields_set
+    problems = []
+    given = 'minio_region' in settings.model_fields_set
     for variable in ('minio_endpoint', 'minio_public_endpoint'):
         endpoint = getattr(settings, variable)
         if endpoint is None: continue
-        amazon, named, host = _amazon(endpoint), region_of(endpoint), endpoint.rpartition('://')[2]
+        amazon = _amazon(endpoint)
+        named = region_of(endpoint)
+        host = endpoint.rpartition('://')[2]
         if (amazon and not _SERVERS.match(amazon)) or re.match(rf'{re.escape(settings.minio_bucket)}\.s3[.-]', host):
             problems.append(f'{variable.upper()}: names a bucket in front of the server (it is {shorten(endpoint)}); '
                             'begin with the server\'s own name, such as s3.eu-central-1.amazonaws.com')

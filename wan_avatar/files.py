@@ -36,7 +36,8 @@ def sha256_of(
     tick: Callable[[int], None] = lambda n: None # told bytes done since the last call; may raise to stop
 ) -> str: # hex
     "SHA-256 of a file, in constant memory"
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
     with path.open('rb', buffering=0) as f:
         while n := f.readinto(buffer):
             digest.update(buffer[:n])

@@ -106,10 +106,12 @@ def stage(
     folder.mkdir(parents=True, exist_ok=True)
     ramps = np.ogrid[0:255:SIZE[1] * 1j, 0:255:SIZE[0] * 1j]
     scene = np.stack(np.broadcast_arrays(*ramps, 90.0), -1).astype(np.uint8)
-    boxes, masks = [(400 + 2 * i, 80, 760 + 2 * i, 700) for i in range(frames)], []
+    boxes = [(400 + 2 * i, 80, 760 + 2 * i, 700) for i in range(frames)]
+    masks = []
     with Encoder(folder / 'driving.mp4') as encoder:
         for left, top, right, bottom in boxes:
-            frame, mask = scene.copy(), np.zeros(SIZE[::-1], bool)
+            frame = scene.copy()
+            mask = np.zeros(SIZE[::-1], bool)
             frame[top:bottom, left:right], mask[top:bottom, left:right] = (200, 120, 90), True
             encoder.write(frame)
             masks.append(pack_mask(mask))
@@ -218,7 +220,8 @@ def figures(
     forwards = [r for r in records if r['kind'] == 'forward' and 'finite' in r] # one that failed has no such fact
     around = total('node', 'sample') - total('forward') - total('profiled') # models come to the GPU in there
     ops = operations(*case.side, case.length, size, image=257 if case.vision == 'clip' else 0)
-    known, fp8 = CARDS.get(card), 'fp8 products' in more.get('ran', '')
+    known = CARDS.get(card)
+    fp8 = 'fp8 products' in more.get('ran', '')
 
     return Measured(
         name=case.name, frames=case.length, steps=case.steps, width=case.side[0], height=case.side[1],
@@ -245,9 +248,14 @@ def _what_ran(outputs: Mapping[str, Any]) -> str: # kernels and their calls
 class _Bench:
     "A ComfyUI with the probe in it, and what it said so far"
     def __init__(self, comfy: Comfy, card: str, small: bool, inputs: Mapping[str, Any], records: Path):
-        self.comfy, self.card, self.inputs, self.records = comfy, card, inputs, records
-        self.profile, self.size = bench_profile(small), SMALL if small else TRUE
-        self.watch, self.seed = Watch(), 0
+        self.comfy = comfy
+        self.card = card
+        self.inputs = inputs
+        self.records = records
+        self.profile = bench_profile(small)
+        self.size = SMALL if small else TRUE
+        self.watch = Watch()
+        self.seed = 0
 
     async def measure(self, case: Case, graph: Graph, timeout_s: float) -> Measured:
         "Run a graph; why it failed is a figure too"
@@ -302,7 +310,8 @@ class Budget:
 class KeptRun:
     "The figures of one card on disk"
     def __init__(self, folder: Path, fresh: GpuRun):
-        self.folder, self.run = folder, fresh
+        self.folder = folder
+        self.run = fresh
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'gpu.json'
         old = read_run(path) if path.exists() else None
@@ -310,7 +319,7 @@ class KeptRun:
             self.run = fresh.model_copy(update={'cases': old.cases, 'tracker': old.tracker})
 
     def add(self, *cases: Measured, **more: Any) -> None: # `more`: other fields of `GpuRun`
-        "Keep what was measured; a case of the same name is replaced"
+        "Keep the figures of a case; one of the same name is replaced"
         names = {c.name for c in cases}
         kept = (*(c for c in self.run.cases if c.name not in names), *cases)
         left_out = {k: v for k, v in more.pop('left_out', self.run.left_out).items() if k not in {c.name for c in kept}}
@@ -325,7 +334,8 @@ async def _run_cases(
     kept.add(await bench.picture())
     step_s = 20.0 # until there is a measured one
     for n, case in enumerate(todo, 1):
-        left, wanted = budget.left, expected_s(case, step_s)
+        left = budget.left
+        wanted = expected_s(case, step_s)
         where = f'case {n} of {len(todo)}, {case.name}'
         if left < wanted:
             why = f'{max(left, 0):.0f} s were left and it may take {wanted:.0f} s'
@@ -431,7 +441,8 @@ def folder_of(card: str) -> str:
 # %% ../nbs/55_gpu.ipynb #be8489bd
 async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Path: # the card's folder
     "Measure; raises CannotMeasure where there is nothing to measure"
-    budget, facts = Budget(options.seconds), {} if options.small else card_facts() # a dry run says nothing of a card
+    budget = Budget(options.seconds)
+    facts = {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
         raise CannotMeasure('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
                     '--small is a dry run that needs none')
@@ -483,7 +494,7 @@ def _embedding(models: Path, work_dir: Path) -> str: # path below the work tree
     return name
 
 def _networks(options: Options, seconds: float, before: dict[str, Any]) -> dict[str, Any]: # as `GpuRun.tracker`
-    "The tracker's networks, in ComfyUI's environment; what was measured until its time was over counts"
+    "The tracker's networks, in ComfyUI's environment; those measured before its time was over count"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / 'networks.json'
         small = ['--small'] if options.small else []

@@ -63,10 +63,12 @@ class JobError(Exception):
     def __init__(self,
         code: ErrorCode, # what went wrong, for programs
         message: str, # what, where and what to do about it, for people
-        worker_unfit: bool = False): # this worker can't go on: RunPod should replace it
-        room, message = LONGEST - len(f'{code}: '), without_secrets(str(message))
+        worker_unfit: bool = False): # this worker cannot go on: RunPod should replace it
+        room = LONGEST - len(f'{code}: ')
+        message = without_secrets(str(message))
         # cut before and after: escapes make a text longer, and a long one should not cost long work
-        self.code, self.worker_unfit = code, worker_unfit
+        self.code = code
+        self.worker_unfit = worker_unfit
         self.message = without_middle(printable(without_middle(message, room)), room)
         super().__init__(f'{code}: {self.message}')
 
@@ -201,8 +203,8 @@ class Result(BaseModel):
     profile: str
     timings: dict[str, float] = Field(description='seconds per stage')
     worker: dict[str, str] = Field(description='versions and identity of the worker that made it')
-    notes: list[str] | None = Field(None, description='what was left out of the driving video, such as a sound track '
-                                                      'that nothing here decodes')
+    notes: list[str] | None = Field(
+        None, description='parts of the driving video that were left out, such as sound that nothing here decodes')
 
     def answer(self) -> dict[str, Any]:
         "JSON for RunPod; `presigned_url` and `notes` only when there are any"

@@ -22,7 +22,7 @@ class Choice:
     fp8_products: str = DEFAULT # one of FP8_PRODUCTS
     run: str = '' # folder below runs/gpu; empty: what ComfyUI does by itself
 
-KERNELS = { # CUDA capability -> what was measured to be best
+KERNELS = { # CUDA capability -> the kernels measured to be best
     (9, 0): Choice('cudnn', DEFAULT, 'h200')}
 
 def chosen(

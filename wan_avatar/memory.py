@@ -71,7 +71,7 @@ def pinned_at_most(memory: Memory) -> int | None: # bytes; None: ComfyUI's own r
     return None if memory.allowed is None else memory.allowed // 2
 
 def memory_line(memory: Memory) -> str:
-    "For the log: what was found and what follows"
+    "For the log: the limit that was found and what follows from it"
     if not memory.machine: return 'memory: this system does not say how much there is'
     whole = f'memory: {memory.machine / 1e9:.1f} GB of the machine'
     pinned = pinned_at_most(memory)

@@ -28,7 +28,7 @@ def note(**facts) -> None:
     with open(os.environ[RECORD], 'a') as file: file.write(json.dumps(facts) + '\n')
 
 def _raise_open_peaks(gpu: Any) -> None:
-    "What was held until now counts for the block that is open"
+    "The memory held until now counts for the block that is open"
     now = [gpu.max_memory_allocated(), gpu.max_memory_reserved()] if gpu else [0, 0]
     if _peaks: _peaks[-1] = [max(pair) for pair in zip(_peaks[-1], now, strict=True)]
     if gpu: gpu.reset_peak_memory_stats()
@@ -119,7 +119,10 @@ def capped(
 
 class ProbeCap:
     "Hold ComfyUI to so much memory from now on; 0: all of the card again"
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = 'avatar', 'run', (), True
+    CATEGORY = 'avatar'
+    FUNCTION = 'run'
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -149,7 +152,8 @@ def hold_to(total: int) -> None: # bytes; 0: all there is
     management.get_total_memory, management.get_free_memory = _stand_ins(total) if total else _whole.values()
 
 def _stand_ins(total: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    gpu, whole_total, whole_free = _gpu(), *_whole.values()
+    gpu = _gpu()
+    whole_total, whole_free = _whole.values()
     def total_memory(dev=None, torch_total_too=False):
         if getattr(dev, 'type', 'cuda') != 'cuda': return whole_total(dev, torch_total_too)
         return (total, total) if torch_total_too else total

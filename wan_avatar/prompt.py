@@ -79,7 +79,8 @@ def check_embedding(
 
 def _check(file: BinaryIO, name: str, wanted: Embedding) -> None:
     header, begin = read_header(file)
-    metadata, tensor = header.get('__metadata__'), header.get('embedding')
+    metadata = header.get('__metadata__')
+    tensor = header.get('embedding')
     if set(header) != {'__metadata__', 'embedding'} or not isinstance(metadata, dict) or not isinstance(tensor, dict):
         raise EmbeddingDamaged(f'{name} holds no embedding')
     if not all(isinstance(v, str) and (k + v).isprintable() for k, v in metadata.items()):
@@ -91,7 +92,8 @@ def _check(file: BinaryIO, name: str, wanted: Embedding) -> None:
         raise EmbeddingDamaged(f'{name} has shape {repr(shape)[:99]}; wanted is {list(wanted.shape)}')
     if kind not in _KINDS: raise EmbeddingDamaged(f'{name} holds {kind[:99]}; wanted is one of {", ".join(_KINDS)}')
     bits, infinite = _KINDS[kind]
-    count, size = math.prod(wanted.shape) * np.dtype(bits).itemsize, os.fstat(file.fileno()).st_size
+    count = math.prod(wanted.shape) * np.dtype(bits).itemsize
+    size = os.fstat(file.fileno()).st_size
     if set(tensor) != {'dtype', 'shape', 'data_offsets'} or repr(tensor['data_offsets']) != f'[0, {count}]':
         raise EmbeddingDamaged(f'{name} has its numbers elsewhere')
     if size != begin + count: raise EmbeddingDamaged(f'{name} has {size} bytes, not {begin + count}')

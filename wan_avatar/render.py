@@ -122,7 +122,8 @@ def window_progress(graph: Graph, s: Window, report: Callable[[int], None]) -> C
 async def render(run: Run, shared: RenderPlan) -> KernelsRan | None:
     "Render every window in ComfyUI and encode it; returns what `kernels_that_ran` finds"
     profile, clip, timeline = run.profile, shared.inputs.clip, run.timeline
-    length, tail = profile.length, None
+    length = profile.length
+    tail: Path | None = None
     outputs: list[dict[str, Any]] = []
     todo = plan_windows(clip.frames, length, profile.overlap)
     progress = run.progress('render', segments=len(todo))

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from .manifest import BootReport
 from .store import Store
 from .tasks import KeyedLock, start_in_thread
 from .timeline import Timeline
-from .workflow import Profile, RenderSetup, get_profile, prepare, with_sage, with_tracker
+from .workflow import PROFILES, Profile, RenderSetup, get_profile, prepare, with_sage, with_tracker
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class WorkerContext:
     job_locks: KeyedLock = field(default_factory=KeyedLock) # by output key
     boot: Timeline = field(default_factory=Timeline) # of this worker's start
     job_counter: Iterator[int] = field(default_factory=lambda: itertools.count(1)) # numbers this worker's jobs
+    profiles: Mapping[str, Profile] = field(default_factory=lambda: PROFILES) # those that jobs can name
     # decodes the callers' files in a process of its own
     reading: Apart = field(default_factory=lambda: Apart('wan_avatar.normalise:load_decoders'))
 
@@ -177,10 +178,11 @@ class JobRun(Run):
 
 def profile_here(
     settings: Settings,
-    name: str | None = None # of a job; None: the worker's own
+    name: str | None = None, # of a job; None: the worker's own
+    profiles: Mapping[str, Profile] = PROFILES # by name
 ) -> Profile:
     "A profile as this worker runs it; JobError `bad_input` when there is none of that name"
-    profile = with_tracker(get_profile(name or settings.profile), settings.tracker)
+    profile = with_tracker(get_profile(name or settings.profile, profiles), settings.tracker)
     return with_sage(profile, settings.use_sage_attention)
 
 def seed_of(job: Job, job_id: str) -> int:
@@ -220,10 +222,11 @@ async def job_run(
     timeline: Timeline # of this job
 ) -> AsyncIterator[JobRun]:
     "Resolve a job, and give it its key, a folder and its time; JobError when it cannot be resolved"
-    settings, boot = worker.settings, boot_report(worker)
+    settings = worker.settings
+    boot = boot_report(worker)
     key = output_key(job_id, job, settings.output_prefix)
     resolved: dict[str, Any] = {'job_id': job_id, 'job': job, 'key': key, 'seed': seed_of(job, job_id), 'boot': boot}
-    setup = prepare(profile_here(settings, job.profile))
+    setup = prepare(profile_here(settings, job.profile, worker.profiles))
     whole = deadline(settings.job_seconds, timeline, settings.work_dir)
     async with whole, worker.job_locks.hold(key), work_folder(settings.work_dir) as folder:
         yield JobRun(worker, setup, folder, timeline, Restarts(), report, **resolved)

@@ -143,7 +143,7 @@ def write_checkpoints(
     metadata: Mapping[str, dict[str, str]], # of those that have some
     device: str = 'cpu', # as `fill` takes it
     spread: float | None = None, # likewise
-    say: Callable[[str], None] = print # told what was written
+    say: Callable[[str], None] = print # told of each file
 ) -> None:
     "Write checkpoints, each whole or not at all"
     from safetensors.torch import save_file
@@ -160,7 +160,8 @@ def _make_tiny(
     say: Callable[[str], None] = print
 ) -> None:
     "The files of the tiny profile; needs torch and ComfyUI's source on the path"
-    dit, place = dit_shapes(face=face), {w.slot: w.place for w in needed_files(TINY)}
+    dit = dit_shapes(face=face)
+    place = {w.slot: w.place for w in needed_files(TINY)}
     files = {place['dit']: of_type('F16', dit), place['distill_lora']: lora(dit, 2, 'BF16', 'self_attn.q.weight'),
              place['relight_lora']: lora(dit, 4, 'F16', 'self_attn.q.weight'),
              place['vae']: of_type('F16', vae_shapes()), place['clip_vision']: of_type('F16', vision_shapes())}
@@ -177,7 +178,8 @@ def production_files(
     unquantised: bool = False # the bf16 transformer beside the fp8 one
 ) -> dict[str, Spec]: # by place
     "Files of production's profile"
-    dit, place = dit_shapes(size), {w.slot: w.place for w in needed_files(WAN)}
+    dit = dit_shapes(size)
+    place = {w.slot: w.place for w in needed_files(WAN)}
     vision = vision_shapes(32, 5120) if size == TRUE else vision_shapes()
     small = {w.slot: w.place for w in needed_files(TINY)}
     clip = (place if size == TRUE else small)['clip_vision'] # the tiny profile's loader takes small ones

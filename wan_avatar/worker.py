@@ -29,6 +29,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -54,6 +55,7 @@ from .tasks import Background, in_thread, together
 from .timeline import Timeline, log_line
 from .tracks import track_file
 from wan_avatar.workflow import (
+    PROFILES,
     Graph,
     Profile,
     bind,
@@ -261,13 +263,24 @@ def keep_timeline(timeline: Timeline, work_dir: Path) -> Path:
 async def boot(
     settings: Settings,
     timeline: Timeline,
-    launched: Launched | None = None # a ComfyUI of the same settings that was started already
+    launched: Launched | None = None, # a ComfyUI of the same settings that was started already
+    profiles: Mapping[str, Profile] = PROFILES # those that jobs can name
 ) -> WorkerContext:
     "A worker that is ready: ComfyUI answers, the bucket is there, the disk has room, the weights are there and loaded"
-    settings, profile = absolute(settings), profile_here(settings)
+    settings = absolute(settings)
     place = ComfyPlace(settings.comfy_dir, settings.work_dir, settings.models_dir)
-    comfy, store = Comfy(ComfyProcess(place, settings.comfy_start_seconds, launched)), Store(settings)
-    bare = WorkerContext(settings, store, comfy, {})
+    comfy = Comfy(ComfyProcess(place, settings.comfy_start_seconds, launched))
+    worker = WorkerContext(settings, Store(settings), comfy, {}, boot=timeline, profiles=profiles)
+    try: await _make_ready(worker, profile_here(settings, profiles=profiles), timeline)
+    except BaseException:
+        await comfy.close()
+        raise
+    keep_timeline(timeline, settings.work_dir)
+    return replace(worker, identity=identity(settings.comfy_dir) | {'gpu': comfy.device})
+
+async def _make_ready(worker: WorkerContext, profile: Profile, timeline: Timeline) -> None:
+    "The steps of a boot; those that need not wait for another run at the same time"
+    settings, comfy, store = worker.settings, worker.comfy, worker.store
     warm = settings.warmup and bool(profile.weights)
     answers, trackers = asyncio.Event(), asyncio.Event()
     async def start() -> None:
@@ -276,18 +289,12 @@ async def boot(
         answers.set()
     async def tracker() -> None:
         for event in (answers, trackers): await event.wait()
-        if warm: await _step(timeline, 'warm-up tracker', 'the tracker is warm', warm_up_tracker(bare, profile))
-    try:
-        check_disk(settings)
-        remove_stale_job_folders(place.work_dir)
-        bucket = _step(timeline, 'bucket', 'the bucket is reachable', asyncio.to_thread(store.check))
-        await together(start(), bucket, get_weights(profile, settings, store, timeline, trackers), tracker())
-        if warm: await _step(timeline, 'warm-up', 'the models are loaded', warm_up(bare, profile, timeline))
-    except BaseException:
-        await comfy.close()
-        raise
-    keep_timeline(timeline, place.work_dir)
-    return WorkerContext(settings, store, comfy, identity(place.comfy_dir) | {'gpu': comfy.device}, boot=timeline)
+        if warm: await _step(timeline, 'warm-up tracker', 'the tracker is warm', warm_up_tracker(worker, profile))
+    check_disk(settings)
+    remove_stale_job_folders(settings.work_dir)
+    bucket = _step(timeline, 'bucket', 'the bucket is reachable', asyncio.to_thread(store.check))
+    await together(start(), bucket, get_weights(profile, settings, store, timeline, trackers), tracker())
+    if warm: await _step(timeline, 'warm-up', 'the models are loaded', warm_up(worker, profile, timeline))
 
 # %% ../nbs/42_worker.ipynb #bb38fcdd
 def sdk_environment() -> None:

@@ -259,12 +259,13 @@ _DRAFT = Profile('draft', graph='draft', tracker='mediapipe', needs_face=True)
 PROFILES = {p.name: p for p in (_DRAFT, WAN, REFERENCE, TINY)}
 
 def get_profile(
-    name: str # of a job, or PROFILE
+    name: str, # of a job, or PROFILE
+    profiles: Mapping[str, Profile] = PROFILES # by name
 ) -> Profile:
     "A profile by name; JobError `bad_input` lists those there are"
-    if name not in PROFILES:
-        raise JobError('bad_input', f'profile {shorten(name)} does not exist; profiles are {", ".join(PROFILES)}')
-    return PROFILES[name]
+    if name not in profiles:
+        raise JobError('bad_input', f'profile {shorten(name)} does not exist; profiles are {", ".join(profiles)}')
+    return profiles[name]
 
 # %% ../nbs/30_workflow.ipynb #1bdeee60
 def disconnected(
