@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / 'runs/samples'
 
 LONG = [
-    'test_wan', 'test_production_size', 'test_service', 'test_notebooks', 'test_reports', 'test_boot', 'test_endpoint',
-    'test_cli', 'test_image', 'test_smoke', 'test_bad_input', 'test_local', 'test_queue', 'test_bucket', 'test_models',
-    'test_media', 'test_wholebody', 'test_store', 'test_comfy',
+    'test_notebooks', 'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_image', 'test_models',
+    'test_cli', 'test_boot', 'test_store', 'test_local', 'test_endpoint', 'test_smoke', 'test_bad_input', 'test_queue',
+    'test_bucket', 'test_media', 'test_wholebody', 'test_comfy',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break

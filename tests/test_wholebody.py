@@ -315,7 +315,7 @@ def test_memory_is_asked_of_comfyui_and_given_back(monkeypatch, kind, needed, gp
         soft_empty_cache=lambda: said.append('empty'),
     )
     monkeypatch.setitem(sys.modules, 'comfy', SimpleNamespace(model_management=manager))
-    with pytest.raises(KeyError), nodes._gpu(needed) as there:
+    with pytest.raises(KeyError), nodes._gpu_beside_comfy(needed) as there:
         assert there == gpu
         assert said == ([10] if gpu else [])
         raise KeyError # a network that fails gives its memory back too

@@ -23,7 +23,7 @@ from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_weights import bundle, models
-from .client import Client, EndpointError, Status, fetch_result, read_manifest
+from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
 from .job import shorten
 from .manifest import Manifest
 from .local import Local
@@ -114,7 +114,10 @@ def _fetch(
         if now.state != 'COMPLETED': answer(now, as_json)
         store = access.store()
         video = fetch_result(now.output, out, store)
-        manifest = read_manifest(store, now.output['minio_key'])
+        try: manifest = read_manifest(store, now.output['minio_key'])
+        except ManifestDamaged as e: # the video is whole all the same
+            manifest = None
+            print(e, file=sys.stderr)
         record = manifest.record() if manifest else None
         video.with_name('avatar.json').write_text(json.dumps(record, indent=1))
         print(json.dumps({'video': str(video), 'manifest': record}) if as_json else video)
