@@ -117,7 +117,7 @@ def bucket(tmp_path_factory):
     with bucket_server(tmp_path_factory.mktemp('bucket')) as server: yield server
 
 def made_once(factory: pytest.TempPathFactory, name: str, *command: str | Path) -> Path:
-    "A folder that a command fills, the same one in all processes of a run; who needs it first makes it"
+    "A folder that a command fills, the same one in all processes of a run; the process that needs it first makes it"
     parallel = 'PYTEST_XDIST_WORKER' in os.environ
     shared = factory.getbasetemp().parent if parallel else factory.getbasetemp()
     folder = shared / f'once-{name}'

@@ -116,7 +116,7 @@ def test_no_drift_in_a_minute(tmp_path):
 
 
 @pytest.mark.parametrize('rates', [(7, 1), (240, 1), (24, 1), (23, 1), (50, 3), (90, 1), (1000, 7)])
-def test_nearest_counts_and_picks(rates):
+def test_resampling_counts_and_picks(rates):
     for n in (1, 2, 3, 10, 101):
         times = [k / Fraction(*rates) for k in range(n)]
         items = ((t, 1 / Fraction(*rates), k) for k, t in enumerate(times))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from .files import whole_file
 from .kernels import KERNELS, NEEDED_GB, Choice, Need
 from .tiny import TRUE, Size
@@ -61,7 +63,7 @@ def operations(
     size: Size = TRUE,
     image: int = 0 # tokens of CLIP's description: 257; 0: the image branch is skipped
 ) -> Operations:
-    "By formula"
+    "The operations of one forward pass, by formula"
     tokens = ((length - 1) // 4 + 2) * (height // 16) * (width // 16)
     matrices = size.layers * (6 * size.dim**2 + 2 * size.dim * size.ffn) # q, k, v, o; q and o of the text; feed-forward
     described = size.layers * 2 * size.dim**2 * (TEXT + image) # k and v of prompt and picture
@@ -134,7 +136,7 @@ class Measured(Strict):
         return self.pictures_s + self.encode_s + sum(self.steps_s) + self.decode_s + self.frames_s
 
 class GpuRun(Strict):
-    "What one card said"
+    "All figures of one card"
     card: str # its own name
     capability: tuple[int, int]
     memory_gb: float # as torch sees it
@@ -159,11 +161,11 @@ class RunDamaged(ValueError):
     "A file that is not one of a GPU's figures"
 
 def write_run(run: GpuRun, path: Path) -> None:
-    "As JSON, whole or not at all"
+    "Write the figures of a card as JSON, whole or not at all"
     with whole_file(path) as part: part.write_text(run.model_dump_json(indent=1, exclude_defaults=True) + '\n')
 
 def read_run(path: Path) -> GpuRun:
-    "RunDamaged names the file and the field"
+    "Read the figures of a card; RunDamaged names the file and the field"
     try: return GpuRun.model_validate_json(path.read_bytes())
     except OSError as e: raise RunDamaged(f'{path} cannot be read: {e.strerror}') from None
     except ValidationError as e:

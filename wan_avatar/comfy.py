@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # %% ../nbs/31_comfy.ipynb #5aca1833
 def last_lines(
     path: Path, # a log
-    lines: int = 12
+    lines: int = 12 # at most
 ) -> str:
     "The last lines of a log file"
     if not path.exists(): return '(no log)'

@@ -25,7 +25,7 @@ MAX_SOURCE_FPS = 240 # slow motion of phones; bounds the frames decoded
 
 def resample(
     items: Iterable[tuple[Fraction, Fraction, Any]], # (shown at, shown for, what) in seconds; times start at 0 and rise
-    fps: int = FPS
+    fps: int = FPS # frames a second
 ) -> Iterator[tuple[Any, int]]: # (what, how many frames of the result show it), in order
     "Resample to a constant rate: the nearest of those that begin around a frame, else the one on screen"
     frame: int | None = None # the number of the one being filled
@@ -55,7 +55,7 @@ def _repeats(best: Any, held: Any, times: int) -> Iterator[tuple[Any, int]]:
 
 def nearest_frame(
     second: Fraction,
-    fps: int = FPS
+    fps: int = FPS # frames a second
 ) -> int: # its index
     "The frame of the result that stands for an instant; halves go up"
     return (2 * second.numerator * fps + second.denominator) // (2 * second.denominator)
@@ -89,7 +89,7 @@ def timed_frames(
 
 def check_length(
     seconds: float, # of video known so far
-    max_seconds: float,
+    max_seconds: float, # that are accepted
     name: str # of the file, for the message
 ) -> None:
     "Raises JobError `too_long`; a frame's worth over is forgiven, since encoders round up"
@@ -100,10 +100,10 @@ def check_length(
 # %% ../nbs/20_fit.ipynb #cea25a67
 def fitted_size(
     width: int, # as stored
-    height: int,
+    height: int, # likewise
     sar: Fraction = Fraction(1), # width of a pixel over its height
     turned: bool = False, # by 90 or 270 degrees
-    size: tuple[int, int] = SIZE
+    size: tuple[int, int] = SIZE # width, height of the frame
 ) -> tuple[int, int]: # even, inside `size`
     "Size of a whole picture inside a frame"
     shape = (Fraction(width) * sar, Fraction(height))
@@ -114,7 +114,7 @@ def fitted_size(
 
 def centred(
     inner: tuple[int, int], # width, height; even
-    outer: tuple[int, int]
+    outer: tuple[int, int] # likewise, of the frame
 ) -> Rectangle: # in pixels of the outer one
     "Where a picture lies in a frame; on even pixels, since two by two share their colour in 4:2:0"
     left, top = ((o - i) // 4 * 2 for i, o in zip(inner, outer, strict=True))

@@ -121,8 +121,8 @@ class Mp4Figures:
 def check_mp4(
     path: Path | str,
     frames: int, # that the video must have
-    size: tuple[int, int] = SIZE,
-    fps: int = FPS,
+    size: tuple[int, int] = SIZE, # width, height
+    fps: int = FPS, # frames a second
     has_audio: bool | None = None, # None: either
     audio_s: float | None = None # where the sound must end, within 0.1 s; None: not after the pictures
 ) -> Mp4Figures:

@@ -190,7 +190,7 @@ def _settle() -> None:
 def timed(
     call: Callable[[], object],
     until: float, # `time.perf_counter`: after it no call begins, except the first
-    rounds: int = 30
+    rounds: int = 30 # calls that are counted, at most
 ) -> dict[str, float]: # milliseconds: median, least; calls
     "The time of a call"
     found: list[float] = []

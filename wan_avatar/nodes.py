@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 # %% ../nbs/32_nodes.ipynb #2afab9e3
 def inside(
     path: str, # relative to the work tree
-    tree: Path
+    tree: Path # the work tree
 ) -> Path: # absolute
     "A path inside the folders that nodes may use; JobError `internal` otherwise"
     tree = tree.resolve()
@@ -195,7 +195,7 @@ class DrawnFrames:
 def is_linked(
     prompt: dict, # the graph that runs
     node: str, # id
-    output: int
+    output: int # its index
 ) -> bool:
     "Does anything take this output?"
     return any([node, output] == value for n in prompt.values() for value in n['inputs'].values())
@@ -254,8 +254,8 @@ class AvatarFrames:
 def write_frames(
     images: Iterable, # frames (h, w, 3): uint8, or float in 0..1 (arrays or tensors)
     count: int, # how many there are
-    target: Path,
-    progress: Callable[[int, int], None],
+    target: Path, # replaced when it exists
+    progress: Callable[[int, int], None], # (frames done, frames in all)
     size: tuple[int, int] # width, height to write; a research profile may render smaller
 ) -> None:
     "Frames as raw uint8, one at a time, whole or not at all"

@@ -52,7 +52,7 @@ class Clip:
     frames: int
     width: int
     height: int
-    fps: int
+    fps: int # frames a second
     duration_s: float
     source: Probe
     audio_s: float # where the sound ends
@@ -69,8 +69,8 @@ def normalise_video(
     video: Path | str, # H.264 in MP4, cheap to decode, for this package's own use
     audio: Path | str, # its sound, AAC in MP4; not written when there is none
     max_seconds: float, # a longer video is `too_long`
-    size: tuple[int, int] = SIZE,
-    fps: int = FPS,
+    size: tuple[int, int] = SIZE, # width, height
+    fps: int = FPS, # frames a second
     progress: Callable[[int, int], None] | None = None, # (frames done, frames expected)
     cancelled: Callable[[], bool] | None = None # asked at each packet and frame
 ) -> Clip:
@@ -98,8 +98,8 @@ def normalise_pictures(
     source: Path | str, # any video
     video: Path | str, # H.264 in MP4
     reading: Reading, # its limits; the clocks that are found are added
-    size: tuple[int, int] = SIZE,
-    fps: int = FPS,
+    size: tuple[int, int] = SIZE, # width, height
+    fps: int = FPS, # frames a second
     progress: Callable[[int, int], None] | None = None, # (frames done, frames expected)
     options: dict[str, str] = INTERMEDIATE_H264 # of the encoder
 ) -> tuple[int, Fraction, Probe, Rectangle]:

@@ -84,7 +84,7 @@ def _check(file: BinaryIO, name: str, wanted: Embedding) -> None:
     if set(header) != {'__metadata__', 'embedding'} or not isinstance(metadata, dict) or not isinstance(tensor, dict):
         raise EmbeddingDamaged(f'{name} holds no embedding')
     if not all(isinstance(v, str) and (k + v).isprintable() for k, v in metadata.items()):
-        raise EmbeddingDamaged(f'{name} says what is not text')
+        raise EmbeddingDamaged(f'{name} has metadata that is not text')
     if wrong := [k for k, v in wanted.metadata().items() if metadata.get(k) != v]:
         raise EmbeddingDamaged(f'{name} has another {", ".join(wrong)} than wanted')
     kind, shape = str(tensor.get('dtype')), tensor.get('shape')

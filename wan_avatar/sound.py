@@ -99,8 +99,8 @@ class _SoundPass:
 def packets_of_stretch(
     packets: Iterable[Any], # of sound
     start: Fraction, # second that becomes 0
-    seconds: float
-) -> Iterator[tuple[Any, float]]:
+    seconds: float # of the stretch
+) -> Iterator[tuple[Any, float]]: # (packet, the second at which it ends)
     "Packets of a stretch, counted from its start, with their ends; one earlier packet warms the decoder up"
     for packet in packets:
         if packet.pts is None or not packet.size: continue

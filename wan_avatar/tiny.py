@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from .files import whole_file
-from .prompt import Embedding
 from .nodes import tiny_vision_config
+from .prompt import Embedding
 from .workflow import TINY, WAN, Profile, needed_files
 
 # %% ../nbs/34_tiny.ipynb #04956270
@@ -37,8 +38,11 @@ SMALL = Size(128, 64, 5, 2, (2, 4)) # a VAE of 8 channels takes five times as lo
 Shapes = dict[str, tuple[int, ...]] # by tensor name
 
 # %% ../nbs/34_tiny.ipynb #834c14f0
-def dit_shapes(size: Size = SMALL, face: bool = True) -> dict[str, tuple[int, ...]]: # by tensor name
-    "Tensors of a Wan2.2-Animate transformer; `face`: with the 35 M parameters of its motion and face encoder"
+def dit_shapes(
+    size: Size = SMALL,
+    face: bool = True # with the 35 M parameters of its motion and face encoder
+) -> Shapes:
+    "Tensors of a Wan2.2-Animate transformer"
     import comfy.ops
     from comfy.ldm.wan.model_animate import AnimateWanModel
     wide = {'dim': size.dim, 'ffn_dim': size.ffn, 'num_heads': size.dim // 128, 'num_layers': size.layers}
@@ -46,7 +50,7 @@ def dit_shapes(size: Size = SMALL, face: bool = True) -> dict[str, tuple[int, ..
     left_out = () if face else ('motion_encoder.', 'face_encoder.')
     return {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith(left_out)}
 
-def vae_shapes(size: Size = SMALL) -> dict[str, tuple[int, ...]]:
+def vae_shapes(size: Size = SMALL) -> Shapes:
     "Tensors of a Wan 2.1 VAE"
     import torch
     from comfy.ldm.wan.vae import WanVAE
@@ -58,7 +62,7 @@ def vae_shapes(size: Size = SMALL) -> dict[str, tuple[int, ...]]:
 def vision_shapes(
     layers: int = 2, # 32 in ViT-H; the last but one is what Wan reads
     inner: int = 64 # of the feed-forward; 5120 in ViT-H
-) -> dict[str, tuple[int, ...]]:
+) -> Shapes:
     "Tensors of a CLIP vision model that ends as wide as ViT-H"
     import comfy.clip_vision
     import comfy.ops
@@ -87,8 +91,13 @@ def scaled_fp8(shapes: Shapes) -> Spec:
     typed = {k: ('F8_E4M3' if is_linear(k, s) else 'BF16', s) for k, s in shapes.items()}
     return typed | scales | {'scaled_fp8': ('F8_E4M3', (0,))}
 
-def lora(shapes: Shapes, rank: int, kind: str, up: str = '.weight') -> Spec:
-    "A LoRA for every matrix whose name ends like `up`, under the names lightx2v and Kijai use"
+def lora(
+    shapes: Shapes, # of the model
+    rank: int,
+    kind: str, # type, as safetensors writes it
+    up: str = '.weight' # ending of the names of the matrices it reaches
+) -> Spec:
+    "A LoRA for some matrices, under the names lightx2v and Kijai use"
     made: Spec = {}
     for name, (out, into) in ((k, s) for k, s in shapes.items() if k.endswith(up) and is_linear(k, s)):
         stem = f'diffusion_model.{name.removesuffix(".weight")}'
@@ -143,7 +152,7 @@ def write_checkpoints(
     metadata: Mapping[str, dict[str, str]], # of those that have some
     device: str = 'cpu', # as `fill` takes it
     spread: float | None = None, # likewise
-    say: Callable[[str], None] = print # told of each file
+    say: Callable[[str], None] = print # gets a line for each file
 ) -> None:
     "Write checkpoints, each whole or not at all"
     from safetensors.torch import save_file

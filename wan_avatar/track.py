@@ -325,7 +325,7 @@ def load_track(
 def track_key(
     video_sha256: str, # of the driving video as it lies in the bucket
     size: tuple[int, int], # it was normalised to
-    fps: int,
+    fps: int, # frames a second
     tracker: str = 'mediapipe', # one of TRACKERS
     detectors: str = '' # digest of its networks, where they are files of their own
 ) -> str: # key in the bucket
@@ -787,7 +787,7 @@ def largest_piece(
 def guided_filter(
     image: np.ndarray, # (h, w, 3) float32, 0 to 1
     mask: np.ndarray, # (h, w) float32, 0 to 1
-    radius: int,
+    radius: int, # pixels
     ease: float # larger: smoother
 ) -> np.ndarray: # (h, w) float32
     "Guided filter: the mask as a local linear function of colour (He, Sun, Tang)"

@@ -102,7 +102,7 @@ DEVIATION = np.array([58.395, 57.12, 57.375], np.float32)
 
 def crop_box(
     box: np.ndarray, # (4,) left, top, right, bottom
-    padding: float = 1.25
+    padding: float = 1.25 # the crop is this many times as large as the box
 ) -> np.ndarray: # (4,) float64
     "A box in the crop's shape, with room around the person"
     centre = (box[:2] + box[2:]) / 2
@@ -374,7 +374,7 @@ OpenFrames = Callable[[], Iterable[np.ndarray]] # starts reading the frames (h, 
 
 def chunks(
     items: Iterable[Any],
-    size: int,
+    size: int, # items of a list
     shared: int = 0 # items at the end of a list that the next one begins with
 ) -> Iterator[list[Any]]:
     "Lists of so many items, the last one shorter; none has shared items alone"
