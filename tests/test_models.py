@@ -15,7 +15,7 @@ from conftest import ROOT, make_settings
 from typer.testing import CliRunner
 
 import wan_avatar.hub as hub_module
-from wan_avatar import download, partial, pinning, sources
+from wan_avatar import bench_boot, download, partial, pinning, sources
 from wan_avatar import fetch as fetching
 from wan_avatar.cli import app
 from wan_avatar.fetch import ProgressLines, fetch
@@ -687,3 +687,13 @@ def test_progress_lines_tell_how_far_it_is(hub, site):
     site.fetch(hub.put('org/w', 'a.safetensors', some_bytes(10_000)), watch=ProgressLines(lines.append, interval_s=0))
     assert json.loads(lines[-1])['done'] == 1
     assert merged([]) == []
+
+
+@pytest.mark.parametrize('client', ['_OURS', '_THEIRS'])
+def test_the_bench_fetches_with_either_client(tmp_path, monkeypatch, client):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'runs').mkdir()
+    bench_boot.write_weights(tmp_path / 'site', gigabytes=0.008)
+    with bench_boot.hub_process(tmp_path / 'site') as hub:
+        figures = bench_boot._fetched(getattr(bench_boot, client), hub, 'bench/eight', connections=4)
+    assert figures.keys() == {'seconds', 'cpu', 'peak_mb'}

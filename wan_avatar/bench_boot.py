@@ -72,13 +72,15 @@ def _bench_boot(say: Callable[[str], None], rounds: int = 5) -> list[Measurement
 # %% ../nbs/55_bench_boot.ipynb #f4ab4979
 _OURS = '''
 import sys, json, time, os; from pathlib import Path
-from wan_avatar.fetch import Http, Hub, fetch
+from wan_avatar.fetch import fetch
 from wan_avatar.models import LockedFile, Places
+from wan_avatar.sources import Http, Hub
 files, endpoint, out, connections = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
 import huggingface_hub.file_download
 began, before, http = time.perf_counter(), os.times(), Http(connections)
 sources = [Hub(http, 'hf_secret', endpoint)]
-fetch([LockedFile(**f) for f in files], Places(Path(out)), sources, http, connections, settle=False)
+locked = [LockedFile(**f) for f in files]
+fetch(locked, Places(Path(out)), sources, http, connections, wait_until_synced=False)
 '''
 _THEIRS = '''
 import sys, json, time, os; from concurrent.futures import ThreadPoolExecutor

@@ -138,7 +138,7 @@ class WeightSettings(BaseModel):
 
 # %% ../nbs/01_config.ipynb #115880f1
 class Settings(WeightSettings):
-    "What the environment says to a worker"
+    "All settings of a worker; field names are the variables' names in lower case"
     minio_endpoint: Annotated[Address, Field(description='S3 server, `host[:port]` or with http(s)://')]
     minio_access_key: AccessKey
     minio_secret_key: AccessKey
@@ -220,7 +220,7 @@ class SettingsError(ValueError):
 
 def load_settings(
     environ: Mapping[str, str] | None = None, # default: this process's environment
-    kind: type[WeightSettings] = Settings # or less
+    kind: type[WeightSettings] = Settings # WeightSettings: only the part that fetching weights needs
 ) -> Any: # of that kind
     "Read the settings; raises SettingsError naming each variable"
     environ = os.environ if environ is None else environ

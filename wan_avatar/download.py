@@ -18,7 +18,7 @@ from .sources import Http, Open, SourceFailed
 
 # %% ../nbs/14_download.ipynb #90884cfd
 BATCH = 1 << 20 # bytes a kill may lose per connection
-BATCH_S = 0.005 # and for how long they may wait
+BATCH_S = 0.005 # seconds that they may wait to be written
 CHUNK_SIZES = (8 << 20, 16 << 20) # bytes: smallest and largest
 
 class Download:
@@ -58,7 +58,9 @@ class Download:
         self.part.have += count
 
     @property
-    def wants(self) -> bool: return bool(self.part.missing) and self.error is None
+    def wants(self) -> bool:
+        "Is there a piece left for a connection to take?"
+        return bool(self.part.missing) and self.error is None
 
 # %% ../nbs/14_download.ipynb #8ca1a42b
 class ConnectionRamp:

@@ -54,7 +54,7 @@ def check_room(
     margin: int = MARGIN, # bytes
     disk_usage: Callable[..., Any] = shutil.disk_usage
 ) -> None:
-    "Will it fit? JobError `storage_failed` with figures, and the worker is unfit"
+    "JobError `storage_failed` with figures when it does not fit; the worker is unfit then"
     if (free := disk_usage(folder).free) >= needed + margin: return
     raise JobError('storage_failed', f'{what} needs {needed / 1e6:,.0f} MB of this worker\'s disk and a margin of '
                    f'{margin / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; give the worker a larger disk',
@@ -63,7 +63,7 @@ def check_room(
 def full_disk(
     error: BaseException | None
 ) -> BaseException | None: # None: a full disk is not behind it
-    "The one among an error and its causes that says that a disk is full, or a quota used up"
+    "The error, or the one of its causes, that reports a full disk or a used-up quota"
     for _ in range(16): # no chain is longer
         if error is None or getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -74,8 +74,11 @@ def disk_is_full(error: BaseException | None) -> bool:
     return full_disk(error) is not None
 
 @contextmanager
-def room_on(folder: Path, doing: str) -> Iterator[None]: # `doing`: for the message, 'the download of ...'
-    "What a disk that fills up in here means: JobError `storage_failed`, and the worker is unfit"
+def room_on(
+    folder: Path, # on the disk
+    doing: str # for the message: 'the download of ...'
+) -> Iterator[None]:
+    "A disk that fills up within the block raises JobError `storage_failed`, and the worker is unfit"
     try: yield
     except Exception as e:
         if not disk_is_full(e) or (isinstance(e, JobError) and e.worker_unfit): raise # the last: said already

@@ -22,7 +22,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +128,7 @@ def lay_out(place: ComfyPlace) -> None:
     nodes['custom_nodes/wan_avatar_nodes.py'] = _LOADED
     taken = {'input': '', 'custom_nodes/__pycache__': ''} # names that ComfyUI and Python would make folders of
     only(place.base, nodes | taken | {'extra_paths.json': json.dumps({'weights': weights})})
+
 def only(
     folder: Path,
     wanted: Mapping[str, str | Path] # name inside it -> text of a file, or where a link goes
@@ -234,11 +235,11 @@ def guard(environ: MutableMapping[str, str]) -> None:
     if not secret: raise ValueError(f'{DOOR} holds no secret')
 
     @web.middleware
-    async def ours_alone( # type: ignore[no-untyped-def] # `typing` would be imported before ComfyUI starts
-        request: web.Request, handler
+    async def ours_alone(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         why = not_ours(request.method, request.path, request.headers, f'127.0.0.1:{port}', secret)
-        if not why: return await handler(request) # type: ignore[no-any-return]
+        if not why: return await handler(request)
         proven = {HEADER: proof(secret, request.headers[ASKED])} if ASKED in request.headers else None
         return web.Response(status=403, text=f'refused: {why}', headers=proven)
 
@@ -272,7 +273,9 @@ class BoundedFile:
             os.write(self.file, data)
         except OSError: pass
 
-    def end(self) -> int: return self.gone + os.fstat(self.file).st_size
+    def end(self) -> int: # bytes
+        "How much was written until now"
+        return self.gone + os.fstat(self.file).st_size
 
     def since(self, position: int) -> str: # a value of `end`
         "The text written after that position, as far as it is still there"
@@ -342,8 +345,10 @@ class Launched:
         except ProcessLookupError: pass
         self.process.wait(timeout=10)
 
+_SECRET = ('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN') # beginnings of variables
+
 def _no_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    return {k: v for k, v in environ.items() if not k.startswith(('MINIO_', 'RUNPOD_', 'AWS_', 'HF_TOKEN'))}
+    return {k: v for k, v in environ.items() if not k.startswith(_SECRET)}
 
 def launch(
     place: ComfyPlace,

@@ -84,7 +84,7 @@ def retry(
     pause: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic
 ) -> _Value:
-    "What `work` gives; raises its last fault"
+    "Try until `work` gives something, and return that; raises its last fault"
     return Retrying(**_tenacity_options(policy, what, again, stopped, clock), sleep=pause)(work)
 
 async def retry_async(
@@ -95,7 +95,7 @@ async def retry_async(
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Callable[[], float] = time.monotonic
 ) -> _Value:
-    "`retry` within a loop of asyncio"
+    "`retry` for a coroutine function"
     async def attempt() -> _Value: return await work() # tenacity awaits what is a coroutine function, no other callable
     return await AsyncRetrying(**_tenacity_options(policy, what, again, lambda: False, clock), sleep=pause)(attempt)
 

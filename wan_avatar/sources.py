@@ -56,7 +56,7 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {'http': 80, 'https': 443}.get(parts.scheme)
 
 def unreachable(file: LockedFile, tried: str, remedy: str) -> JobError:
-    "The error for a file that no source gives: file, repository, the sources tried, remedy"
+    "The error for a file that cannot be had: file, repository, what came of the attempt, remedy"
     at = f'{file.repo}@{(file.revision or "?")[:12]}/{file.path}'
     return JobError('models_unavailable', f'{file.place}: {at}: {tried}; {remedy}', worker_unfit=True)
 
