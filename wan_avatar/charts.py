@@ -18,9 +18,25 @@ import numpy as np
 
 from .forecast import RenderTime
 from .manifest import BootReport
-from .metrics import LEAST, Cost, Estimate, FullSize, JobRecord, RunDifference, StartPart, by_kind
-from .metrics import cold_parts, download_speed, full_size_start, full_weights, kind_of, months, stage_label
-from .metrics import percentiles, start_of
+from wan_avatar.metrics import (
+    LEAST,
+    Cost,
+    Estimate,
+    FullSize,
+    JobRecord,
+    RunDifference,
+    StartPart,
+    by_kind,
+    cold_parts,
+    download_speed,
+    full_size_start,
+    full_weights,
+    kind_of,
+    months,
+    percentiles,
+    stage_label,
+    start_of,
+)
 from .models import LINK_MB_S
 from .prices import PRICES_DATE
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 from .job import JobError
 
 # %% ../nbs/03_files.ipynb #20351fe6

@@ -27,8 +27,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
 import numpy as np
 from PIL import Image
+
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
 from .comfy import Comfy, run, running_comfy
 from .frames import SIZE
@@ -37,7 +39,6 @@ from .job import JobError
 from .launch import ComfyPlace, has_gpu
 from .mp4 import Encoder
 from .probe import PACKAGE, RECORD
-
 from .segments import LEFT_HAND, RIGHT_HAND
 from .tiny import BF16_DIT, SMALL, TRUE, Size, embeddings
 from .track import TRACKERS, Track, pack_mask, save_track

@@ -11,8 +11,17 @@ import re
 import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+
 from pydantic import (
-    AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, StrictBool, StrictInt, ValidationError, model_validator,
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 

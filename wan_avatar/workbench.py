@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from .bucket import bucket_server
 from .comfy import Comfy, ComfyProcess
 from .config import load_settings
 from .frames import read_frames
 from .job import Job
 from .launch import ComfyPlace
-from .bucket import bucket_server
 from .mp4 import Encoder
 from .run import WorkerContext
 from .store import Store
