@@ -72,13 +72,15 @@ def _bench_boot(say: Callable[[str], None], rounds: int = 5) -> list[Measurement
 # %% ../nbs/55_bench_boot.ipynb #f4ab4979
 _OURS = '''
 import sys, json, time, os; from pathlib import Path
-from wan_avatar.fetch import Http, Hub, fetch
+from wan_avatar.fetch import fetch
 from wan_avatar.models import LockedFile, Places
+from wan_avatar.sources import Http, Hub
 files, endpoint, out, connections = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
 import huggingface_hub.file_download
 began, before, http = time.perf_counter(), os.times(), Http(connections)
 sources = [Hub(http, 'hf_secret', endpoint)]
-fetch([LockedFile(**f) for f in files], Places(Path(out)), sources, http, connections, settle=False)
+wanted = [LockedFile(**f) for f in files]
+fetch(wanted, Places(Path(out)), sources, http, connections, wait_until_synced=False)
 '''
 _THEIRS = '''
 import sys, json, time, os; from concurrent.futures import ThreadPoolExecutor
@@ -276,10 +278,10 @@ def boot_figures(m: dict[str, float]) -> list[Measurement]: # `m`: median second
     in_a_row = m['weights'] + m['alone'] + warm
     return [
         Measurement('boot with weights / larger of download and ComfyUI boot, plus warm-up',
-               round(m['whole'] / together, 3), 'x', 1.1),
+                    round(m['whole'] / together, 3), 'x', 1.1),
         Measurement('with weights, of the same stages one after the other', round(m['whole'] / in_a_row, 3), 'x'),
         Measurement('boot with weights in a cached mount / bare ComfyUI boot',
-               round(m['mounted'] / m['alone'], 3), 'x', 1.05),
+                    round(m['mounted'] / m['alone'], 3), 'x', 1.05),
         *(Measurement(f'with weights: {k}', round(v, 2), 's') for k, v in m.items()),
     ]
 

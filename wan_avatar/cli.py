@@ -25,8 +25,8 @@ from .cli_deploy import endpoint_app, image_app
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
 from .job import shorten
-from .manifest import Manifest
 from .local import Local
+from .manifest import Manifest
 from .mp4 import filmstrip
 from .terminal import AsJson, BootWatch, Code, Endpoint, Folder, JobScreen, answer, exit_on_error, exit_with
 from .timeline import draw_timeline

@@ -27,8 +27,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
 import numpy as np
 from PIL import Image
+
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
 from .comfy import Comfy, run, running_comfy
 from .frames import SIZE
@@ -37,7 +39,6 @@ from .job import JobError
 from .launch import ComfyPlace, has_gpu
 from .mp4 import Encoder
 from .probe import PACKAGE, RECORD
-
 from .segments import LEFT_HAND, RIGHT_HAND
 from .tiny import BF16_DIT, SMALL, TRUE, Size, embeddings
 from .track import TRACKERS, Track, pack_mask, save_track
@@ -366,7 +367,7 @@ class CannotMeasure(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    "What `wan-avatar bench gpu` is told"
+    "The options of `wan-avatar bench gpu`"
     out: Path # gets a folder named after the card
     comfy_dir: Path
     models: Path | None = None # keeps the files of random numbers for the next call; None: they are removed
@@ -445,7 +446,7 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
     facts = {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
         raise CannotMeasure('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
-                    '--small is a dry run that needs none')
+                            '--small is a dry run that needs none')
     folder = options.out / folder_of(facts.get('name', 'cpu'))
     folder.mkdir(parents=True, exist_ok=True)
     with models_of(options) as models:
