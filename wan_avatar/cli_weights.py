@@ -33,7 +33,17 @@ from .bundle import build, bundle_revision, check, push, relocated
 from .config import WeightSettings, load_settings
 from .fetch import FileProgress, ProgressLines, fetch_weights, places_of
 from .files import whole_file
-from .models import LINK_MB_S, Lock, LockDamaged, LockedFile, dump_lock, load_lock, plan_files, plan_table, verified
+from wan_avatar.models import (
+    LINK_MB_S,
+    Lock,
+    LockDamaged,
+    LockedFile,
+    dump_lock,
+    load_lock,
+    plan_files,
+    plan_table,
+    verified,
+)
 from .partial import arrived
 from .pinning import Checked, changes, checked, pinned
 from .sources import Http, Hub, Mirror, sources_of
