@@ -5,6 +5,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from wan_avatar.charts import (
     full_size_bars,
 )
 from wan_avatar.cli_weights import models_plan
+from wan_avatar.client import Status
 from wan_avatar.forecast import start_bytes
 from wan_avatar.metrics import (
     FullSize,
@@ -43,6 +45,7 @@ from wan_avatar.metrics import (
     estimates,
     full_size_start,
     full_weights,
+    measured_job,
     months,
     percentiles,
     read_records,
@@ -102,6 +105,21 @@ def test_a_job_without_a_report_is_not_guessed():
     made = summarise([silent])
     assert made['cold_share'] is None
     assert made['cold_start_parts_s'] == {}
+
+@pytest.mark.parametrize('kept', [
+    None, # it is gone
+    b'',
+    b'{"half": "a manif',
+    b'{"frames": 24}',
+])
+def test_a_damaged_manifest_does_not_end_a_run_of_jobs(kept):
+    "What the client and the platform saw is recorded; the gate says what is wrong with the manifest"
+    over = Status('j1', 'COMPLETED', {'minio_key': 'avatars/j1.mp4'}, delay_s=6, execution_s=3)
+    client = SimpleNamespace(submit=lambda job: Status('j1', 'IN_QUEUE'), follow=lambda job_id, interval_s: [over])
+    store = SimpleNamespace(read_bytes=lambda key, most: kept)
+    found, status = measured_job(client, store, {}, 'B', lambda: 1.0)
+    assert status == over
+    assert (found.state, found.execution_s, found.boot, start_of(found)) == ('COMPLETED', 3, None, 'unknown')
 
 @pytest.mark.parametrize('stages, begin, end, wanted', [
     ([], 0, 2, {None: 2}),

@@ -229,9 +229,9 @@ def handler_figures(
     ours = m['own'] - m['refused'] + m['beside']
     return [
         Measurement('our job without ComfyUI and pictures / the same steps in a plain worker, 20 MB in and out',
-               round(ours / m['plain'], 3), 'x', 0.5),
+                    round(ours / m['plain'], 3), 'x', 0.5),
         Measurement('a plain worker: one after the other, new connections, whole objects in memory',
-               round(m['plain'], 3), 's'),
+                    round(m['plain'], 3), 's'),
         Measurement('ours', round(ours, 3), 's'),
         Measurement('of it measured in jobs, median of 5', round(m['own'] - m['refused'], 3), 's'),
         Measurement('taken off: SDK and endpoint, for a job that is refused at once', round(m['refused'], 3), 's'),

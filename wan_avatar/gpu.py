@@ -367,7 +367,7 @@ class CannotMeasure(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    "What `wan-avatar bench gpu` is told"
+    "The options of `wan-avatar bench gpu`"
     out: Path # gets a folder named after the card
     comfy_dir: Path
     models: Path | None = None # keeps the files of random numbers for the next call; None: they are removed
@@ -446,7 +446,7 @@ async def bench_gpu(options: Options, say: Callable[[str], None] = print) -> Pat
     facts = {} if options.small else card_facts() # a dry run says nothing of a card
     if not (options.small or facts and has_gpu()):
         raise CannotMeasure('this machine has no NVIDIA GPU that nvidia-smi and /dev know; '
-                    '--small is a dry run that needs none')
+                            '--small is a dry run that needs none')
     folder = options.out / folder_of(facts.get('name', 'cpu'))
     folder.mkdir(parents=True, exist_ok=True)
     with models_of(options) as models:

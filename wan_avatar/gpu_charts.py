@@ -45,7 +45,7 @@ Columns = dict[str, Callable[[Measured], str]]
 def _peak_column(phase: str) -> Callable[[Measured], str]: return lambda c: _cell_text(_peak_gb(c, phase))
 
 NAME_COLUMNS: Columns = {'case': lambda c: _cell_text(c.name), 'frames': lambda c: str(c.frames),
-                  'size': lambda c: f'{c.width}x{c.height}'}
+                         'size': lambda c: f'{c.width}x{c.height}'}
 KERNEL_COLUMNS: Columns = {'kernels': lambda c: _cell_text(c.ran or f'asked for: {c.attention}, fp8 {c.fp8_products}')}
 TIME_COLUMNS: Columns = {
     's/step': lambda c: _cell_text(c.step_s, 2), 'TFLOP/s': lambda c: _cell_text(_rate(c), 0),
