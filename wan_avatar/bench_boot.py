@@ -278,10 +278,10 @@ def boot_figures(m: dict[str, float]) -> list[Measurement]: # `m`: median second
     in_a_row = m['weights'] + m['alone'] + warm
     return [
         Measurement('boot with weights / larger of download and ComfyUI boot, plus warm-up',
-               round(m['whole'] / together, 3), 'x', 1.1),
+                    round(m['whole'] / together, 3), 'x', 1.1),
         Measurement('with weights, of the same stages one after the other', round(m['whole'] / in_a_row, 3), 'x'),
         Measurement('boot with weights in a cached mount / bare ComfyUI boot',
-               round(m['mounted'] / m['alone'], 3), 'x', 1.05),
+                    round(m['mounted'] / m['alone'], 3), 'x', 1.05),
         *(Measurement(f'with weights: {k}', round(v, 2), 's') for k, v in m.items()),
     ]
 

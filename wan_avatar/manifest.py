@@ -52,7 +52,7 @@ class KernelsRan(BaseModel):
 # %% ../nbs/09_manifest.ipynb #fba8fbbe
 class Manifest(Result):
     "A result, and what explains it"
-    model_config = ConfigDict(extra='ignore', frozen=True)
+    model_config = ConfigDict(extra='allow', frozen=True)
     job_id: str
     timeline: list[Stage] # of the job, in seconds since it was taken
     boot: BootReport | None = None
