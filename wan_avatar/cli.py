@@ -152,7 +152,7 @@ Ctrl-C stops it.'''
 
 @app.command(name='worker')
 def _worker() -> None:
-    "Serve jobs of a RunPod endpoint; the image runs this command."
+    "Serve jobs of a RunPod endpoint, as the image does."
     os.execv(sys.executable, [sys.executable, '-m', 'wan_avatar.worker'])
 
 # %% ../nbs/60_cli.ipynb #2a204285
