@@ -51,3 +51,17 @@ def test_a_thread_has_ended_when_its_task_has(way):
     asyncio.run(job())
     gc.collect()
     assert reported == []
+
+@pytest.mark.parametrize('turns', range(6))
+def test_a_task_that_is_cancelled_before_it_begins_leaves_nothing(turns, recwarn):
+    "At whatever turn of the loop: no coroutine is forgotten, and no thread runs on"
+    before = set(threading.enumerate())
+    async def job() -> None:
+        task = asyncio.create_task(beside_another(Work()))
+        for _ in range(turns): await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError): await task
+    asyncio.run(job())
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+    assert [str(w.message) for w in recwarn] == []

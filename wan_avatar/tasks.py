@@ -74,13 +74,11 @@ async def one_at_a_time() -> AsyncIterator[Callable[..., Awaitable[None]]]:
         if running: await asyncio.wait(running)
 
 # %% ../nbs/04_tasks.ipynb #479b1a6d
-async def _awaited(work: Awaitable[Any]) -> Any: return await work
-
 async def together(
-    *works: Awaitable[Any]
+    *works: Coroutine[Any, Any, Any]
 ) -> list[Any]: # what they return, in the order of the arguments
     "Await all at once; the first failure ends the rest before it is raised"
-    tasks = [asyncio.create_task(_awaited(w)) for w in works]
+    tasks = [asyncio.create_task(w) for w in works]
     try: return list(await asyncio.gather(*tasks))
     finally:
         for t in tasks:
