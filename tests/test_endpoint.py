@@ -36,7 +36,7 @@ def local(samples, tmp_path_factory):
         store.upload(cut(samples / 'pexels.mp4', 96, folder), 'in/four.mp4', 'video/mp4')
         store.upload(cut(samples / 'pexels.mp4', 12, folder), 'in/half.mp4', 'video/mp4')
         endpoint = started.endpoint
-        yield started, store, Client(f'{endpoint.url}/{endpoint.endpoint_id}', endpoint.api_key)
+        yield started, store, Client(endpoint.address, endpoint.api_key)
 
 JOB = {'input_image_minio_path': 'in/ana portrait.png', 'driving_video_path': 'in/four.mp4'}
 BRIEF = JOB | {'driving_video_path': 'in/half.mp4'}

@@ -2,8 +2,9 @@
 import pickle
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
-from wan_avatar.job import LONGEST, JobError, check_key, parse_job, printable
+from wan_avatar.job import LONGEST, JobError, check_key, first_fault, parse_job, printable
 
 pytestmark = pytest.mark.hostile('requests')
 
@@ -70,3 +71,22 @@ def test_an_error_survives_pickling():
 @pytest.mark.parametrize('key', ['\ud800', 'a/\udc00.png', 'é' * 513])
 def test_keys_no_bucket_takes(key):
     with pytest.raises(ValueError): check_key(key)
+
+class Timings(BaseModel):
+    timings: dict[str, float]
+
+FAULTS = { # data that came from elsewhere, and what its error says
+    'no JSON': (b'{"half": ', 'the text: Invalid JSON'),
+    'a field that is missing': (b'{}', 'timings: Field required'),
+    'a name that moves the cursor': (b'{"timings": {"a\\u001b[31m\\nb": "x"}}', 'timings.a\\x1b[31m\\nb: '),
+    'a name of a megabyte': (b'{"timings": {"' + b'x' * 10**6 + b'": "x"}}', ' … '),
+}
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_what_is_wrong_with_data_is_said_in_few_words(name):
+    data, words = FAULTS[name]
+    with pytest.raises(ValidationError) as e: Timings.model_validate_json(data)
+    text = first_fault(e.value, 'the text')
+    assert words in text
+    assert len(text) < 250
+    assert text.isprintable()

@@ -14,11 +14,22 @@ from conftest import ROOT, cut
 
 from wan_avatar.client import Status
 from wan_avatar.frames import read_frames
+from wan_avatar.job import JobError
 from wan_avatar.local import up
 from wan_avatar.manifest import BootReport, Manifest
 from wan_avatar.mp4 import Encoder, check_mp4
 from wan_avatar.normalise import normalise_video
-from wan_avatar.smoke import LEAST_CHANGE, Decoded, Evidence, change, checks_of, decode_result, run_smoke, until_refused
+from wan_avatar.smoke import (
+    LEAST_CHANGE,
+    Decoded,
+    Evidence,
+    _judged,
+    change,
+    checks_of,
+    decode_result,
+    run_smoke,
+    until_refused,
+)
 from wan_avatar.timeline import Stage
 
 ANSWER = {
@@ -213,7 +224,7 @@ def test_a_worker_that_hands_back_the_driving_video_fails_the_gate(clips, sample
                 ROOT / '.venv/bin/wan-avatar',
                 'smoke',
                 '--endpoint',
-                f'{local.endpoint.url}/{local.endpoint.endpoint_id}',
+                local.endpoint.address,
                 '--image',
                 samples / 'astronaut.png',
                 '--driving',
@@ -246,3 +257,15 @@ def test_a_worker_that_hands_back_the_driving_video_fails_the_gate(clips, sample
     assert all(check_mp4(tmp_path / f'out/job-{n}/avatar.mp4', 24) for n in (1, 2))
     assert summary['percentiles']['smoke, unknown']['execution_s'][0]['n'] == 2
     assert local.endpoint.api_key not in done.stdout + done.stderr + (tmp_path / 'out/summary.json').read_text()
+
+class Unwell:
+    "A bucket that gives the video, and then fails"
+    def download(self, key, path, *rest) -> None: path.write_bytes(b'a video')
+    def read_bytes(self, key, most) -> bytes: raise JobError('storage_failed', 'the bucket was gone')
+
+def test_a_bucket_that_fails_between_video_and_manifest_fails_the_gate(tmp_path):
+    "The run goes on: the job's checks say why"
+    status = said(presigned_url=None)
+    found = _judged(status, GOOD.job, GOOD.prefix, tmp_path / 'driving.mp4', GOOD.driving, Unwell(), tmp_path)
+    assert found.video.trouble == 'storage_failed: the bucket was gone'
+    assert {c.name: c.found for c in checks_of(found)}['every frame decodes'] == found.video.trouble

@@ -57,8 +57,7 @@ def find_endpoint(
 
 def note_endpoint(local: Local, folder: Path) -> EndpointAccess:
     "Write down how to reach a local endpoint, for other commands of the same user"
-    address = f'{local.endpoint.url}/{local.endpoint.endpoint_id}'
-    access = EndpointAccess(address, local.endpoint.api_key, local.bucket.environment())
+    access = EndpointAccess(local.endpoint.address, local.endpoint.api_key, local.bucket.environment())
     with whole_file(folder / 'up.json') as part:
         part.touch(mode=0o600)
         part.write_text(json.dumps(vars(access)))

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .files import whole_file
+from .job import first_fault
 from .kernels import KERNELS, NEEDED_GB, Choice, Need
 from .tiny import TRUE, Size
 
@@ -169,9 +170,7 @@ def read_run(path: Path) -> GpuRun:
     try: return GpuRun.model_validate_json(path.read_bytes())
     except OSError as e: raise RunDamaged(f'{path} cannot be read: {e.strerror}') from None
     except ValidationError as e:
-        first = e.errors()[0]
-        raise RunDamaged(f'{path}: {".".join(map(str, first["loc"])) or "the file"}: {first["msg"]}; '
-                         'run `wan-avatar bench gpu` again') from None
+        raise RunDamaged(f'{path}: {first_fault(e, "the file")}; run `wan-avatar bench gpu` again') from None
 
 def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
     "Every run, by its folder's name"

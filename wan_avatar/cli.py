@@ -23,10 +23,10 @@ from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_weights import bundle, models
-from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
+from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .job import shorten
 from .local import Local
-from .manifest import Manifest
+from .manifest import Manifest, ManifestDamaged
 from .mp4 import filmstrip
 from .terminal import AsJson, BootWatch, Code, Endpoint, Folder, JobScreen, answer, exit_on_error, exit_with
 from .timeline import draw_timeline

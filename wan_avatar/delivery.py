@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+
 
 from .files import sha256_of
 from .inputs import Inputs
 from .job import JobError, Result, manifest_key
-from .manifest import KernelsRan, Manifest, RenderSettings
+from .manifest import MANIFEST_BYTES, KernelsRan, Manifest, ManifestDamaged, RenderSettings, parse_manifest
 from .mp4 import check_mp4
 from .run import JobRun
 from .store import Replaced, Store
@@ -39,11 +39,11 @@ def find_result(
     presign_s: int = 0 # lifetime of an address asked for, 0: none
 ) -> Result | None:
     "The result of a job that was delivered before"
-    data = store.read_bytes(manifest_key(key), 10**7)
+    data = store.read_bytes(manifest_key(key), MANIFEST_BYTES)
     if data is None: return None
-    try: manifest = Manifest.model_validate_json(data)
-    except ValidationError as e:
-        log.warning('%s is no manifest (%d findings); making the video again', manifest_key(key), e.error_count())
+    try: manifest = parse_manifest(data, manifest_key(key))
+    except ManifestDamaged as e:
+        log.warning('%s; making the video again', e)
         return None
     found = store.stat(key)
     if not found or found['bytes'] != manifest.bytes: return None

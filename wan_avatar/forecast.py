@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .cards import CARDS, PRODUCTION, Card, GpuRun, Measured, Operations, least_seconds, measured, operations
+from .frames import FPS
 from .models import Lock, LockedFile, load_lock
 from .segments import plan_windows
 from .workflow import PROFILES, TINY, WAN, Profile, locked_files
@@ -64,7 +65,7 @@ def render_time(
     chosen = PROFILES[profile]
     gpus = tuple(gpus)
     if chosen.graph != WAN.graph or chosen.name == TINY.name: return None
-    lengths = [w.length for w in plan_windows(max(1, round(video_s * 24)), chosen.length, chosen.overlap)]
+    lengths = [w.length for w in plan_windows(max(1, round(video_s * FPS)), chosen.length, chosen.overlap)]
     known = {g: run for g, run in (measured() if runs is None else runs).items() if g in gpus}
     whole = [(g, run.at, case) for g, run in known.items() if (case := _whole_window(run, chosen))]
     times = [RenderTime(sum(_window_seconds(case, chosen, n) for n in lengths), g, at) for g, at, case in whole]

@@ -119,6 +119,13 @@ def to_yuv(
     )
 
 # %% ../nbs/20_frames.ipynb #a6c6fd19
+def _tag_bt709(target: Any) -> None: # an encoder's context, or a frame
+    "Say that pixels are BT.709 in limited range"
+    target.color_range = ColorRange.MPEG
+    target.colorspace = Colorspace.ITU709
+    target.color_primaries = ColorPrimaries.BT709
+    target.color_trc = ColorTrc.BT709
+
 def add_h264_stream(
     out: Any, # av.container.OutputContainer
     size: tuple[int, int], # width, height
@@ -133,10 +140,7 @@ def add_h264_stream(
     context = stream.codec_context
     context.time_base = Fraction(1, fps)
     context.thread_count = thread_count()
-    context.color_range = ColorRange.MPEG
-    context.colorspace = Colorspace.ITU709
-    context.color_primaries = ColorPrimaries.BT709
-    context.color_trc = ColorTrc.BT709
+    _tag_bt709(context)
     return stream
 
 def stamp_frame(
@@ -148,10 +152,7 @@ def stamp_frame(
     frame.pts = index
     frame.time_base = Fraction(1, fps)
     frame.pict_type = 0 # the encoder chooses, not the source
-    frame.colorspace = Colorspace.ITU709
-    frame.color_range = ColorRange.MPEG
-    frame.color_primaries = ColorPrimaries.BT709
-    frame.color_trc = ColorTrc.BT709
+    _tag_bt709(frame)
     return frame
 
 # %% ../nbs/20_frames.ipynb #19a05536

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ErrorCode', 'LONGEST', 'Key', 'Name', 'without_secrets', 'printable', 'without_middle', 'JobError', 'check_key',
-           'Job', 'shorten', 'parse_job', 'Result', 'ProgressUpdate', 'output_key', 'manifest_key', 'schemas']
+           'Job', 'shorten', 'parse_job', 'first_fault', 'Result', 'ProgressUpdate', 'output_key', 'manifest_key',
+           'schemas']
 
 # %% ../nbs/00_job.ipynb #03bf8b56
 import re
@@ -193,6 +194,17 @@ def _finding(finding: ErrorDetails) -> str:
     field = next((str(p) for p in finding['loc'] if p in Job.model_fields), None)
     message = finding['msg'].removeprefix('Value error, ')
     return f'{field} {shorten(finding["input"])}: {message}' if field else message
+
+# %% ../nbs/00_job.ipynb #be5edc9b
+def first_fault(
+    error: ValidationError,
+    whole: str # what to call it when no field is to blame, as in text that is not JSON
+) -> str:
+    "The first thing that is wrong with data, and where"
+    found = error.errors(include_url=False, include_input=False)[0]
+    where = '.'.join(map(str, found['loc'])) or whole
+    name = without_middle(printable(where), 100).replace('\n', '\\n') # one line in a log
+    return f'{name}: {found["msg"]}'
 
 # %% ../nbs/00_job.ipynb #0bcbc9af
 class Result(BaseModel):

@@ -284,6 +284,11 @@ class LocalEndpoint:
         self.closing: asyncio.Event | None = None
         self.started: Future[None] = Future()
 
+    @property
+    def address(self) -> str:
+        "Where clients send jobs"
+        return self.rules.base
+
     def start(self) -> None:
         private_folder(self.rules.log_folder, 'the folder of logs')
         logs = sorted(self.rules.log_folder.glob('worker-*'), key=lambda p: p.stat().st_mtime)

@@ -70,7 +70,7 @@ def fresh_endpoint(**more: Any) -> Iterator[tuple[Local, Client, Store]]:
         env = {'PROFILE': 'draft', **{k: str(Path(v).resolve()) for k, v in places.items()}}
         with up(Path(folder), worker_env=env, idle_timeout_s=120, **more) as local:
             endpoint = local.endpoint
-            client = Client(f'{endpoint.url}/{endpoint.endpoint_id}', endpoint.api_key)
+            client = Client(endpoint.address, endpoint.api_key)
             yield local, client, Store(load_settings(local.bucket.environment()))
 
 def timed_job(

@@ -25,11 +25,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .cards import measured
-from .client import Client, ManifestDamaged, Status, read_manifest
+from .client import Client, Status, read_manifest
 from .endpoint import API
 from .files import whole_file
 from .forecast import RenderTime, Runs, render_time, start_files
-from .manifest import BootReport, Manifest
+from .job import first_fault
+from .manifest import BootReport, Manifest, ManifestDamaged
 from .models import LINK_MB_S
 from .prices import POOLS, PRICES_DATE, GpuPool, pool_of
 from .store import Store
@@ -90,9 +91,7 @@ def read_records(path: Path) -> list[JobRecord]:
     for n, line in enumerate(text.splitlines(), 1):
         try: records.append(JobRecord.model_validate_json(line))
         except ValidationError as e:
-            first = e.errors()[0]
-            field = '.'.join(map(str, first['loc'])) or 'the line'
-            raise RecordsError(f'{path}, line {n}: {field}: {first["msg"]}') from None
+            raise RecordsError(f'{path}, line {n}: {first_fault(e, "the line")}') from None
     if not records: raise RecordsError(f'{path} holds no record')
     return records
 

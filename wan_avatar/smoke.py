@@ -22,11 +22,11 @@ import av
 import httpx2
 import numpy as np
 
-from .client import Client, EndpointError, ManifestDamaged, Status, fetch_result, read_manifest
+from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .files import sha256_of, whole_file
 from .frames import FPS, SIZE
 from .job import JobError, output_key, parse_job
-from .manifest import Manifest
+from .manifest import Manifest, ManifestDamaged
 from .metrics import JobRecord, measured_job, summarise, write_records
 from .mp4 import filmstrip, pictures_at
 from .store import Store
@@ -220,10 +220,11 @@ def _judged(
     url = status.output.get('presigned_url')
     asked = Evidence(job, prefix, status, wanted)
     if url: asked = replace(asked, link=get_url(url))
-    try: video = fetch_result(status.output, folder, store)
+    try:
+        video = fetch_result(status.output, folder, store)
+        asked = replace(asked, manifest=read_manifest(store, status.output['minio_key']))
+    except ManifestDamaged as e: asked = replace(asked, manifest_trouble=str(e)) # the video is looked at all the same
     except JobError as e: return replace(asked, video=Decoded(trouble=str(e)))
-    try: asked = replace(asked, manifest=read_manifest(store, status.output['minio_key']))
-    except ManifestDamaged as e: asked = replace(asked, manifest_trouble=str(e))
     found = decode_result(video)
     moved = change(driving, video, found.end_s) if found.trouble is None else 0.0
     digest = sha256_of(video)

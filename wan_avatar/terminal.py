@@ -29,6 +29,7 @@ from .endpoint_file import FileError
 from .gpu import CannotMeasure
 from .image import ImageError
 from .job import JobError, ProgressUpdate
+from .manifest import ManifestDamaged
 from .pinning import HubUnreachable
 
 # %% ../nbs/60_terminal.ipynb #a57eb269
@@ -152,7 +153,7 @@ def answer(status: Status, as_json: bool) -> None:
 def exit_on_error() -> Iterator[None]:
     "Known failures become one line and an exit code"
     try: yield
-    except (EndpointError, SettingsError, HubUnreachable) as e: exit_with(str(e), Code.UNREACHABLE)
+    except (EndpointError, ManifestDamaged, SettingsError, HubUnreachable) as e: exit_with(str(e), Code.UNREACHABLE)
     except (FileError, ImageError, CannotMeasure, RunDamaged) as e: exit_with(str(e), Code.USAGE)
     except JobError as e: exit_with(str(e), Code.UNREACHABLE if e.code == 'storage_failed' else Code.JOB_FAILED)
     except KeyboardInterrupt: exit_with('interrupted', Code.INTERRUPTED)
