@@ -40,12 +40,12 @@ from .frames import FPS, SIZE, read_frames
 from .inputs import Inputs
 from .launch import ComfyPlace
 from .measure import SAMPLES, Measurement, fresh_endpoint, sample_job, timed_job
-from .mp4 import Encoder
 from .normalise import Clip, normalise_video
 from .segments import window_pictures
 from .store import Store, address
 from .timeline import Stage, Timeline
 from .track import load_track, wholebody_points
+from .workbench import first_frames
 from .workflow import WAN, Profile, bind, get_profile, load_graph, needed_files, track_graph
 
 # %% ../nbs/55_bench_job.ipynb #acbd934f
@@ -329,9 +329,8 @@ def _prepared(
         models = Path(os.environ.get('MODELS_DIR', f'{folder}/models')).resolve()
         job = work / 'jobs/bench'
         job.mkdir(parents=True)
-        with Encoder(job / 'some.mp4', size=(640, 360)) as encoder:
-            for frame in read_frames(SAMPLES / 'pexels.mp4', count=frames): encoder.write(frame)
-        normalise_video(job / 'some.mp4', job / 'driving.mp4', job / 'audio.m4a', 60)
+        some = first_frames(SAMPLES / 'pexels.mp4', job / 'some.mp4', frames)
+        normalise_video(some, job / 'driving.mp4', job / 'audio.m4a', 60)
         yield ComfyPlace(Path('.comfy').resolve(), work, models), job
 
 async def _track_once(place: ComfyPlace, job: Path, profile: Profile) -> float: # seconds
