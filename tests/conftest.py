@@ -201,6 +201,12 @@ class Service:
 
     def close(self) -> None: shut_down(self.background, self.booted)
 
+def sparing_service(*args, **more: str) -> Service:
+    "A Service whose ComfyUI renders on a CPU with SPARING; nobody else sees these variables"
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in SPARING.items(): patched.setenv(name, value)
+        return Service(*args, **more)
+
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):
     "One service for all tests that do not break its settings; inputs are in its bucket, and its windows are short"

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from conftest import SPARING, Service, cut
+from conftest import cut, sparing_service
 
 from wan_avatar.frames import read_frames
 from wan_avatar.mp4 import check_mp4
@@ -36,13 +36,11 @@ def production(bucket, samples, tiny, detectors, tmp_path_factory):
     models = shutil.copytree(detectors, tiny('--face'), dirs_exist_ok=True)
     work = tmp_path_factory.mktemp('production')
     clip = cut(samples / 'pexels.mp4', FRAMES, tmp_path_factory.mktemp('clip'))
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in SPARING.items(): patched.setenv(name, value) # for ComfyUI
-        made = Service(bucket, work, [SMALL], MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
-        made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
-        made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')
-        yield made
-        made.close()
+    made = sparing_service(bucket, work, [SMALL], MODELS_DIR=str(models), PROFILE=TINY.name, WARMUP='false')
+    made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
+    made.store.upload(clip, 'in/thirteen.mp4', 'video/mp4')
+    yield made
+    made.close()
 
 def test_two_windows_at_1280x720(production, tmp_path):
     inputs = {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/thirteen.mp4'}

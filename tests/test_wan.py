@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import rules
-from conftest import ROOT, SPARING, Service, comfy_with_probe, cut
+from conftest import ROOT, comfy_with_probe, cut, sparing_service
 
 from wan_avatar import embeddings
 from wan_avatar.avatar import make_avatar
@@ -98,10 +98,8 @@ with (folder / 'clip_vision' / clip).open('wb') as f:
 def wan(bucket, samples, weights, tmp_path_factory):
     work = tmp_path_factory.mktemp('wan')
     probed = comfy_with_probe(tmp_path_factory.mktemp('probed'))
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in SPARING.items(): patched.setenv(name, value) # for ComfyUI
-        made = Service(bucket, work, [FACE, BODY, BLIND, PROMPTED], MODELS_DIR=str(weights),
-                       PROFILE='wan22-animate-tiny', COMFY_DIR=str(probed))
+    made = sparing_service(bucket, work, [FACE, BODY, BLIND, PROMPTED], MODELS_DIR=str(weights),
+                           PROFILE='wan22-animate-tiny', COMFY_DIR=str(probed))
     made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
     for name, frames in (('short', 14), ('five frames', 5)):
         clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('clip'))
