@@ -12,7 +12,7 @@ from .delivery import deliver, find_result, sign
 from .embeddings import shared_slots
 from .inputs import check_start, fetch_inputs
 from .job import Job, Result
-from .render import RenderPlan, render
+from .render import RenderPlan, render, scene_of
 from .run import Report, WorkerContext, job_run
 from .timeline import Timeline
 from .tracks import track_inputs
@@ -35,8 +35,9 @@ async def make_avatar(
         with timeline.stage('wait for renderer'): await worker.renderer.acquire()
         try:
             tracks = await track_inputs(run, inputs)
-            slots = await shared_slots(run, inputs.reference, job.prompt)
-            kernels = await render(run, RenderPlan(inputs, tracks, {'seed': run.seed} | slots))
+            scene = await asyncio.to_thread(scene_of, run.profile, inputs.clip, tracks.driver)
+            slots = await shared_slots(run, inputs.reference, scene.sampled, job.prompt)
+            rendered = await render(run, RenderPlan(inputs, tracks, scene, {'seed': run.seed} | slots))
         finally: worker.renderer.release()
-        result = await deliver(run, inputs, tracks.facts, kernels)
+        result = await deliver(run, inputs, tracks.facts, rendered)
         return sign(result, worker.store, job.presign_seconds)

@@ -25,13 +25,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import av
+import cv2
 import numpy as np
 import psutil
 from minio import Minio
 from PIL import Image
 
+from .assembly import window_report
 from .client import Client, read_manifest
 from .comfy import Comfy, ComfyProcess, run, running_comfy
+from .compose import ComposeRules, Tone, compose_frame
 from .config import Settings
 from .delivery import Attempt, prove, upload_proven
 from .ffmpeg import bench_media, timed_call
@@ -41,10 +44,11 @@ from .inputs import Inputs
 from .launch import ComfyPlace
 from .measure import SAMPLES, Measurement, fresh_endpoint, sample_job, timed_job
 from .normalise import Clip, normalise_video
-from .segments import window_pictures
+from .render import scene_of, scene_report
+from .segments import WHOLE, grow_mask, window_pictures
 from .store import Store, address
 from .timeline import Stage, Timeline
-from .track import load_track, wholebody_points
+from .track import Track, load_track, wholebody_points
 from .workbench import first_frames
 from .workflow import WAN, Profile, bind, get_profile, load_graph, needed_files, track_graph
 
@@ -321,7 +325,8 @@ def _bench_memory(say: Callable[[str], None]) -> list[Measurement]:
 # %% ../nbs/55_bench_job.ipynb #9b799cf5
 @contextmanager
 def _prepared(
-    frames: int # of the sample clip
+    frames: int, # of the sample clip
+    sample: str = 'pexels.mp4'
 ) -> Iterator[tuple[ComfyPlace, Path]]: # where ComfyUI is, a job's folder with driving.mp4
     "A work folder with a driving video in it, and no worker"
     with tempfile.TemporaryDirectory() as folder:
@@ -329,7 +334,7 @@ def _prepared(
         models = Path(os.environ.get('MODELS_DIR', f'{folder}/models')).resolve()
         job = work / 'jobs/bench'
         job.mkdir(parents=True)
-        some = first_frames(SAMPLES / 'pexels.mp4', job / 'some.mp4', frames)
+        some = first_frames(SAMPLES / sample, job / 'some.mp4', frames)
         normalise_video(some, job / 'driving.mp4', job / 'audio.m4a', 60)
         yield ComfyPlace(Path('.comfy').resolve(), work, models), job
 
@@ -395,7 +400,8 @@ def _window_values(folder: str) -> dict[str, Any]: # of the draft's graph
         'frames': f'{folder}/frames.u8',
         'tail': '',
     }
-    numbers = {'start': 0, 'length': 77, 'overlap': 0, 'new': 77, 'frame_width': SIZE[0], 'frame_height': SIZE[1]}
+    numbers = {'start': 0, 'length': 77, 'left': 0, 'top': 0, 'area_width': SIZE[0], 'area_height': SIZE[1],
+               'skip': 0, 'count': 77}
     return files | numbers
 
 async def _window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # bytes by the socket, bytes by files
@@ -416,6 +422,32 @@ async def _window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # by
         await comfy.close()
         server.close()
 
+def _compose_s(video: Path, track: Track) -> float: # seconds of a frame
+    "What the worker does for each frame of a window beside encoding it"
+    made = np.dstack([np.full((*SIZE[::-1], 3), 120, np.uint8), grow_mask(track.mask(0)) * np.uint8(255)])
+    darker = Tone(gain=(0.98, 0.98, 0.98))
+    cores = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    began = time.process_time() # of all threads: the decoder has several
+    count = sum(1 for f in read_frames(video) if compose_frame(f, made, WHOLE, WHOLE, ComposeRules(), darker) is not f)
+    spent = time.process_time() - began
+    cv2.setNumThreads(cores)
+    return spent / count
+
+def _saved(say: Callable[[str], None], frames: int = 77) -> list[Measurement]:
+    "How much less the model does for the sample clips, since only the person is made"
+    found = []
+    for sample in ('pexels.mp4', 'single_face.mp4'):
+        with _prepared(frames, sample) as (place, job):
+            say(f'window: what is made of {sample}')
+            clip = normalise_video(job / 'some.mp4', job / 'driving.mp4', job / 'audio.m4a', 60)
+            asyncio.run(_track_once(place, job, get_profile('draft')))
+            scene = scene_of(WAN, clip, load_track(job / 'driving.track'))
+        report = scene_report(scene, [(w, window_report(w, None, None, Tone())) for w in scene.windows], WAN)
+        found.append(Measurement(f'{sample}, {report.width}x{report.height}: work for whole frames / work of production',
+                                 report.saved, 'x'))
+    return found
+
 def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measurement]:
     "Conditioning pictures a second, and bytes moved for a window"
     with _prepared(77) as (place, job):
@@ -427,13 +459,17 @@ def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measureme
             say(f'window: round {n + 1} of {rounds}')
             began = time.perf_counter()
             frames = read_frames(job / 'driving.mp4')
-            pictures = window_pictures(frames, 0, 77, wholebody_points(track), track.present, track.mask, SIZE)
+            pictures = window_pictures(frames, 0, 77, wholebody_points(track), track.present, track.mask, WHOLE, SIZE)
             shown = sum(1 for _ in pictures)
             spent.append((time.perf_counter() - began) / shown)
+        composing_s = _compose_s(job / 'driving.mp4', track)
         shutil.copy(SAMPLES / 'astronaut.png', job / 'reference.png')
         say('window: traffic')
         by_socket, by_files = asyncio.run(_window_traffic(place, job))
     return [
+        *_saved(say),
+        Measurement('composing a frame at 720p on one core, the driving video decoded', round(1e3 * composing_s, 1),
+                    'ms', 20),
         Measurement('conditioning pictures at 720p', round(1 / statistics.median(spent), 1), 'frames/s', at_least=40),
         Measurement('by the socket, 77 frames', round(by_socket / 1e3, 1), 'kB'),
         Measurement('by files, 77 frames', round(by_files / 1e6, 1), 'MB'),

@@ -18,10 +18,11 @@ from typing import Any
 
 
 
+from .render import Rendered
 from .files import sha256_of
 from .inputs import Inputs
 from .job import JobError, Result, manifest_key
-from .manifest import MANIFEST_BYTES, KernelsRan, Manifest, ManifestDamaged, RenderSettings, parse_manifest
+from .manifest import MANIFEST_BYTES, Manifest, ManifestDamaged, RenderSettings, parse_manifest
 from .mp4 import check_mp4
 from .run import JobRun
 from .store import Replaced, Store
@@ -128,11 +129,14 @@ class Outrun(Exception):
 # %% ../nbs/40_delivery.ipynb #54ffc14e
 def render_settings(
     profile: Profile,
-    prompt: str | None # of the job, or the profile's
+    prompt: str | None, # of the job, or the profile's
+    sampled: tuple[int, int] # width, height of what the model made
 ) -> RenderSettings:
     "The settings of a profile; the versions of programs are in the result's `worker`"
     return RenderSettings(
         **profile.values,
+        width=sampled[0],
+        height=sampled[1],
         prompt=prompt,
         graph=str(profile.graph),
         tracker=TRACKERS[profile.tracker],
@@ -163,27 +167,28 @@ def manifest_of(
     inputs: Inputs,
     proven: dict[str, Any], # as `prove` found the video
     track: dict[str, int], # `track_facts` of the video
-    kernels: KernelsRan | None
+    rendered: Rendered
 ) -> Manifest:
     "What is written beside the video"
     return Manifest(
         minio_key=run.key, **proven, seed=run.seed, profile=run.profile.name, notes=list(inputs.clip.notes) or None,
         worker=run.worker.identity | {'job_number': str(run.boot.job_number)}, timings=run.timeline.seconds(),
-        job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=kernels, track=track,
-        rendered_with=render_settings(run.profile, run.prompt), content=asdict(inputs.clip.content))
+        job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=rendered.kernels, track=track,
+        rendered_with=render_settings(run.profile, run.prompt, rendered.scene.sampled), scene=rendered.scene,
+        content=asdict(inputs.clip.content))
 
 async def deliver(
     run: JobRun,
     inputs: Inputs,
     track: dict[str, int], # `track_facts` of the video
-    kernels: KernelsRan | None # those that ran
+    rendered: Rendered
 ) -> Result:
     "Put video and manifest into the bucket, both or neither; a delivery of another attempt is answered with instead"
     attempt = Attempt(run.worker.store, run.key, uuid.uuid4().hex)
     try:
         async with attempt.removed_on_failure():
             proven = await upload_proven(inputs, attempt, run.timeline, run.progress('upload'))
-            manifest = manifest_of(run, inputs, proven, track, kernels)
+            manifest = manifest_of(run, inputs, proven, track, rendered)
             there = await asyncio.to_thread(attempt.store.stat, run.key)
             if not there or there['labels'].get('attempt', attempt.id) != attempt.id: # another attempt wrote over it
                 await in_thread(attempt.put, inputs.result, manifest.sha256, lambda done, total: None)

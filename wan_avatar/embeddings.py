@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 # %% ../nbs/40_embeddings.ipynb #fac45b74
 async def describe_picture(
     run: Run,
-    picture: Path # in WORK_DIR; the file is written beside it
+    picture: Path, # in WORK_DIR; the file is written beside it
+    size: tuple[int, int] # width, height it is sampled at
 ) -> dict[str, str]: # slots
     "The picture's CLIP tokens as a file for `AvatarVision`; nothing when the profile reads none"
     graph = run.setup.vision
@@ -37,7 +38,8 @@ async def describe_picture(
     target = picture.with_name('vision.safetensors')
     with run.timeline.stage('vision'):
         paths = {'reference': run.relative(picture), 'vision': run.relative(target)}
-        await run_graph(run.worker.comfy, bind(graph, paths) | run.setup.loaders, restarts=run.restarts)
+        sides = {'width': size[0], 'height': size[1]}
+        await run_graph(run.worker.comfy, bind(graph, paths | sides) | run.setup.loaders, restarts=run.restarts)
     return {'vision': paths['vision']}
 
 # %% ../nbs/40_embeddings.ipynb #f5b6bfac
@@ -122,7 +124,8 @@ async def make_embedding(
 async def shared_slots(
     run: Run,
     picture: Path, # in WORK_DIR
+    size: tuple[int, int], # width, height of what is sampled
     prompt: str | None # of the job, in place of the profile's
 ) -> dict[str, str]: # slots
     "The files that every window of a job reads: the picture as CLIP sees it, and the prompts"
-    return await describe_picture(run, picture) | await prompt_embeddings(run, prompt)
+    return await describe_picture(run, picture, size) | await prompt_embeddings(run, prompt)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .cards import CARDS, PRODUCTION, Card, GpuRun, Measured, Operations, least_seconds, measured, operations
-from .frames import FPS
+from .frames import FPS, SIZE
 from .models import Lock, LockedFile, load_lock
+from .plan import PlanRules
 from .segments import plan_windows
 from .workflow import PROFILES, TINY, WAN, Profile, locked_files
 
@@ -77,13 +78,12 @@ def render_time(
 def _whole_window(run: GpuRun, profile: Profile) -> Measured | None:
     "A whole window of this profile's size on all of the card's memory, if the run has one"
     case = run.case(PRODUCTION)
-    size = (profile.values['width'], profile.values['height'])
+    size = profile.rules(PlanRules).sampled(SIZE)
     if case is None or case.window_s is None or case.cap_gb is not None: return None
     return case if (case.width, case.height) == size else None
 
 def _window_operations(profile: Profile, length: int) -> Operations:
-    return operations(profile.values['width'], profile.values['height'], length,
-                      image=257 if profile.vision == 'clip' else 0)
+    return operations(*profile.rules(PlanRules).sampled(SIZE), length, image=257 if profile.vision == 'clip' else 0)
 
 def _window_seconds(case: Measured, profile: Profile, length: int) -> float: # seconds
     work = _window_operations(profile, length).total / _window_operations(profile, case.frames).total

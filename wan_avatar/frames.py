@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'FPS', 'GREY', 'Rectangle', 'thread_count', 'RawFrames', 'to_
 
 # %% ../nbs/20_frames.ipynb #7cfae40b
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -55,33 +55,34 @@ def thread_count() -> int: # 1 to 8
 # %% ../nbs/20_frames.ipynb #a009f2b5
 @dataclass(frozen=True)
 class RawFrames:
-    "A file of frames, uint8 RGB row by row, without a header"
+    "A file of frames, uint8 row by row, without a header"
     path: Path
     size: tuple[int, int] # width, height in pixels
+    channels: int = 3 # RGB; 4: RGB and alpha
 
     @property
     def frame_bytes(self) -> int:
         "Of one frame"
-        return self.size[0] * self.size[1] * 3
+        return self.size[0] * self.size[1] * self.channels
 
     def __len__(self) -> int: return self.path.stat().st_size // self.frame_bytes
 
-    def __iter__(self) -> Iterator[np.ndarray]: return iter(self.pixels()) # (h, w, 3) uint8 each
+    def __iter__(self) -> Iterator[np.ndarray]: return iter(self.pixels()) # (h, w, channels) uint8 each
 
-    def pixels(self) -> np.ndarray: # (n, h, w, 3) uint8, read from the disk when it is looked at
+    def pixels(self) -> np.ndarray: # (n, h, w, channels) uint8, read from the disk when it is looked at
         "All frames"
-        return np.memmap(self.path, np.uint8, 'r', shape=(len(self), self.size[1], self.size[0], 3))
+        return np.memmap(self.path, np.uint8, 'r', shape=(len(self), self.size[1], self.size[0], self.channels))
 
-    def last(self, count: int) -> np.ndarray: # (m, h, w, 3) uint8, read from the disk when it is looked at
+    def last(self, count: int) -> np.ndarray: # (m, h, w, channels) uint8, read from the disk when it is looked at
         "The last frames, as many as there are"
         return self.pixels()[max(len(self) - count, 0):]
 
     def write(
         self,
-        frames: Iterable[np.ndarray] # (h, w, 3) uint8 each, taken one at a time
+        frames: Iterable[np.ndarray] # (h, w, channels) uint8 each, taken one at a time
     ) -> None:
         "Make the file of these frames: whole or not at all"
-        shape = self.size[1], self.size[0], 3
+        shape = self.size[1], self.size[0], self.channels
         with whole_file(self.path) as part, part.open('wb') as file:
             for n, frame in enumerate(frames):
                 if frame.shape != shape or frame.dtype != np.uint8:
@@ -161,7 +162,7 @@ def read_frames(
     start: int = 0, # index of the first frame
     count: int | None = None, # default: to the end
     fps: int = FPS # frames a second
-) -> Iterator[np.ndarray]: # (h, w, 3) uint8 RGB, one at a time
+) -> Generator[np.ndarray, None, None]: # (h, w, 3) uint8 RGB, one at a time; holds the file open until it is closed
     "Frames of a normalised video by index; raises JobError `internal` if it ends before `count` frames were given"
     given = 0
     reformatter = VideoReformatter()

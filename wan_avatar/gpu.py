@@ -143,12 +143,12 @@ def case_graph(
     "What ComfyUI runs"
     width, height = case.side
     kernels = {'attention': case.attention, 'fp8_products': case.fp8_products}
-    changed = profile.changed(steps=case.steps, length=case.length, width=width, height=height, vision=case.vision,
-                              face=case.face, **kernels)
-    overlap = profile.overlap if case.tail else 0
+    changed = profile.changed(steps=case.steps, length=case.length, vision=case.vision, face=case.face, **kernels)
     window = {'tail': f'{FOLDER}/tail.u8' if case.tail else '', 'start': case.start, 'length': case.length,
-              'overlap': overlap, 'new': case.length - overlap}
-    values = {**inputs, **window, 'seed': seed, 'frame_width': SIZE[0], 'frame_height': SIZE[1]}
+              'skip': 0, 'count': case.length}
+    left, top = (SIZE[0] - width) // 2, (SIZE[1] - height) // 2
+    area = {'left': left, 'top': top, 'area_width': width, 'area_height': height}
+    values = {**inputs, **window, **area, 'seed': seed, 'width': width, 'height': height}
     graph = profile_graph(changed)
     graph = bind(graph, {slot: values[slot] for slot in slots(graph)})
     if case.unquantised: graph['dit']['inputs']['unet_name'] = Path(BF16_DIT).name
@@ -293,7 +293,8 @@ class _Bench:
     async def picture(self) -> Measured:
         "The picture as CLIP sees it, once a job"
         graph = vision_graph(self.profile)
-        bound = bind(graph, {slot: self.inputs[slot] for slot in slots(graph)})
+        values = {**self.inputs, 'width': SIZE[0], 'height': SIZE[1]}
+        bound = bind(graph, {slot: values[slot] for slot in slots(graph)})
         return await self.measure(Case('CLIP, once a job', 1, 0), bound, 120)
 
 # %% ../nbs/55_gpu.ipynb #abf38737

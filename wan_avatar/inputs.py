@@ -40,8 +40,8 @@ def check_keys(job: Job, settings: Settings) -> None:
 VIDEO_RATE = 2_000_000 # bytes a second of 1280x720 with much motion: the normalised video, and the result
 
 def room_needed(job: Job, profile: Profile) -> int: # bytes
-    "The most a job writes beside its downloads: raw frames of two windows, and two videos"
-    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 3 # of the window that renders, and of the one that is encoded
+    "The most a job writes beside its downloads: raw frames of two windows with alpha, and two videos"
+    raw = 2 * profile.length * SIZE[0] * SIZE[1] * 4 # of the window that renders, and of the one that is encoded
     return raw + int(2 * VIDEO_RATE * job.max_seconds)
 
 def check_start(job: Job, profile: Profile, settings: Settings) -> None:

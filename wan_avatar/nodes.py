@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'AvatarTrack', 'AvatarDetectors', 'WindowInputs',
-           'AvatarSegment', 'DrawnFrames', 'is_linked', 'AvatarDraft', 'AvatarFrames', 'write_frames', 'to_uint8',
-           'sized', 'AvatarConditioning', 'mask_rows', 'AvatarMaskRows', 'AvatarPrompt', 'AvatarSavePrompt',
+           'AvatarSegment', 'DrawnFrames', 'is_linked', 'AvatarDraft', 'AvatarFrames', 'write_frames', 'rgba',
+           'to_uint8', 'AvatarConditioning', 'mask_rows', 'AvatarMaskRows', 'AvatarPrompt', 'AvatarSavePrompt',
            'AvatarReference', 'AvatarSaveVision', 'AvatarVision', 'tiny_vision_config', 'AvatarTinyVisionLoader',
            'AvatarTextOnly', 'Kernels', 'kernels_for', 'AvatarKernels', 'AvatarRan']
 
@@ -27,14 +27,14 @@ import numpy as np
 
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
-from .frames import FPS, RawFrames, read_frames
+from .frames import FPS, RawFrames, Rectangle, read_frames
 from .job import JobError
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS, chosen
 from .launch import SHARED, TREE
 from .media import probe
 from .pictures import read_image
 from .prompt import Embedding
-from .segments import SHAPES, MaskShape, letterbox, window_pictures
+from .segments import SHAPES, MaskShape, area_picture, letterbox, sized, window_pictures
 from wan_avatar.track import (
     Track,
     check_person,
@@ -153,7 +153,8 @@ class WindowInputs:
     track: Path
     start: int # first frame
     length: int # frames; those after the video's end repeat its last one
-    tail: Path | None = None # the last frames made so far, raw uint8; None: this is the first window
+    area: Rectangle # of the frame, that is made
+    tail: Path | None = None # the last frames as they are delivered, raw uint8; None: this is the first window
 
 class AvatarSegment:
     "One window of the driving video, with the picture of the person"
@@ -169,11 +170,15 @@ class AvatarSegment:
         tail = 'STRING', {'tooltip': 'raw frames this window goes on from; empty for the first one'}
         start = 'INT', {'min': 0, 'max': 10**6}
         length = 'INT', {'min': 1, 'max': 1024}
-        return {'required': paths | {'tail': tail, 'start': start, 'length': length}}
+        pixels = 'INT', {'min': 0, 'max': 8192, 'tooltip': 'of the part of the frame that is made'}
+        area = {n: pixels for n in ('left', 'top', 'area_width', 'area_height')}
+        return {'required': paths | {'tail': tail, 'start': start, 'length': length} | area}
 
-    def run(self, start: int, length: int, tail: str, **paths: str) -> tuple:
+    def run(self, start: int, length: int, tail: str, left: int, top: int, area_width: int, area_height: int,
+            **paths: str) -> tuple:
         files = {name: _work_path(path) for name, path in paths.items()}
-        return (WindowInputs(**files, start=start, length=length, tail=_work_path(tail) if tail else None),)
+        area = Rectangle(left, top, area_width, area_height)
+        return (WindowInputs(**files, start=start, length=length, area=area, tail=_work_path(tail) if tail else None),)
 
 # %% ../nbs/32_nodes.ipynb #42b94b0e
 @lru_cache(maxsize=1) # one job renders at a time, and no other job has its paths
@@ -187,10 +192,12 @@ class DrawnFrames:
 
     def __len__(self) -> int: return self.window.length
 
-    def __getitem__(self, i: int) -> np.ndarray: # (h, w, 3) uint8 RGB, as large as the driving video
+    def __getitem__(self, i: int) -> np.ndarray: # (h, w, 4) uint8 RGBA: the window's area
         if not 0 <= i < len(self): raise IndexError(i)
         puppet, driver = _load_puppet_and_driver(self.window.reference, self.window.reference_track, self.window.track)
-        return draw(puppet, driver, min(self.window.start + i, len(driver.present) - 1))
+        frame = draw(puppet, driver, min(self.window.start + i, len(driver.present) - 1))
+        area = self.window.area
+        return area_picture(frame, area, (area.width, area.height))
 
 def is_linked(
     prompt: dict, # the graph that runs
@@ -202,11 +209,11 @@ def is_linked(
 
 # %% ../nbs/32_nodes.ipynb #afb437c2
 class AvatarDraft:
-    "Move the person of the picture like the driver, over the driver's empty scene"
+    "Move the person of the picture like the driver"
     CATEGORY = 'avatar'
     FUNCTION = 'run'
-    RETURN_TYPES = ('AVATAR_FRAMES', 'IMAGE')
-    RETURN_NAMES = ('frames', 'images')
+    RETURN_TYPES = ('AVATAR_FRAMES', 'IMAGE', 'MASK')
+    RETURN_NAMES = ('frames', 'images', 'mask')
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -214,23 +221,22 @@ class AvatarDraft:
 
     def run(self, segment: WindowInputs, prompt: dict, node: str) -> tuple:
         frames = DrawnFrames(segment)
-        if not is_linked(prompt, node, 1): return frames, None
-        return frames, _as_image(frames, _progress(len(frames)))
+        if not any(is_linked(prompt, node, output) for output in (1, 2)): return frames, None, None
+        return frames, *_as_image_and_mask(frames, _progress(len(frames)))
 
-def _as_image(frames: DrawnFrames, progress: Callable[[int, int], None]):
-    "Frames as ComfyUI's IMAGE: (n, h, w, 3) float32 in 0..1"
+def _as_image_and_mask(frames: DrawnFrames, progress: Callable[[int, int], None]) -> tuple:
+    "Frames as ComfyUI's IMAGE and MASK: (n, h, w, 3) and (n, h, w) float32 in 0..1"
     import torch
-    images = None
+    area = frames.window.area
+    drawn = torch.empty((len(frames), area.height, area.width, 4), dtype=torch.float32)
     for i in range(len(frames)):
-        frame = torch.from_numpy(frames[i])
-        if images is None: images = torch.empty((len(frames), *frame.shape), dtype=torch.float32)
-        torch.div(frame, 255, out=images[i])
+        torch.div(torch.from_numpy(frames[i]), 255, out=drawn[i])
         progress(i + 1, len(frames))
-    return images
+    return drawn[..., :3], drawn[..., 3]
 
 # %% ../nbs/32_nodes.ipynb #394d3ebf
 class AvatarFrames:
-    "Write images[skip:skip+count] as raw uint8 RGB (count, height, width, 3)"
+    "Write images[skip:skip+count] as raw uint8 RGBA (count, height, width, 4)"
     CATEGORY = 'avatar'
     FUNCTION = 'run'
     OUTPUT_NODE = True
@@ -238,49 +244,51 @@ class AvatarFrames:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        side = 'INT', {'min': 2, 'max': 8192, 'tooltip': 'of the frames written; a profile may render smaller ones'}
+        side = 'INT', {'min': 2, 'max': 8192, 'tooltip': 'of the frames written; a profile may sample smaller ones'}
         skip = 'INT', {'min': 0, 'max': 1024}
         count = 'INT', {'min': 1, 'max': 1024}
+        mask = 'MASK', {'tooltip': 'where something was made; not connected: everywhere, or as the frames say'}
         return {'required': {'images': ('IMAGE,AVATAR_FRAMES',), 'skip': skip, 'count': count, 'path': ('STRING', {}),
-                             'width': side, 'height': side}}
+                             'width': side, 'height': side}, 'optional': {'mask': mask}}
 
-    def run(self, images, skip: int, count: int, path: str, width: int, height: int) -> dict:
+    def run(self, images, skip: int, count: int, path: str, width: int, height: int, mask=None) -> dict:
         if len(images) < skip + count:
             raise JobError('internal', f'{len(images)} frames came, {skip} + {count} were to be written')
-        wanted = (images[i] for i in range(skip, skip + count))
+        wanted = ((images[i], None if mask is None else mask[i]) for i in range(skip, skip + count))
         write_frames(wanted, count, _work_path(path), _progress(count), (width, height))
         return {'ui': {'frames': [{'count': count}]}}
 
 def write_frames(
-    images: Iterable, # frames (h, w, 3): uint8, or float in 0..1 (arrays or tensors)
+    images: Iterable, # of pairs: a frame as `rgba` takes it, and its mask or None
     count: int, # how many there are
     target: Path, # replaced when it exists
     progress: Callable[[int, int], None], # (frames done, frames in all)
-    size: tuple[int, int] # width, height to write; a research profile may render smaller
+    size: tuple[int, int] # width, height to write
 ) -> None:
-    "Frames as raw uint8, one at a time, whole or not at all"
+    "Frames as raw uint8 RGBA, one at a time, whole or not at all"
     def converted() -> Iterator[np.ndarray]:
-        for done, image in enumerate(images, 1):
-            yield sized(to_uint8(np.asarray(image)), size)
+        for done, (image, mask) in enumerate(images, 1):
+            yield rgba(np.asarray(image), None if mask is None else np.asarray(mask), size)
             progress(done, count)
-    RawFrames(target, size).write(converted())
+    RawFrames(target, size, channels=4).write(converted())
+
+def rgba(
+    frame: np.ndarray, # (h, w, 3 or 4) uint8, or float in 0..1
+    mask: np.ndarray | None, # (h, w) float: 1 where something was made; None: as the frame says, or everywhere
+    size: tuple[int, int] # width, height
+) -> np.ndarray: # (height, width, 4) uint8
+    "A frame with alpha, at this size"
+    colours = sized(to_uint8(frame), size)
+    if mask is None and colours.shape[2] == 4: return colours
+    alpha = np.full(colours.shape[:2], 255, np.uint8) if mask is None else sized(to_uint8(mask), size, nearest=True)
+    return np.dstack([colours[..., :3], alpha])
 
 def to_uint8(
-    frame: np.ndarray # (h, w, 3) uint8, or float in 0..1
-) -> np.ndarray: # (h, w, 3) uint8, row by row in memory; a VAE's frames have moved axes
+    frame: np.ndarray # (h, w, ...) uint8, or float in 0..1
+) -> np.ndarray: # (h, w, ...) uint8, row by row in memory; a VAE's frames have moved axes
     "A frame as bytes: unchanged when it is uint8, else scaled and rounded"
     pixels = frame if frame.dtype == np.uint8 else (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
     return np.ascontiguousarray(pixels)
-
-def sized(
-    frame: np.ndarray, # (h, w, 3) uint8
-    size: tuple[int, int] # width, height
-) -> np.ndarray: # (height, width, 3) uint8
-    "A frame of this size: the same one when it has it"
-    if frame.shape[1::-1] == tuple(size): return frame
-    import cv2
-    smaller = frame.shape[0] > size[1]
-    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 # %% ../nbs/32_nodes.ipynb #69bc474f
 class AvatarConditioning:
@@ -294,8 +302,8 @@ class AvatarConditioning:
     def INPUT_TYPES(cls) -> dict:
         side = 'INT', {'min': 16, 'max': 4096, 'step': 16}
         mask_shape = list(SHAPES), {'tooltip': 'what is filled around the person'}
-        mask_dilation = 'INT', {'min': 0, 'max': 256, 'tooltip': 'pixels'}
-        mask_block = 'INT', {'min': 1, 'max': 1024, 'tooltip': 'pixels, side of a cell'}
+        mask_dilation = 'INT', {'min': 0, 'max': 256, 'tooltip': 'pixels of the frame'}
+        mask_block = 'INT', {'min': 1, 'max': 1024, 'tooltip': 'pixels of the frame, side of a cell'}
         return {'required': {'segment': ('AVATAR_SEGMENT',), 'width': side, 'height': side, 'mask_shape': mask_shape,
                              'mask_dilation': mask_dilation, 'mask_block': mask_block}}
 
@@ -306,7 +314,7 @@ class AvatarConditioning:
         track = load_track(segment.track)
         frames = read_frames(segment.video, segment.start, min(segment.length, len(track) - segment.start))
         shown = window_pictures(frames, segment.start, segment.length, wholebody_points(track), track.present,
-                                track.mask, size, MaskShape(mask_shape, mask_dilation, mask_block))
+                                track.mask, segment.area, size, MaskShape(mask_shape, mask_dilation, mask_block))
         picture = height, width, 3
         shapes = {'pose': picture, 'face': (512, 512, 3), 'background': picture, 'mask': (height, width)}
         stacks = {k: torch.empty((segment.length, *s), dtype=torch.float32) for k, s in shapes.items()}
@@ -323,12 +331,12 @@ def _reference(path: Path, size: tuple[int, int]):
     return torch.from_numpy(letterbox(read_image(path), size))[None] / 255
 
 def _tail(segment: WindowInputs, size: tuple[int, int]):
-    "The frames a window goes on from, as large as it is sampled; raw, they are as large as the driving video"
+    "The frames a window goes on from, its area of them at the sampled size: (k, h, w, 3) float32 in 0..1"
     import torch
     if segment.tail is None: return None
     video = probe(segment.video)
     frames = RawFrames(segment.tail, (video.width, video.height))
-    return torch.from_numpy(np.stack([sized(f, size) for f in frames])) / 255
+    return torch.from_numpy(np.stack([area_picture(f, segment.area, size) for f in frames])) / 255
 
 # %% ../nbs/32_nodes.ipynb #a05ef142
 def mask_rows(

@@ -74,20 +74,25 @@ class Tracks:
     "The track files of a job"
     picture: Path
     video: Path
-    facts: dict[str, int] # `track_facts` of the video's
+    driver: Track # the video's, as it was read from there
+
+    @property
+    def facts(self) -> dict[str, int]:
+        "`track_facts` of the video's"
+        return track_facts(self.driver)
 
 async def track_inputs(run: Run, inputs: Inputs) -> Tracks:
     "Track the picture, then the video; JobError when this profile cannot use one of them"
     with run.timeline.stage('track picture'):
         picture = await track_file(run, inputs.reference, 'image')
         check_person(await asyncio.to_thread(load_track, picture), 'image', run.profile.face_for)
-    video, facts = await track_driving(run, inputs)
-    return Tracks(picture, video, facts)
+    video, driver = await track_driving(run, inputs)
+    return Tracks(picture, video, driver)
 
 async def track_driving(
     run: Run,
     inputs: Inputs
-) -> tuple[Path, dict[str, int]]: # the file, `track_facts` of it
+) -> tuple[Path, Track]: # the file, and what it says
     "The driving video's track: from the bucket, or made and put there"
     profile, store, clip = run.profile, run.worker.store, inputs.clip
     detectors = detectors_digest(profile, run.worker.settings.models_dir)
@@ -103,4 +108,4 @@ async def track_driving(
             await asyncio.to_thread(cache_file, store, key, target)
             track = await asyncio.to_thread(load_track, target)
     check_person(track, 'video', profile.face_for)
-    return target, track_facts(track)
+    return target, track

@@ -37,6 +37,8 @@ from typing import Any
 
 from PIL import Image
 
+from .frames import SIZE
+from .plan import PlanRules
 from .comfy import Comfy, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .embeddings import describe_picture, find_embedding, prompt_embeddings
@@ -174,7 +176,9 @@ def warm_up_graph(profile: Profile) -> Graph: # slots: embedding, vision, frames
         return {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] in gone)}
     graph = {i: n | {'inputs': kept(n['inputs'])} for i, n in graph.items() if i not in gone}
     graph['sample']['inputs'] |= {'positive': ['animate', 0], 'negative': ['animate', 1]}
-    own = {'length': length, 'overlap': 0, 'new': length, 'seed': 0, 'frame_width': 64, 'frame_height': 48}
+    width, height = profile.rules(PlanRules).sampled(SIZE)
+    own = {'length': length, 'skip': 0, 'count': length, 'seed': 0, 'width': width, 'height': height,
+           'area_width': 64, 'area_height': 48}
     return bind(graph, own | {s: f'{{{{{s}}}}}' for s in slots(graph) - set(own)})
 
 @asynccontextmanager
@@ -190,7 +194,7 @@ async def warm_up(worker: WorkerContext, profile: Profile, timeline: Timeline) -
         printed = worker.comfy.process.log
         if printed is None: raise JobError('internal', 'ComfyUI was not started before its warm-up')
         before = printed.end()
-        values |= await describe_picture(warm, empty_picture(warm.folder))
+        values |= await describe_picture(warm, empty_picture(warm.folder), profile.rules(PlanRules).sampled(SIZE))
         values |= {'frames': warm.relative(warm.folder / 'frames.u8')}
         await run(worker.comfy, bind(warm_up_graph(profile), values) | warm.setup.loaders)
         check_fit(printed.since(before), profile)
