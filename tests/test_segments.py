@@ -268,7 +268,8 @@ def test_an_area_is_cut_out_of_what_the_whole_frame_shows():
     area = Rectangle(400, 80, 480, 560)
     whole, cut = window(2, 2)[1], window(2, 2, area=area, size=(480, 560))[1]
     here = np.s_[area.top:area.bottom, area.left:area.right]
-    for name in ('mask', 'background'): assert np.array_equal(getattr(cut, name), getattr(whole, name)[here]), name
+    for name in ('mask', 'area_mask', 'background'):
+        assert np.array_equal(getattr(cut, name), getattr(whole, name)[here]), name
     assert np.array_equal(cut.face, whole.face), 'the close-up comes from the whole frame'
     points = spread() + [1, 0, 0]
     points[:, :2] -= [area.left, area.top]
@@ -279,6 +280,7 @@ def test_a_mask_is_grown_in_pixels_of_the_frame_whatever_is_sampled():
     "So that the mask the model is shown is the one the frame is composed with"
     whole, small = window(1, 1)[0], window(1, 1, size=(320, 180))[0]
     assert np.array_equal(small.mask, whole.mask[::4, ::4])
+    assert np.array_equal(small.area_mask, whole.mask)
 
 def test_nothing_to_hold_is_an_error():
     with pytest.raises(Exception, match='none came'): list(hold_last([], 3))

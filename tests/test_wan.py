@@ -311,6 +311,7 @@ LINKS = {
     'background': ['pictures', 3],
     'mask': ['pictures', 4],
     'tail': ['pictures', 5],
+    'area_mask': ['pictures', 6],
     'positive': ['mask_rows', 0],
     'negative': ['mask_rows', 1],
     'unfixed': ['animate', 0],
@@ -329,6 +330,7 @@ SHAPES = {
     'background': [9, 48, 64, 3],
     'mask': [9, 48, 64],
     'tail': [5, 48, 64, 3],
+    'area_mask': [9, 720, 1280],
     'trim_latent': 1,
     'trim_image': 5,
     'decoded': [9, 48, 64, 3]}
@@ -348,8 +350,9 @@ def test_shapes_of_everything(window):
             'concat_mask': [1, 4, 4, 6, 8]}
     made = RawFrames(window[0] / 'frames.u8', SIZE, channels=4).pixels()
     assert made.shape == (9, 720, 1280, 4), 'the seeds too'
-    mask = window[2]['mask'][1]['value'] * 255
-    assert (made[..., 3] == np.stack([sized(m.astype(np.uint8), SIZE, nearest=True) for m in mask])).all()
+    mask = window[2]['area_mask'][1]['value']
+    assert np.array_equal(made[..., 3], mask * 255), 'the mask of the frame is kept with what was made'
+    assert np.array_equal(window[2]['mask'][1]['value'], np.stack([sized(m, (64, 48), nearest=True) for m in mask]))
 
 def test_the_scene_outside_the_mask_goes_through(window):
     folder, _, found = window
