@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+from wan_avatar.frames import Rectangle
 from wan_avatar.segments import (
     FACE_POINTS,
     FINGERS,
@@ -14,6 +15,7 @@ from wan_avatar.segments import (
     LIMBS,
     OVERLAP,
     RIGHT_HAND,
+    WHOLE,
     MaskShape,
     background,
     body_joints,
@@ -230,12 +232,12 @@ def test_letterbox_keeps_all_of_the_picture(shape, inner):
     assert abs((xs.min() + xs.max()) / 2 - 639.5) <= 0.5
     assert abs((ys.min() + ys.max()) / 2 - 359.5) <= 0.5
 
-def window(n: int, length: int, start=0, present=None, size=SIZE):
+def window(n: int, length: int, start=0, present=None, area=WHOLE, size=SIZE):
     frames = [np.full((720, 1280, 3), 10 + i, np.uint8) for i in range(start, n)]
     points = np.stack([spread() + [i, 0, 0] for i in range(n)])
     points[:, FACE_POINTS] = face(300, 200, 400, 300)[FACE_POINTS]
     present = np.ones(n, bool) if present is None else np.array(present)
-    return list(window_pictures(frames, start, length, points, present, lambda i: disc(50 + i), size))
+    return list(window_pictures(frames, start, length, points, present, lambda i: disc(50 + i), area, size))
 
 @pytest.mark.parametrize('n, length, start', [(1, 1, 0), (1, 5, 0), (9, 9, 0), (12, 9, 5), (80, 13, 72)])
 def test_a_window_is_always_full_and_holds_the_last_frame(n, length, start):
@@ -261,6 +263,24 @@ def test_another_size_scales_everything_but_the_face():
     assert small.mask.shape == (180, 320)
     assert small.face.shape == (512, 512, 3)
     assert np.array_equal(small.pose, draw_pose(spread() * [0.25, 0.25, 1], (320, 180)))
+
+def test_an_area_is_cut_out_of_what_the_whole_frame_shows():
+    area = Rectangle(400, 80, 480, 560)
+    whole, cut = window(2, 2)[1], window(2, 2, area=area, size=(480, 560))[1]
+    here = np.s_[area.top:area.bottom, area.left:area.right]
+    for name in ('mask', 'area_mask', 'background'):
+        assert np.array_equal(getattr(cut, name), getattr(whole, name)[here]), name
+    assert np.array_equal(cut.face, whole.face), 'the close-up comes from the whole frame'
+    points = spread() + [1, 0, 0]
+    points[:, :2] -= [area.left, area.top]
+    points[FACE_POINTS] = 0
+    assert np.array_equal(cut.pose, draw_pose(points, (480, 560)))
+
+def test_a_mask_is_grown_in_pixels_of_the_frame_whatever_is_sampled():
+    "So that the mask the model is shown is the one the frame is composed with"
+    whole, small = window(1, 1)[0], window(1, 1, size=(320, 180))[0]
+    assert np.array_equal(small.mask, whole.mask[::4, ::4])
+    assert np.array_equal(small.area_mask, whole.mask)
 
 def test_nothing_to_hold_is_an_error():
     with pytest.raises(Exception, match='none came'): list(hold_last([], 3))

@@ -17,9 +17,10 @@ from wan_avatar.avatar import make_avatar
 from wan_avatar.comfy import run
 from wan_avatar.frames import SIZE, RawFrames, read_frames
 from wan_avatar.job import Job, JobError
-from wan_avatar.nodes import sized
 from wan_avatar.normalise import normalise_video
+from wan_avatar.plan import PlanRules
 from wan_avatar.prompt import Embedding, check_embedding
+from wan_avatar.segments import sized
 from wan_avatar.track import load_track, parse_track
 from wan_avatar.workflow import (
     REFERENCE,
@@ -185,12 +186,10 @@ def differences(a: dict, b: dict) -> set[tuple[str, str]]:
 
 def test_tiny_differs_from_production_in_files_size_and_close_up_alone():
     files = {('dit', 'unet_name'), ('distill', 'lora_name'), ('relight', 'lora_name'), ('vae', 'vae_name')}
-    size = {(n, k) for n in ('pictures', 'animate') for k in ('width', 'height')}
     more = {('sample', 'steps'), ('animate', 'face_video')}
-    assert differences(profile_graph(WAN), profile_graph(TINY)) == files | size | more
-    size = {('letterboxed', 'width'), ('letterboxed', 'height')}
+    assert differences(profile_graph(WAN), profile_graph(TINY)) == files | more
     whole, small = vision_graph(WAN), vision_graph(TINY)
-    assert differences(whole, small) == {('clip_vision', 'clip_name')} | size
+    assert differences(whole, small) == {('clip_vision', 'clip_name')}
     loaded_otherwise = {n for n in whole if whole[n]['class_type'] != small[n]['class_type']}
     assert loaded_otherwise == {'clip_vision'}, 'its CLIP vision model has a loader of its own'
 
@@ -211,7 +210,8 @@ PRODUCTION_ALONE = { # fields in which production differs from the tiny profile,
 
 def test_every_value_in_which_tiny_differs_is_listed():
     assert {f.name for f in fields(WAN) if getattr(WAN, f.name) != getattr(TINY, f.name)} == set(PRODUCTION_ALONE)
-    assert {k for k in WAN.values if WAN.values[k] != TINY.values[k]} == {'width', 'height', 'steps'}
+    assert {k for k in WAN.values if WAN.values[k] != TINY.values[k]} == {'scale', 'steps'}
+    assert TINY.rules(PlanRules).sampled(SIZE) == (64, 48)
 
 def test_reference_is_upstreams_sampling():
     values = {'steps': 20, 'sampler': 'dpmpp_2m', 'shift': 5.0, 'cfg': 1.0, 'mask_shape': 'rectangle'}
@@ -237,7 +237,8 @@ def test_negative_prompt_is_its_own_above_cfg_1(profile):
 SLOTS = {
     'reference': 'j/r.png', 'reference_track': 'j/r.track',
     'video': 'j/d.mp4', 'track': 'j/d.track', 'tail': '', 'frames': 'j/f.u8',
-    'start': 0, 'length': 77, 'overlap': 0, 'new': 77, 'frame_width': 1280, 'frame_height': 720,
+    'start': 0, 'length': 77, 'left': 0, 'top': 0, 'area_width': 1280, 'area_height': 720, 'skip': 0, 'count': 77,
+    'width': 1280, 'height': 720,
     'seed': 2**63 - 1, 'embedding': 'embeddings/x.safetensors', 'vision': 'j/v.safetensors',
 }
 WRITTEN_PROMPT = {'text_encoder': WAN.encoder.file, 'prompt': 'p', 'encoder_sha256': 'e', 'path': 'e/x.safetensors'}
@@ -249,7 +250,7 @@ GRAPHS = { # graph, the values of its slots; a window's graph takes of SLOTS tho
     'vision off': (profile_graph(WAN.changed(vision='off', mask_shape='grid')), SLOTS),
     'vision unconnected': (profile_graph(WAN.changed(vision='unconnected', mask_shape='grid')), SLOTS),
     'cfg above 1': (profile_graph(WAN.changed(cfg=3.5)), SLOTS | {'negative_embedding': 'embeddings/n.safetensors'}),
-    'the picture': (vision_graph(WAN), {'reference': 'j/r.png', 'vision': 'j/v.safetensors'}),
+    'the picture': (vision_graph(WAN), SLOTS),
     'a track': (track_graph(WAN), {'source': 'j/d.mp4', 'kind': 'video', 'track': 'j/d.track'}),
     'a prompt': (load_graph('prompt'), WRITTEN_PROMPT)}
 
@@ -276,7 +277,7 @@ def window_values() -> dict:
         'frames': 'frames.u8', 'vision': 'vision.safetensors'}
     embedding = f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'
     return SLOTS | {k: f'jobs/by-hand/{v}' for k, v in files.items()} | {
-        'start': 4, 'length': 9, 'overlap': 5, 'new': 4, 'seed': 3, 'embedding': embedding}
+        'start': 4, 'length': 9, 'count': 9, 'width': 64, 'height': 48, 'seed': 3, 'embedding': embedding}
 
 @pytest.fixture(scope='module')
 def window(wan, made, tmp_path_factory):
@@ -293,7 +294,7 @@ def window(wan, made, tmp_path_factory):
     tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
     RawFrames(folder / 'tail.u8', SIZE).write(tail)
     values = window_values()
-    described = bind(vision_graph(TINY), {k: values[k] for k in ('reference', 'vision')})
+    described = bind(vision_graph(TINY), {k: values[k] for k in slots(vision_graph(TINY))})
     wan.on_loop(run(wan.comfy, described))
     graph = bind(profile_graph(TINY), values)
     # the seeds, then the scene: what the conditioning must hold
@@ -310,6 +311,7 @@ LINKS = {
     'background': ['pictures', 3],
     'mask': ['pictures', 4],
     'tail': ['pictures', 5],
+    'area_mask': ['pictures', 6],
     'positive': ['mask_rows', 0],
     'negative': ['mask_rows', 1],
     'unfixed': ['animate', 0],
@@ -328,6 +330,7 @@ SHAPES = {
     'background': [9, 48, 64, 3],
     'mask': [9, 48, 64],
     'tail': [5, 48, 64, 3],
+    'area_mask': [9, 720, 1280],
     'trim_latent': 1,
     'trim_image': 5,
     'decoded': [9, 48, 64, 3]}
@@ -345,7 +348,11 @@ def test_shapes_of_everything(window):
             'pose_video_latent': [1, 16, 3, 6, 8],
             'concat_latent_image': [1, 16, 4, 6, 8],
             'concat_mask': [1, 4, 4, 6, 8]}
-    assert (window[0] / 'frames.u8').stat().st_size == 4 * 1280 * 720 * 3
+    made = RawFrames(window[0] / 'frames.u8', SIZE, channels=4).pixels()
+    assert made.shape == (9, 720, 1280, 4), 'the seeds too'
+    mask = window[2]['area_mask'][1]['value']
+    assert np.array_equal(made[..., 3], mask * 255), 'the mask of the frame is kept with what was made'
+    assert np.array_equal(window[2]['mask'][1]['value'], np.stack([sized(m, (64, 48), nearest=True) for m in mask]))
 
 def test_the_scene_outside_the_mask_goes_through(window):
     folder, _, found = window
@@ -378,7 +385,7 @@ ROWS = { # is it a later window; rows of a ComfyUI without the repair; right row
 
 @pytest.mark.parametrize('later, wrong, right', ROWS.values(), ids=ROWS)
 def test_mask_rows(wan, window, later, wrong, right):
-    whole = bind(profile_graph(TINY), SLOTS | {'length': 9})
+    whole = bind(profile_graph(TINY), SLOTS | {'length': 9, 'width': 64, 'height': 48})
     graph = {k: whole[k] for k in whole if k in ('vae', 'animate', 'mask_rows')}
     graph['numbered'] = {'class_type': 'NumberedMask', 'inputs': {'length': 9, 'width': 64, 'height': 48}}
     graph['prompt'] = {'class_type': 'AvatarPrompt', 'inputs': {'embedding': window_values()['embedding']}}
@@ -414,7 +421,7 @@ def test_the_image_branch(wan, window, vision, depends):
 def test_one_description_for_all_windows_and_the_very_one_of_clip(wan, window, made):
     found = window[2]
     told = found['positive'][1]['value.0.1.clip_vision_output.penultimate_hidden_states']
-    graph = bind(vision_graph(TINY), {k: window_values()[k] for k in ('reference', 'vision')})
+    graph = bind(vision_graph(TINY), {k: window_values()[k] for k in slots(vision_graph(TINY))})
     said = probe(wan, graph, described=['described', 0], letterboxed=['letterboxed', 0])
     encoded = said['described'][1]['value.penultimate_hidden_states']
     assert np.array_equal(told, encoded), "the file holds the encoder's result"
@@ -428,6 +435,7 @@ def test_one_description_for_all_windows_and_the_very_one_of_clip(wan, window, m
 def test_clip_at_its_true_size(wan, window):
     "ComfyUI's own loader and production's graph, on zeros: what Wan reads has the shape it must have"
     paths = {'reference': window_values()['reference'], 'vision': 'jobs/by-hand/large.safetensors'}
+    paths |= {'width': 1280, 'height': 720}
     said = probe(wan, bind(vision_graph(WAN), paths), described=['described', 0], letterboxed=['letterboxed', 0])
     assert said['described'][0]['penultimate_hidden_states'] == [1, 257, 1280]
     assert said['letterboxed'][0] == [1, 720, 1280, 3]
@@ -504,8 +512,9 @@ def audited(wan, window) -> tuple[dict, dict, dict]:
     seeds = np.stack(list(read_frames(folder / 'driving.mp4', rules.START, rules.SEEDS)))
     RawFrames(folder / 'tail.u8', SIZE).write(seeds)
     paths = {k: v.replace('by-hand', 'audit') for k, v in window_values().items() if str(v).startswith('jobs/by-hand')}
-    values = window_values() | paths | {'start': rules.START, 'length': rules.LENGTH, 'overlap': 5, 'new': 4}
-    profile = TINY.changed(width=rules.SAMPLED[0], height=rules.SAMPLED[1], face=True, vision='unconnected')
+    values = window_values() | paths | {'start': rules.START, 'length': rules.LENGTH}
+    values |= {'width': rules.SAMPLED[0], 'height': rules.SAMPLED[1]}
+    profile = TINY.changed(face=True, vision='unconnected')
     graph = bind(profile_graph(profile), {k: v for k, v in values.items() if k in slots(profile_graph(profile))})
     graph = {k: v for k, v in graph.items() if k in ('vae', 'prompt', 'segment', 'pictures', 'animate', 'mask_rows')}
     graph['encoded_pose'] = {'class_type': 'VAEEncode', 'inputs': {'pixels': ['pictures', 1], 'vae': ['vae', 0]}}
@@ -586,7 +595,7 @@ def test_out_of_memory_is_tried_with_shorter_windows(wan, tmp_path):
 
 def test_out_of_memory_for_good_says_so_with_figures(wan, tmp_path):
     with known(wan, short_of_memory(tmp_path, 1)): answer = wan.run('no-room', **JOB, profile='full')
-    assert answer['error'].startswith('out_of_memory: a window of 9 frames at 64x48')
+    assert answer['error'].startswith('out_of_memory: a window of 9 frames at 48x48')
     assert 'Allocation on device' in answer['error']
     assert wan.store.stat('avatars/no-room.mp4') is None
 

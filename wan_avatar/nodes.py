@@ -318,11 +318,11 @@ def to_uint8(
 
 # %% ../nbs/32_nodes.ipynb #69bc474f
 class AvatarConditioning:
-    "A window as the six inputs of WanAnimateToVideo"
+    "A window as the six inputs of WanAnimateToVideo, and the mask as the frames are composed with it"
     CATEGORY = 'avatar'
     FUNCTION = 'run'
-    RETURN_TYPES = ('IMAGE', 'IMAGE', 'IMAGE', 'IMAGE', 'MASK', 'IMAGE')
-    RETURN_NAMES = ('reference', 'pose', 'face', 'background', 'mask', 'tail')
+    RETURN_TYPES = ('IMAGE', 'IMAGE', 'IMAGE', 'IMAGE', 'MASK', 'IMAGE', 'MASK')
+    RETURN_NAMES = ('reference', 'pose', 'face', 'background', 'mask', 'tail', 'area_mask')
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -343,13 +343,16 @@ class AvatarConditioning:
                                 track.mask, segment.area, size, MaskShape(mask_shape, mask_dilation, mask_block))
         picture = height, width, 3
         shapes = {'pose': picture, 'face': (512, 512, 3), 'background': picture, 'mask': (height, width)}
+        if size != (segment.area.width, segment.area.height):
+            shapes['area_mask'] = (segment.area.height, segment.area.width)
         stacks = {k: torch.empty((segment.length, *s), dtype=torch.float32) for k, s in shapes.items()}
         progress = _progress(segment.length)
         for i, p in enumerate(shown):
             for k, stack in stacks.items():
-                torch.div(torch.from_numpy(getattr(p, k)), 1 if k == 'mask' else 255, out=stack[i])
+                torch.div(torch.from_numpy(getattr(p, k)), 1 if k.endswith('mask') else 255, out=stack[i])
             progress(i + 1, segment.length)
-        return _reference(segment.reference, size), *stacks.values(), _tail(segment, size)
+        area_mask = stacks.pop('area_mask', stacks['mask']) # one tensor where both are the same
+        return _reference(segment.reference, size), *stacks.values(), _tail(segment, size), area_mask
 
 def _reference(path: Path, size: tuple[int, int]):
     "The picture of the person, letterboxed: (1, h, w, 3) float32 in 0..1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .frames import FPS, SIZE, Rectangle
+from .frames import FPS, Rectangle
 from .segments import LENGTH, OVERLAP, MaskShape, Window, plan_windows
 from .track import Track, unpack_mask
 

@@ -277,6 +277,7 @@ class Pictures:
     face: np.ndarray # (512, 512, 3) uint8 RGB
     background: np.ndarray # (h, w, 3) uint8 RGB
     mask: np.ndarray # (h, w) bool: the person is made here
+    area_mask: np.ndarray # the same in pixels of the frame, for its area: (area's h, w) bool
 
 def hold_last(
     frames: Iterable[np.ndarray], # one or more
@@ -311,27 +312,26 @@ def window_pictures(
         i = min(i, len(points) - 1)
         h, w = frame.shape[:2]
         if present[i] and (box := face_box(points[i], (w, h))): face = crop_face(frame, box)
-        where = np.zeros((size[1], size[0]), bool)
+        made = np.zeros((area.height, area.width), bool)
         pose = np.zeros((size[1], size[0], 3), np.uint8)
         if present[i]:
-            grown = grow_mask(mask(i), mask_shape).view(np.uint8)
-            where = area_picture(grown, area, size, nearest=True).view(bool)
+            made = area_picture(grow_mask(mask(i), mask_shape).view(np.uint8), area, made.shape[::-1]).view(bool)
             pose = draw_pose((points[i] - [area.left, area.top, 0]) * zoom, size)
-        yield Pictures(pose, face, background(area_picture(frame, area, size), where), where)
+        where = sized(made.view(np.uint8), size, nearest=True).view(bool)
+        yield Pictures(pose, face, background(area_picture(frame, area, size), where), where, made)
 
 def area_picture(
     frame: np.ndarray, # (h, w, 3) or (h, w) uint8
     area: Rectangle, # of the frame
-    size: tuple[int, int], # width, height
-    nearest: bool = False # values stay what they are: for a mask
+    size: tuple[int, int] # width, height
 ) -> np.ndarray: # (height, width, 3) or (height, width) uint8
     "A part of a frame, at this size"
-    return sized(frame[area.top:area.bottom, area.left:area.right], size, nearest)
+    return sized(frame[area.top:area.bottom, area.left:area.right], size)
 
 def sized(
     picture: np.ndarray, # (h, w, ...) uint8
     size: tuple[int, int], # width, height
-    nearest: bool = False
+    nearest: bool = False # values stay what they are: for a mask
 ) -> np.ndarray: # (height, width, ...) uint8
     "A picture of this size: unchanged when it has it"
     import cv2

@@ -164,9 +164,9 @@ def window(size: tuple[int, int]) -> dict[str, np.ndarray]:
         image, here = frame(i), i != ABSENT
         if here and (close := face(image, points[i])) is not None: last = close
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if size != SIZE else image
-        where = mask(i).astype(np.uint8)
+        where = grown(mask(i)).astype(np.uint8) # in pixels of the frame: what is made is what is delivered
         if size != SIZE: where = cv2.resize(where, size, interpolation=cv2.INTER_NEAREST)
-        where = grown(where.astype(bool))
+        where = where.astype(bool)
         scaled = points[i] * [size[0] / SIZE[0], size[1] / SIZE[1], 1]
         made['pose'].append(pose(scaled, size) if here else np.zeros((size[1], size[0], 3), np.uint8))
         made['face'].append(last)
