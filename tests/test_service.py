@@ -24,7 +24,7 @@ from wan_avatar.comfy import Child, Comfy, ComfyProcess, Restarts
 from wan_avatar.delivery import Outrun, deliver, find_result
 from wan_avatar.frames import Rectangle
 from wan_avatar.handler import Handler
-from wan_avatar.inputs import Inputs, room_needed
+from wan_avatar.inputs import Inputs, fetch_inputs, room_needed
 from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
 from wan_avatar.manifest import BootReport, Manifest
 from wan_avatar.mp4 import Encoder
@@ -34,7 +34,7 @@ from wan_avatar.store import Store, fetch_image
 from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.track import load_track, track_key
-from wan_avatar.tracks import load_cached_track
+from wan_avatar.tracks import load_cached_track, track_early
 from wan_avatar.worker import shut_down
 from wan_avatar.workflow import get_profile, prepare
 
@@ -493,3 +493,53 @@ def test_out_of_time_says_how_far_it_came(service, bucket):
     answer = service.background.submit(handler({'id': 'hurried', 'input': JOB})).result(timeout=60)
     assert answer['error'].startswith('timed_out: the job took longer than 1 s (JOB_SECONDS); so far: '), answer
     assert 'download' in answer['error'], answer
+
+# the picture is looked at while the video is still fetched
+
+TAKEN, FREE = True, False
+
+@pytest.mark.parametrize('renderer, fault, tracked', [
+    (FREE, None, 1),
+    (FREE, JobError('no_person', 'a cat'), 1),
+    (TAKEN, None, 0),
+])
+def test_a_picture_takes_the_renderer_early_only_when_no_job_has_it(monkeypatch, renderer, fault, tracked):
+    lock = asyncio.Lock()
+    seen = []
+    run = SimpleNamespace(worker=SimpleNamespace(renderer=lock))
+    async def track(run, picture):
+        assert lock.locked()
+        seen.append(picture)
+        if fault: raise fault
+    monkeypatch.setattr('wan_avatar.tracks.track_picture', track)
+    async def early():
+        if renderer is TAKEN: await lock.acquire()
+        await track_early(run, Path('a.png'))
+    with pytest.raises(JobError, match='a cat') if fault else nullcontext(): asyncio.run(early())
+    assert len(seen) == tracked
+    assert lock.locked() is (renderer is TAKEN), 'it has the renderer no longer than the picture takes'
+
+def test_a_picture_that_is_refused_stops_the_video(monkeypatch):
+    "And the picture is looked at while the video is on its way"
+    on_its_way = threading.Event()
+    stopped = []
+    def video(run, progress, cancelled):
+        on_its_way.set()
+        until = time.monotonic() + 30
+        while not cancelled() and time.monotonic() < until: threading.Event().wait(0.01)
+        stopped.append(cancelled())
+        raise JobError('cancelled', 'the video')
+    async def look(picture):
+        assert await asyncio.to_thread(on_its_way.wait, 30)
+        raise JobError('no_person', f'{picture} shows a cat')
+    monkeypatch.setattr('wan_avatar.inputs.take_image', lambda run, cancelled: Path('a.png'))
+    monkeypatch.setattr('wan_avatar.inputs.take_video', video)
+    run = SimpleNamespace(folder=Path('job'), progress=lambda stage: None)
+    with pytest.raises(JobError, match='a.png shows a cat'): asyncio.run(fetch_inputs(run, look))
+    assert stopped == [True]
+
+def test_the_timeline_shows_the_picture_beside_the_video(service):
+    assert 'error' not in service.run('beside', **BRIEF)
+    manifest = service.store.read_bytes(manifest_key('avatars/beside.mp4'), 10**6)
+    begun = {s.name: s.begin_s for s in reversed(Manifest.model_validate_json(manifest).timeline)}
+    assert begun['track picture'] < begun['wait for renderer'], 'the renderer was free, so it was used at once'

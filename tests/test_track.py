@@ -1,7 +1,9 @@
 """Track files, smoothing, plate, camera and cut-out; the detectors themselves run in test_draft.py"""
 import hashlib
 import io
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -369,3 +371,46 @@ def test_skin_and_debug_picture():
     assert np.allclose(skin_colour(frame, np.full((478, 3), 50.)), (200, 150, 120))
     assert np.array_equal(draw_debug(frame, track, 1), frame)
     assert not np.array_equal(draw_debug(frame, track, 0), frame)
+
+# MediaPipe, which is in ComfyUI's environment
+
+ROOT = Path(__file__).parents[1]
+
+AHEAD = '''
+import sys
+import numpy as np
+from wan_avatar import track
+from wan_avatar.media import open_video
+
+def views():
+    with open_video(sys.argv[1]) as container:
+        seen = [f.reformat(640, 360, 'rgb24').to_ndarray() for f, _ in zip(container.decode(video=0), range(16))]
+    blank = np.full_like(seen[0], 90)
+    return [*seen[:5], blank, blank, *seen[5:]] # nobody is there, and somebody again
+
+given = views()
+with track._holistic(static=False) as holistic:
+    alone = [track._point_groups(holistic.process(view), (640, 360)) for view in given]
+with track._PointsAhead() as points:
+    ahead = []
+    for n, view in enumerate(given):
+        points.give(view)
+        if n >= 3: ahead.append(points.take((640, 360)))
+    for _ in range(3): ahead.append(points.take((640, 360)))
+assert len(ahead) == len(alone) == 18
+assert any(np.isnan(g).all() for groups in alone for g in groups), 'frames without a body are among them'
+for n, (one, other) in enumerate(zip(alone, ahead)):
+    for a, b in zip(one, other): assert np.array_equal(a, b, equal_nan=True), n
+
+track._STUCK_S = 1
+with track._PointsAhead() as points: # nothing was given: nothing comes
+    try: points.take((640, 360))
+    except track.JobError as e: assert 'for 1 s' in str(e)
+    else: raise AssertionError('points of no frame')
+'''
+
+def test_points_found_ahead_are_those_found_alone(samples):
+    command = [ROOT / '.comfy/env/bin/python', '-c', AHEAD, samples / 'pexels.mp4']
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]

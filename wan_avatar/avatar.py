@@ -7,6 +7,7 @@ __all__ = ['make_avatar']
 
 # %% ../nbs/40_avatar.ipynb #b0075700
 import asyncio
+from functools import partial
 
 from .delivery import deliver, find_result, sign
 from .embeddings import shared_slots
@@ -15,7 +16,7 @@ from .job import Job, Result
 from .render import RenderPlan, render, scene_of
 from .run import Report, WorkerContext, job_run
 from .timeline import Timeline
-from .tracks import track_inputs
+from .tracks import track_early, track_inputs
 
 # %% ../nbs/40_avatar.ipynb #b92a29bb
 async def make_avatar(
@@ -31,7 +32,7 @@ async def make_avatar(
         before = await asyncio.to_thread(find_result, worker.store, run.key, job.presign_seconds)
         if before is not None: return before
         check_start(job, run.profile, worker.settings)
-        inputs = await fetch_inputs(run)
+        inputs = await fetch_inputs(run, partial(track_early, run))
         with timeline.stage('wait for renderer'): await worker.renderer.acquire()
         try:
             tracks = await track_inputs(run, inputs)

@@ -203,15 +203,22 @@ def compose_frame(
     import cv2
     out = frame.copy()
     part = out[area.top:area.bottom, area.left:area.right]
-    colours = tone.change(np.ascontiguousarray(made[..., :3]))
-    if not rules.composite: part[:] = colours
-    else:
-        weight = feathered(np.ascontiguousarray(made[..., 3]), rules.feather)
-        cv2.copyTo(colours, (weight == 255).view(np.uint8), part)
-        rows, columns = np.nonzero((weight > 0) & (weight < 255))
-        share = weight[rows, columns, None].astype(np.uint16)
-        mixed = colours[rows, columns] * share + part[rows, columns] * (255 - share)
-        part[rows, columns] = (mixed + 127) // 255
+    if not rules.composite:
+        part[:] = tone.change(cv2.cvtColor(made, cv2.COLOR_RGBA2RGB))
+        return only_content(out, content)
+    alpha = cv2.extractChannel(made, 3)
+    left, top, width, height = cv2.boundingRect(alpha)
+    if not width: return only_content(out, content)
+    # nothing was made outside; with a pixel around, an edge stays an edge
+    here = slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1)
+    part = part[here]
+    weight = feathered(alpha[here], rules.feather)
+    colours = tone.change(cv2.cvtColor(made[here], cv2.COLOR_RGBA2RGB))
+    cv2.copyTo(colours, (weight == 255).view(np.uint8), part)
+    rows, columns = np.nonzero(cv2.inRange(weight, 1, 254))
+    share = weight[rows, columns, None].astype(np.uint16)
+    mixed = colours[rows, columns] * share + part[rows, columns] * (255 - share)
+    part[rows, columns] = (mixed + 127) // 255
     return only_content(out, content)
 
 def only_content(

@@ -7,7 +7,7 @@ __all__ = ['VIDEO_RATE', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_IMAGE_SECOND
            'check_start', 'Inputs', 'take_image', 'take_video', 'fetch_inputs']
 
 # %% ../nbs/40_inputs.ipynb #1b23b5a4
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +106,15 @@ def take_video(
     raw.unlink()
     return clip, digest
 
-async def fetch_inputs(run: JobRun) -> Inputs:
+async def fetch_inputs(
+    run: JobRun,
+    look: Callable[[Path], Awaitable[object]] | None = None # called with the picture, beside what the video still takes
+) -> Inputs:
     "Fetch both inputs at once; the first failure stops the other"
-    picture = in_thread(take_image, run)
+    async def picture() -> Path:
+        reference: Path = await in_thread(take_image, run)
+        if look: await look(reference)
+        return reference
     video = in_thread(take_video, run, run.progress('fetch'))
-    reference, (clip, digest) = await together(picture, video)
+    reference, (clip, digest) = await together(picture(), video)
     return Inputs(run.folder, reference, clip, digest)

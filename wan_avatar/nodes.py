@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'inside', 'AvatarTrack', 'AvatarDetectors', 'WindowInputs',
-           'AvatarSegment', 'DrawnFrames', 'is_linked', 'AvatarDraft', 'AvatarFrames', 'write_frames', 'rgba',
+           'AvatarSegment', 'DrawnFrames', 'is_linked', 'AvatarDraft', 'AvatarFrames', 'taken', 'write_frames', 'rgba',
            'to_uint8', 'AvatarConditioning', 'mask_rows', 'AvatarMaskRows', 'AvatarPrompt', 'AvatarSavePrompt',
            'AvatarReference', 'AvatarSaveVision', 'AvatarVision', 'tiny_vision_config', 'AvatarTinyVisionLoader',
            'AvatarTextOnly', 'Kernels', 'kernels_for', 'AvatarKernels', 'AvatarRan']
@@ -16,18 +16,22 @@ import logging
 import os
 import re
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
-from .frames import FPS, RawFrames, Rectangle, read_frames
+from .frames import FPS, RawFrames, Rectangle, read_frames, thread_count
 from .job import JobError
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS, chosen
 from .launch import SHARED, TREE
@@ -183,7 +187,11 @@ class AvatarSegment:
 # %% ../nbs/32_nodes.ipynb #42b94b0e
 @lru_cache(maxsize=1) # one job renders at a time, and no other job has its paths
 def _load_puppet_and_driver(reference: Path, reference_track: Path, track: Path) -> tuple[Puppet, Driver]:
+    import cv2
+    cv2.setNumThreads(1) # frames are drawn side by side: threads within each would wait for those of the others
     return make_puppet(read_image(reference), load_track(reference_track)), make_driver(load_track(track))
+
+_LOADING = threading.Lock() # held by one thread, while the others wait for what it loads
 
 @dataclass(frozen=True)
 class DrawnFrames:
@@ -194,9 +202,10 @@ class DrawnFrames:
 
     def __getitem__(self, i: int) -> np.ndarray: # (h, w, 4) uint8 RGBA: the window's area
         if not 0 <= i < len(self): raise IndexError(i)
-        puppet, driver = _load_puppet_and_driver(self.window.reference, self.window.reference_track, self.window.track)
-        frame = draw(puppet, driver, min(self.window.start + i, len(driver.present) - 1))
-        area = self.window.area
+        window = self.window
+        with _LOADING: puppet, driver = _load_puppet_and_driver(window.reference, window.reference_track, window.track)
+        frame = draw(puppet, driver, min(window.start + i, len(driver.present) - 1))
+        area = window.area
         return area_picture(frame, area, (area.width, area.height))
 
 def is_linked(
@@ -254,9 +263,26 @@ class AvatarFrames:
     def run(self, images, skip: int, count: int, path: str, width: int, height: int, mask=None) -> dict:
         if len(images) < skip + count:
             raise JobError('internal', f'{len(images)} frames came, {skip} + {count} were to be written')
-        wanted = ((images[i], None if mask is None else mask[i]) for i in range(skip, skip + count))
+        frames = range(skip, skip + count)
+        wanted = zip(taken(images, frames), (None if mask is None else mask[i] for i in frames), strict=True)
         write_frames(wanted, count, _work_path(path), _progress(count), (width, height))
         return {'ui': {'frames': [{'count': count}]}}
+
+def taken(
+    images: Any, # a sequence
+    wanted: range
+) -> Iterator[Any]:
+    "Frames in their order, some taken ahead side by side: those that are drawn when they are taken keep each core busy"
+    cores = thread_count()
+    ahead: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        try:
+            for i in wanted:
+                ahead.append(pool.submit(images.__getitem__, i))
+                if len(ahead) > cores: yield ahead.popleft().result()
+            while ahead: yield ahead.popleft().result()
+        finally:
+            for future in ahead: future.cancel()
 
 def write_frames(
     images: Iterable, # of pairs: a frame as `rgba` takes it, and its mask or None

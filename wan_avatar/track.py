@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'FACE_CONFIDENCE', 'MOST_GUESSED',
-           'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'BODY_SOURCE',
-           'FACE_SOURCE', 'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged',
-           'dump_track', 'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track', 'track_key',
-           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
-           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'is_present', 'skin_colour',
-           'track_video', 'ours_only', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
-           'wholebody_points']
+           'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL', 'AHEAD',
+           'BODY_SOURCE', 'FACE_SOURCE', 'Track', 'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points',
+           'TrackDamaged', 'dump_track', 'Archive', 'parse_track', 'track_bytes_at_most', 'save_track', 'load_track',
+           'track_key', 'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone',
+           'check_person', 'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'is_present',
+           'skin_colour', 'track_video', 'ours_only', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte',
+           'draw_debug', 'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -21,10 +21,13 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -576,12 +579,13 @@ def _points(found: Any, k: int, size: tuple[int, int], third: str) -> np.ndarray
     def depth(p: Any) -> float: return p.visibility if third == 'visibility' else p.z * w
     return np.array([(p.x * w, p.y * h, depth(p)) for p in found.landmark], np.float32)
 
+_STREAMS = ('pose_landmarks', 'left_hand_landmarks', 'right_hand_landmarks', 'face_landmarks') # in the order of GROUPS
+
 def _point_groups(found: Any, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
+    depths = 'visibility', 'z', 'z', 'z'
     return [
-        _points(found.pose_landmarks, 33, size, 'visibility'),
-        _points(found.left_hand_landmarks, 21, size, 'z'),
-        _points(found.right_hand_landmarks, 21, size, 'z'),
-        _points(found.face_landmarks, 478, size, 'z'),
+        _points(getattr(found, name), KEYPOINTS[group], size, depth)
+        for group, name, depth in zip(GROUPS, _STREAMS, depths, strict=True)
     ]
 
 # %% ../nbs/21_track.ipynb #2b05b792
@@ -609,6 +613,55 @@ def skin_colour(
     colours = [picture[b - 2:b + 3, a - 2:a + 3].mean((0, 1)) for a, b in zip(x[inside], y[inside], strict=True)]
     return np.median(colours, axis=0).astype(np.float32)
 
+# %% ../nbs/21_track.ipynb #578243ff
+AHEAD = 2 # frames that the point detector is given before the points of the first are taken
+_STEP_US = 33_333 # microseconds from frame to frame, as MediaPipe's own `process` counts them
+_STUCK_S = 60 # seconds without a result from MediaPipe
+
+class _PointsAhead:
+    "Points of frames in their order, found while later frames are already looked at; each as if it came alone"
+    def __init__(self) -> None:
+        self.holistic = _holistic(static=False)
+        self.given = self.taken = 0 # microseconds
+        self.left = {name: SimpleQueue[Any]() for name in _STREAMS} # what has left the graph, in order
+        self.newest: dict[str, Any] = {}
+        self.holistic._graph_outputs = self # into which MediaPipe puts what leaves its graph
+
+    def __enter__(self) -> '_PointsAhead': return self
+
+    def __exit__(self, *exc: object) -> None: self.holistic.close()
+
+    def __setitem__(self, stream: str, packet: Any) -> None:
+        if stream in self.left: self.left[stream].put(packet)
+
+    def give(self, view: np.ndarray) -> None: # (h, w, 3) uint8 RGB
+        "The next frame"
+        import mediapipe as mp
+        self.given += _STEP_US
+        image = mp.packet_creator.create_image_frame(image_format=mp.ImageFormat.SRGB, data=view)
+        self.holistic._graph.add_packet_to_input_stream(stream='image', packet=image.at(self.given))
+
+    def take(self, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
+        "The points of the first frame that was given and not yet taken"
+        self.taken += _STEP_US
+        return _point_groups(SimpleNamespace(**{name: self._found(name) for name in _STREAMS}), size)
+
+    def _found(self, stream: str) -> Any: # MediaPipe's list of landmarks, or None
+        "A stream of the frame that is taken; the graph tells, by a later or an empty packet, that there is nothing"
+        import mediapipe as mp
+        while stream not in self.newest or self.newest[stream].timestamp.value < self.taken:
+            self.newest[stream] = self._next(stream)
+        packet = self.newest[stream]
+        if packet.is_empty() or packet.timestamp.value != self.taken: return None
+        return mp.packet_getter.get_proto(packet)
+
+    def _next(self, stream: str) -> Any: # MediaPipe's packet
+        for _ in range(_STUCK_S):
+            try: return self.left[stream].get(timeout=1)
+            except Empty:
+                if self.holistic._graph.has_error(): self.holistic._graph.wait_until_idle() # raises it
+        raise JobError('internal', f'MediaPipe gave no {stream} for {_STUCK_S} s')
+
 # %% ../nbs/21_track.ipynb #7dc1f502
 def track_video(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
@@ -621,15 +674,19 @@ def track_video(
     people = PersonFilter(small)
     found = _TrackUnderWay(size, small, n)
     source = iter(frames)
-    with (_holistic(static=False) as holistic, _selfie_segmenter(landscape=True) as segmenter,
+    with (_PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
           _face_detector() as detector, ThreadPoolExecutor(1) as pool):
+        waiting: deque[tuple] = deque()
         upcoming = pool.submit(_next_view, source, small, detector, people)
-        while (seen := upcoming.result()) is not None:
-            frame, view, alone, any_face = seen
-            beside = pool.submit(_mask_and_camera, view, segmenter, found.camera)
-            upcoming = pool.submit(_next_view, source, small, detector, people)
-            groups = _point_groups(holistic.process(alone), size)
-            found.add(pool, frame, groups, beside.result(), any_face)
+        while (seen := upcoming.result()) is not None or waiting:
+            if seen is not None:
+                frame, view, alone, any_face = seen
+                points.give(alone)
+                waiting.append((frame, any_face, pool.submit(_mask_and_camera, view, segmenter, found.camera)))
+                upcoming = pool.submit(_next_view, source, small, detector, people)
+                if len(waiting) <= AHEAD: continue
+            frame, any_face, beside = waiting.popleft()
+            found.add(pool, frame, points.take(size), beside.result(), any_face)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     empty = pack_mask(np.zeros(small[::-1], bool))
