@@ -3,7 +3,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from wan_avatar.draft import EYE_CORNERS, LIDS, LIPS, OVAL
-from wan_avatar.track import Track, pack_mask
+from wan_avatar.track import LIGHTS, Track, pack_mask, scene_cells
 
 
 def cartoon_points(x, y, r, opened=0.0, closed=0.0):
@@ -61,6 +61,11 @@ def cartoon_track(faces, masks, size=(320, 180), **pictures):
     def unseen(k): return np.full((n, k, 3), np.nan, np.float32)
     seen = np.array([not np.isnan(f).any() for f in faces])
     points = {'body': unseen(33), 'left_hand': unseen(21), 'right_hand': unseen(21), 'face': np.stack(faces)}
+    unmeasured = {
+        'light': np.full((LIGHTS, 2, 3), np.nan, np.float32),
+        'grain': np.zeros(3, np.float32),
+        'scene': np.zeros((n, *scene_cells(size), 3), np.uint8),
+    }
     return Track(
         size=size,
         present=seen,
@@ -70,5 +75,5 @@ def cartoon_track(faces, masks, size=(320, 180), **pictures):
         tracker='by hand',
         camera=np.tile(np.eye(2, 3, dtype=np.float32), (n, 1, 1)),
         skin=np.array([235, 190, 160], np.float32),
-        **pictures,
+        **(unmeasured | pictures),
     )

@@ -13,17 +13,20 @@ from wan_avatar.draft import (
     align,
     arm_joints,
     bend_points,
+    cover_of_driver,
     cut_out,
     draw,
     extend_cut_out,
     features,
-    light_gain,
+    light_table,
     make_driver,
     make_puppet,
+    resemblance,
+    scenery,
     with_expression,
 )
 from wan_avatar.job import JobError
-from wan_avatar.track import STILL, check_person, load_track
+from wan_avatar.track import LIGHTS, STILL, check_person, load_track, pack_mask, scene_cells
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,12 @@ def driving(moves: list[dict | None], points: dict | None = None, **changes):
 
 AT = dict(x=150, y=72, r=40)
 
+def shown(puppet, driver, i: int, live=ROOM) -> np.ndarray: # (h, w, 3) uint8
+    "What is drawn, laid over a live frame: a colour, or a picture"
+    drawn = draw(puppet, driver, i)
+    share = drawn[..., 3:] / 255
+    return (drawn[..., :3] * share + np.asarray(live) * (1 - share) + .5).astype(np.uint8)
+
 def person_box(frame: np.ndarray) -> tuple[int, int, int, int]:
     "left, top, right, bottom of what is not the room"
     y, x = np.nonzero(np.abs(frame.astype(int) - ROOM).max(-1) > 12)
@@ -61,12 +70,96 @@ def test_same_arguments_same_frame_whatever_was_drawn_before(puppet):
     again = driving([dict(AT, x=140 + 4 * k, opened=.04 * k) for k in range(6)])
     assert np.array_equal(draw(puppet, again, 2), first)
 
-def test_nobody_there_is_the_plate_alone(puppet):
+def test_nobody_there_is_the_live_frame_alone(puppet):
     driver = driving([AT, None, None, AT])
-    assert np.array_equal(draw(puppet, driver, 1), driver.plate)
-    assert not np.array_equal(draw(puppet, driver, 0), driver.plate)
-    nobody = driving([None, None])
-    assert np.array_equal(draw(puppet, nobody, 1), nobody.plate)
+    assert not draw(puppet, driver, 1).any()
+    assert draw(puppet, driver, 0)[..., 3].any()
+    assert not draw(puppet, driving([None, None]), 1).any()
+
+def test_a_frame_in_which_only_the_mask_is_left_is_drawn(puppet):
+    driver = driving([AT, None, AT])
+    lost = driving([AT, None, AT], masks=(driver.masks[0], driver.masks[0], driver.masks[2]))
+    assert not draw(puppet, driver, 1).any()
+    assert np.abs(draw(puppet, lost, 1).astype(int) - draw(puppet, lost, 0)).mean() < 1
+
+@pytest.mark.parametrize('x', [60, 150, 260])
+def test_the_live_scene_is_left_alone_away_from_both_people(puppet, x):
+    driver = driving([dict(AT, x=x)] * 3)
+    drawn = draw(puppet, driver, 1)
+    assert drawn.shape == (180, 320, 4)
+    far = np.abs(np.arange(320) - x) > 110
+    assert not drawn[:, far, 3].any()
+    assert drawn[72, x, 3] == 255
+
+@pytest.mark.parametrize('at', [AT, dict(AT, r=60), dict(x=40, y=72, r=40), dict(AT, y=150)])
+def test_nothing_of_the_old_person_is_left(puppet, at):
+    "The old person is of one glaring colour; the puppet lies over them, or is smaller and aside"
+    driver = driving([at] * 3)
+    mask = cartoon(cartoon_points(**at))[1] > 127
+    away = replace(driver, shift=driver.shift + [25, 8, 0], scale=driver.scale * .8, trunk_at=driver.trunk_at + 25)
+    live = np.where(mask[..., None], [0, 255, 0], ROOM)
+    for moved in (driver, away):
+        frame = shown(puppet, moved, 1, live).astype(int)
+        assert (frame[..., 1] - frame[..., [0, 2]].max(-1)).max() < 60
+    untouched = draw(puppet, away, 1)[..., 3] == 0
+    assert untouched.any()
+    assert not (untouched & mask).any()
+
+def test_the_old_persons_place_has_a_soft_rim_outwards():
+    mask = np.zeros((180, 320), bool)
+    mask[60:120, 100:200] = True
+    driver = driving([AT] * 3, masks=(pack_mask(mask),) * 3)
+    cover, (x, y) = cover_of_driver(driver, 1)
+    whole = np.zeros((180, 320), np.uint8)
+    whole[y:y + cover.shape[0], x:x + cover.shape[1]] = cover
+    assert (whole[mask] == 255).all()
+    across = whole[90, 60:100].astype(int)
+    assert (np.diff(across) >= 0).all()
+    assert across[0] == 0
+    assert ((across > 0) & (across < 255)).sum() in (1, 2, 3)
+
+HAND = np.array([[0, 30], [-12, 22], [-20, 14], [-25, 8], [-30, 3]]
+                + [[-10 + 7 * f + d * f, 2 - 13 * k] for f in range(4) for k, d in enumerate((0, .5, 1, 1.5))], float)
+
+@pytest.mark.parametrize('place, spared', [
+    ((150, 75), True), # before the face
+    ((150, 130), True), # before the chest
+    ((290, 60), False), # beside the person
+])
+@pytest.mark.parametrize('side', ['left_hand', 'right_hand'])
+def test_a_hand_in_front_stays_the_drivers_own(puppet, place, spared, side):
+    points = np.column_stack([HAND * .4 + place, np.zeros(21)]).astype(np.float32)
+    faces, n = [AT] * 5, 5
+    hand = driving(faces, {side: np.tile(points, (n, 1, 1))}, masks=(pack_mask(np.ones((180, 320), bool)),) * n)
+    bare = driving(faces, masks=hand.masks)
+    drawn, without = (draw(puppet, each, 2)[..., 3] for each in (hand, bare))
+    x, y = points[[9, 10, 11, 13, 14], :2].round().astype(int).T
+    assert (without[y, x] == 255).all()
+    assert (drawn[y, x] == (0 if spared else 255)).all()
+    far = np.hypot(*(np.mgrid[:180, :320] - np.array(place)[::-1, None, None])) > 45
+    assert np.array_equal(drawn[far], without[far])
+
+def test_a_hand_is_cut_by_the_old_persons_mask(puppet):
+    points = np.column_stack([HAND * .4 + (150, 75), np.zeros(21)]).astype(np.float32)
+    mask = np.zeros((180, 320), bool)
+    mask[:, :150] = True
+    driver = driving([AT] * 5, {'left_hand': np.tile(points, (5, 1, 1))}, masks=(pack_mask(mask),) * 5)
+    alpha = draw(puppet, driver, 2)[..., 3]
+    assert alpha[76, 146] == 0
+    assert alpha[76, 156] == 255
+
+def test_a_hand_that_is_lost_for_a_moment_is_still_there():
+    points = np.column_stack([HAND + (150, 75), np.zeros(21)]).astype(np.float32)
+    film = np.full((40, 21, 3), np.nan, np.float32)
+    film[3:8] = points
+    film[12:15] = points + [8, 0, 0] # a gap of four frames
+    film[30:] = points # a gap of fifteen
+    driver = driving([AT] * 40, {'right_hand': film})
+    there = ~np.isnan(driver.hands[:, 1, 0, 0])
+    assert np.flatnonzero(there).tolist() == [*range(3, 15), *range(30, 40)]
+    assert np.isnan(driver.hands[:, 0]).all()
+    assert (np.diff(driver.hands[3:15, 1, 0, 0]) >= 0).all()
+    assert np.abs(np.diff(driver.hands_sure[:, 1])).max() < .5
 
 def test_drawing_never_touches_its_arguments(puppet):
     driver = driving([AT] * 3)
@@ -77,7 +170,7 @@ def test_drawing_never_touches_its_arguments(puppet):
 
 def test_person_is_where_and_as_large_as_the_driver(puppet):
     for x, y, r in ((150, 72, 40), (90, 60, 25), (240, 100, 55)):
-        frame = draw(puppet, driving([dict(x=x, y=y, r=r)] * 3), 1)
+        frame = shown(puppet, driving([dict(x=x, y=y, r=r)] * 3), 1)
         left, top, right, bottom = person_box(frame)
         skin = np.abs(frame.astype(int) - frame[y + r // 4, x]).max(-1) < 12
         assert skin[y - r // 2:y + r // 2, x - r // 3:x + r // 3].mean() > .6
@@ -85,7 +178,7 @@ def test_person_is_where_and_as_large_as_the_driver(puppet):
 
 def test_nothing_from_behind_the_person_leaks(puppet):
     for x in (60, 150, 260):
-        frame = draw(puppet, driving([dict(AT, x=x)] * 3), 1).astype(int)
+        frame = shown(puppet, driving([dict(AT, x=x)] * 3), 1).astype(int)
         assert np.abs(frame - FLAG).max(-1).min() > 60
 
 def test_no_halo():
@@ -101,7 +194,7 @@ def test_no_halo():
 def test_mouth_and_eyes_follow(puppet):
     moves = [(0, 0)] * 3 + [(.3, 0)] * 3 + [(0, 1)] * 3 + [(0, 0)]
     driver = driving([dict(AT, opened=opened, closed=closed) for opened, closed in moves])
-    shut, wide, blink = (draw(puppet, driver, i).astype(int) for i in (1, 4, 7))
+    shut, wide, blink = (shown(puppet, driver, i).astype(int) for i in (1, 4, 7))
     mouth = (slice(86, 108), slice(142, 158))
     eye = (slice(60, 68), slice(130, 142))
     assert np.abs(wide[mouth] - shut[mouth]).mean() > 8
@@ -121,15 +214,38 @@ def test_camera_moves_the_plate(puppet):
     move = np.tile(np.array([[1, 0, 10], [0, 1, 0]], np.float32), (3, 1, 1))
     plate = np.zeros((180, 320, 3), np.uint8)
     plate[:, 40:50] = 255
-    frame = draw(puppet, driving([None, AT, None], camera=move, plate=plate), 0)
-    assert frame[90, 55, 0] == 255
-    assert frame[90, 42, 0] == 0
+    empty = scenery(driving([None, AT, None], camera=move, plate=plate), 0, (0, 0, 320, 180))
+    assert empty[90, 55, 0] == 255
+    assert empty[90, 42, 0] == 0
+
+def scene(colours, n: int = 3, gap=None) -> np.ndarray: # (n, r, c, 3) uint8
+    "The same colours in all cells of n frames; 0 in a gap"
+    cells = np.full((n, *scene_cells((320, 180)), 3), colours, np.uint8)
+    if gap is not None: cells[:, gap[0], gap[1]] = 0
+    return cells
+
+MOVED = np.tile(np.array([[1, 0, 120], [0, 1, 0]], np.float32), (3, 1, 1))
+
+@pytest.mark.parametrize('changes, left, right', [
+    (dict(), ROOM, ROOM), # nothing is known of the frame: the plate
+    (dict(scene=scene(ROOM)), ROOM, ROOM),
+    (dict(scene=scene((80, 140, 60), gap=(slice(4, 14), slice(8, 24)))), (80, 140, 60), (80, 140, 60)), # light changed
+    (dict(scene=scene(0)), ROOM, ROOM), # the driver fills the frame
+    (dict(camera=MOVED, scene=scene(ROOM)), ROOM, ROOM),
+    (dict(camera=MOVED, scene=scene((90, 80, 60))), (90, 80, 60), (90, 80, 60)), # the left is outside the plate
+])
+def test_the_plate_is_matched_to_the_live_frame(changes, left, right):
+    driver = driving([AT] * 3, **changes)
+    for box in ((0, 0, 320, 180), (60, 20, 251, 171)):
+        part = scenery(driver, 1, box).astype(int)
+        assert part.shape == (box[3] - box[1], box[2] - box[0], 3)
+        assert np.abs(part[:, :20] - left).max() <= 2
+        assert np.abs(part[:, -20:] - right).max() <= 2
 
 def test_a_driver_that_ends_in_mid_frame_has_a_puppet_that_does(puppet):
-    from wan_avatar.track import pack_mask
     mask = np.zeros((180, 320), bool)
     mask[30:120, 130:170] = True
-    frame = draw(puppet, driving([dict(AT, r=25, y=50)] * 3, masks=(pack_mask(mask),) * 3), 1)
+    frame = shown(puppet, driving([dict(AT, r=25, y=50)] * 3, masks=(pack_mask(mask),) * 3), 1)
     assert np.abs(frame[160:].astype(int) - ROOM).max() <= 1
 
 @pytest.mark.parametrize('scale', [.02, .3, 1, 6])
@@ -143,7 +259,7 @@ def test_any_pose_can_be_drawn(puppet, scale, shift, angle):
     moved = replace(driver, scale=driver.scale * scale, trunk_scale=driver.trunk_scale * scale, turn=turn @ driver.turn,
                     shift=driver.shift + [*shift, 0], trunk_at=driver.trunk_at + shift)
     frame = draw(puppet, moved, 1)
-    assert frame.shape == (180, 320, 3)
+    assert frame.shape == (180, 320, 4)
     assert frame.dtype == np.uint8
 
 # parts
@@ -182,7 +298,7 @@ def test_a_smile_is_not_added_to_a_smile():
     points = lambda o: draft.upright(cartoon_points(0, 0, 40, opened=o).astype(float))
     shapes = np.stack([points(o) for o in (0, 0, 0, 0, .3, .3, .3, .3)])
     for i, wanted in ((0, 0), (5, .3)):
-        opened = features(with_expression(points(.3), shapes, i)[0])[0]
+        opened = features(with_expression(resemblance(points(.3), shapes), shapes[i])[0])[0]
         assert abs(opened - features(points(wanted))[0]) < .03
 
 def test_cut_off_parts_are_made_up():
@@ -202,10 +318,62 @@ def test_cut_off_parts_are_made_up():
     assert (more[..., :3] <= more[..., 3:] + 1).all()
     assert more[int(top) + 62, 2, 3] < 128 and more[int(top) + 62, int(left) + 5, 3] == 255, 'shoulders are round'
 
-def test_light_is_gentle():
-    assert np.all(light_gain(np.array([250., 250, 250]), np.array([10., 10, 10])) == .8)
-    assert np.all(light_gain(np.array([9., 9, 9]), np.array([90., 90, 90])) == 1.2)
-    assert np.all(light_gain(np.full(3, np.nan), np.ones(3)) == 1)
+# light: middle and spread of a studio's face in Lab, and what a mean face of 200, 150, 130 becomes in a scene
+
+STUDIO = np.array([[66., 15, 18], [6, 1, 1]])
+
+@pytest.mark.parametrize('scene, least, most', [
+    ([[66, 15, 18], [6, 1, 1]], (196, 146, 126), (204, 154, 134)), # the same light
+    ([[62, 15, 18], [6, 1, 1]], (185, 135, 115), (202, 152, 132)), # hardly darker: most of that may be skin
+    ([[30, 15, 18], [6, 1, 1]], (70, 45, 25), (130, 100, 90)), # dark
+    ([[10, 5, 5], [3, 1, 1]], (5, 5, 5), (70, 60, 60)), # night
+    ([[95, 15, 18], [6, 1, 1]], (225, 180, 160), (255, 240, 230)), # glaring
+    ([[66, 15, -20], [6, 1, 1]], (150, 130, 150), (215, 160, 210)), # blue light
+    ([[66, -15, 18], [6, 1, 1]], (120, 145, 90), (185, 180, 150)), # green light
+    ([[np.nan] * 3] * 2, (200, 150, 130), (200, 150, 130)), # no face was seen
+])
+def test_a_face_comes_into_the_scenes_light(scene, least, most):
+    table = light_table(STUDIO, np.array(scene))
+    face = table[[200, 150, 130], range(3)]
+    assert (least <= face).all(), face
+    assert (face <= most).all(), face
+    assert (np.diff(table.astype(int), axis=0) >= 0).all(), 'brighter stays brighter'
+    assert table[0].max() <= 3, 'black stays black'
+
+@pytest.mark.parametrize('spread, wider', [(2, False), (14, True)])
+def test_shade_follows_the_scenes(spread, wider):
+    before = np.diff(light_table(STUDIO, STUDIO)[[130, 170]].astype(int), axis=0).mean()
+    after = np.diff(light_table(STUDIO, np.array([STUDIO[0], [spread, 1, 1]]))[[130, 170]].astype(int), axis=0).mean()
+    assert (after > before) == wider
+    assert .7 < after / before < 1.4
+
+def test_a_dark_scene_makes_a_dark_face(puppet):
+    def face(lab: list) -> float:
+        driver = driving([AT] * 3, light=np.tile(np.float32(lab), (LIGHTS, 1, 1)))
+        return draw(puppet, driver, 1)[60:84, 140:160, :3].mean()
+    assert face([[80, 11, 21], [5, 1, 1]]) > 150
+    assert face([[15, 5, 5], [2, 1, 1]]) < 70
+
+def test_light_that_changes_over_the_video_is_followed(puppet):
+    light = np.full((LIGHTS, 2, 3), np.nan, np.float32) # no face in the first and in the last stretch
+    light[1:-1] = [[[80 - 10 * k, 11, 21], [5, 1, 1]] for k in range(6)]
+    driver = driving([AT] * 32, light=light)
+    faces = [draw(puppet, driver, i)[60:84, 140:160, :3].mean() for i in range(0, 32, 4)]
+    assert (np.diff(faces) < .5).all()
+    assert faces[0] - faces[-1] > 60
+
+@pytest.mark.parametrize('grain', [0, 2, 8])
+def test_grain_is_as_strong_as_the_scenes_and_the_same_again(puppet, grain):
+    driver = driving([AT] * 4, grain=np.full(3, grain, np.float32))
+    first, again, other = (draw(puppet, driver, i).astype(float) for i in (1, 1, 2))
+    smooth = draw(puppet, driving([AT] * 4), 1).astype(float)
+    solid = smooth[..., 3] == 255
+    noise = (first - smooth)[solid]
+    assert np.array_equal(first, again)
+    assert np.array_equal(first[..., 3], smooth[..., 3])
+    assert abs(noise[:, :3].std() - grain) <= .2 * grain
+    assert abs(noise[:, :3].mean()) < .2 * grain + .01
+    assert np.abs(first - other)[solid].mean() >= grain / 2
 
 def test_a_picture_without_a_face_is_refused():
     empty = np.zeros((180, 320), np.uint8)
@@ -248,7 +416,9 @@ assert np.isnan(nobody.face).all()
 assert np.abs(nobody.plate.astype(int) - blank[0, 0]).max() < 4
 puppet = draft.make_puppet(image, track.load_track(f'{out}/portrait.track'))
 driver = draft.make_driver(driving)
-np.savez(f'{out}/drawn.npz', **{str(i): draft.draw(puppet, driver, i) for i in range(0, 40, 3)})
+def laid(frame, drawn): return np.uint8(frame + (drawn[..., :3] - frame.astype(float)) * (drawn[..., 3:] / 255) + .5)
+live = list(frames('pexels.mp4', 225, 40))
+np.savez(f'{out}/drawn.npz', **{str(i): laid(live[i], draft.draw(puppet, driver, i)) for i in range(0, 40, 3)})
 '''
     in_comfys_environment(script, samples, out)
     return out

@@ -26,12 +26,14 @@ from wan_avatar.prompt import Embedding, EmbeddingDamaged, check_embedding
 from wan_avatar.track import (
     GROUPS,
     KEYPOINTS,
+    LIGHTS,
     MAGIC,
     TRACKERS,
     TrackDamaged,
     draw_debug,
     dump_track,
     parse_track,
+    scene_cells,
     track_bytes_at_most,
     track_facts,
     wholebody_points,
@@ -44,7 +46,13 @@ N = 5
 SIZE = (160, 90)
 WHO = TRACKERS['mediapipe']
 PLATE = np.full((90, 160, 3), 77, np.uint8)
-TRACK = replace(make_track(N, SIZE, plate=PLATE), guessed=np.zeros(N, bool))
+TRACK = replace(
+    make_track(N, SIZE, plate=PLATE),
+    guessed=np.zeros(N, bool),
+    light=np.full((LIGHTS, 2, 3), 20, np.float32),
+    grain=np.ones(3, np.float32),
+    scene=np.full((N, *scene_cells(SIZE), 3), 90, np.uint8),
+)
 WHOLE = dump_track(TRACK)
 BODY = WHOLE[len(MAGIC) + 32:]
 ARRAYS = dict(np.load(io.BytesIO(BODY)))
@@ -166,6 +174,17 @@ POISONED = {
     'a camera too short': with_arrays(camera=ARRAYS['camera'][1:]),
     'skin of another planet': with_arrays(skin=np.array([1, 2, 999], np.float32)),
     'skin in part': with_arrays(skin=np.array([1, 2, np.nan], np.float32)),
+    'light of another planet': with_arrays(light=other('light', (0, 1, 2), 999)),
+    'light in part': with_arrays(light=other('light', (2, 0, 0), np.nan)),
+    'endless light': with_arrays(light=other('light', (2, 0, 0), np.inf)),
+    'light of nine stretches': with_arrays(light=np.zeros((LIGHTS + 1, 2, 3), np.float32)),
+    'grain of nan': with_arrays(grain=np.full(3, np.nan, np.float32)),
+    'grain like sand': with_arrays(grain=np.array([1, 1, 99], np.float32)),
+    'grain less than nothing': with_arrays(grain=np.array([1, -1, 1], np.float32)),
+    'grain of one channel': with_arrays(grain=np.ones(1, np.float32)),
+    'a scene of another size': with_arrays(scene=ARRAYS['scene'][:, 1:]),
+    'a scene too short': with_arrays(scene=ARRAYS['scene'][1:]),
+    'a scene of float': with_arrays(scene=ARRAYS['scene'].astype(np.float32)),
     'guesses too many': with_arrays(guessed=np.zeros(N + 1, bool)),
     'mask lengths that are not there': with_arrays(mask_lengths=np.full(N, 2**32 - 1, np.uint32)),
     'mask lengths of nothing': with_arrays(mask_lengths=np.zeros(N, np.uint32)),

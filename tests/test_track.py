@@ -12,6 +12,7 @@ import pytest
 from wan_avatar.job import JobError
 from wan_avatar.track import (
     GROUPS,
+    LIGHTS,
     MAGIC,
     STILL,
     TRACKERS,
@@ -19,12 +20,15 @@ from wan_avatar.track import (
     Plate,
     Track,
     TrackDamaged,
+    bridge_gaps,
     check_alone,
     check_person,
     count_faces,
     draw_debug,
     dump_track,
+    face_light,
     fill_unseen,
+    inside_bars,
     is_present,
     largest_piece,
     load_track,
@@ -33,6 +37,9 @@ from wan_avatar.track import (
     parse_track,
     refine_matte,
     save_track,
+    scene_cells,
+    scene_colours,
+    scene_grain,
     skin_colour,
     smooth,
     steady_camera,
@@ -73,6 +80,13 @@ def make_track(n=6, size=(320, 180), missing=(), **pictures) -> Track:
     make_track(plate=np.full((180, 320, 3), 77, np.uint8)),
     make_track(1, matte=np.full((180, 320), 9, np.uint8)),
     make_track(3, size=(96, 250)),
+    make_track(
+        3,
+        light=np.full((LIGHTS, 2, 3), 40, np.float32),
+        grain=np.float32([1, 0, 2]),
+        scene=np.full((3, *scene_cells((320, 180)), 3), 90, np.uint8),
+    ),
+    make_track(3, light=np.full((LIGHTS, 2, 3), np.nan, np.float32)),
 ])
 def test_round_trip(track, tmp_path):
     again = load_track(save_track(track, tmp_path / 'ünal 1.track'))
@@ -87,6 +101,9 @@ def test_round_trip(track, tmp_path):
         assert again.mask(i).shape == track.size[::-1]
     assert (again.plate is None) == (track.plate is None)
     assert (again.matte is None) == (track.matte is None)
+    for name in ('light', 'grain', 'scene'):
+        assert (getattr(again, name) is None) == (getattr(track, name) is None)
+        if getattr(track, name) is not None: np.testing.assert_array_equal(getattr(again, name), getattr(track, name))
     assert not list(tmp_path.glob('.*')), 'nothing left beside the file'
 
 def test_second_round_trip_changes_nothing():
@@ -145,7 +162,7 @@ def test_masks_round_trip_any_size():
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
     hd = (1280, 720)
-    assert track_key(sha, hd, 24) == f'tracks/mediapipe-2/1280x720-24/{sha}.track'
+    assert track_key(sha, hd, 24) == f'tracks/mediapipe-3/1280x720-24/{sha}.track'
     others = (
         track_key(sha, hd, 25),
         track_key(sha, (640, 360), 24),
@@ -341,6 +358,105 @@ def test_camera_without_corners_stands_still():
     for value in (10, 200):
         view = np.full((90, 160), value, np.uint8)
         assert np.array_equal(camera.follow(view, np.full((90, 160), 255, np.uint8)), STILL)
+
+@pytest.mark.parametrize('lost', [
+    'corners', # something large hides all that was followed so far
+    'picture', # a frame is all grey
+    'little', # hardly anything is free for a while
+])
+def test_camera_finds_corners_again(lost):
+    "It goes on from the frame before, and the room moves on as it does"
+    wide = room(240, 900)
+    camera = Camera()
+    everywhere = np.full((180, 320), 255, np.uint8)
+    for k in range(40):
+        dx = 12 * k
+        view = cv2.cvtColor(np.ascontiguousarray(wide[30:210, 20 + dx:340 + dx]), cv2.COLOR_RGB2GRAY)
+        away = everywhere.copy()
+        if lost == 'corners' and k in (6, 20): camera.corners = camera.corners[:4]
+        if lost == 'little' and k in (7, 8): away[:, :-90] = 0
+        if lost == 'picture' and k == 9: view = np.full_like(view, 120)
+        move = camera.follow(view, away)
+        if k > 9 and lost == 'picture': continue # that frame's step is unknown
+        if not (lost == 'picture' and k == 9): assert np.abs(move[:, 2] - [-dx, 0]).max() < 1.5, k
+    assert np.abs(move[:, 2] - [-12 * (38 if lost == 'picture' else 39), 0]).max() < 14
+
+def test_plate_and_camera_leave_bars_out():
+    view = np.full((180, 320, 3), 90, np.uint8)
+    for bars in ((slice(0, 20),), (slice(160, 180),), (slice(None), slice(0, 60)), (slice(None), slice(300, 320))):
+        barred = view.copy()
+        barred[bars] = 3
+        inside = inside_bars(barred)
+        assert not inside[bars].any()
+        assert inside.sum() == (~np.isin(barred[..., 0], 3)).sum() - 3 * (180 if len(bars) > 1 else 320)
+    assert inside_bars(view).all()
+    assert inside_bars(np.zeros_like(view)).all(), 'a black frame is all scene'
+    dim = view.copy()
+    dim[:30, :300] = 0 # no bar, but a dark corner
+    assert inside_bars(dim).all()
+
+# what is measured of the scene
+
+@pytest.mark.parametrize('size', [(640, 360), (640, 480), (640, 1138), (96, 250)])
+def test_colours_of_the_scene_are_those_away_from_the_person(size):
+    w, h = size
+    view = np.zeros((h, w, 3), np.uint8)
+    view[:, :w // 2], view[:, w // 2:] = (200, 100, 50), (10, 220, 120)
+    away = np.full((h, w), 255, np.uint8)
+    view[h // 4:, w // 4:w // 2 + w // 8], away[h // 4:, w // 4:w // 2 + w // 8] = (255, 0, 255), 0
+    cells = scene_colours(view, away)
+    assert cells.shape == (*scene_cells(size), 3)
+    rows, columns = cells.shape[:2]
+    assert np.abs(cells[:, :columns // 4 - 1].astype(int) - (200, 100, 50)).max() <= 2
+    assert np.abs(cells[:, -columns // 4:].astype(int) - (10, 220, 120)).max() <= 2
+    assert not cells[rows // 4 + 1:, columns // 4 + 1:columns // 2].any()
+    assert scene_colours(np.zeros_like(view), np.full((h, w), 255, np.uint8)).min() == 1, 'black is not unknown'
+
+@pytest.mark.parametrize('strength', [0, 1, 4])
+def test_grain_is_that_of_flat_places(strength):
+    rng = np.random.default_rng(0)
+    picture = room(360, 640).astype(float)
+    picture[:, :320] = 120
+    frame = np.clip(picture + rng.normal(0, strength, picture.shape) + .5, 0, 255).astype(np.uint8)
+    away = np.full((180, 320), 255, np.uint8)
+    assert np.abs(scene_grain(frame, away) - strength).max() < .2 * strength + .1
+    assert np.isnan(scene_grain(frame, np.zeros_like(away))).all()
+    assert np.isnan(scene_grain(np.full_like(frame, 255), away)).all(), 'what is blown out says nothing'
+
+def test_light_on_a_face_has_a_middle_and_a_spread():
+    face = np.random.default_rng(0).uniform(60, 120, (478, 3)).astype(np.float32)
+    even = np.full((180, 320, 3), (200, 150, 120), np.uint8)
+    sides = even.copy()
+    sides[:, :90] //= 2
+    middle, spread = face_light(even, face)
+    assert np.abs(middle - [66, 15, 23]).max() < 3
+    assert spread.max() < .1
+    assert face_light(sides, face)[1, 0] > 5
+    assert np.isnan(face_light(even, np.full((478, 3), np.nan, np.float32))).all()
+    assert np.isnan(face_light(even, face + 900)).all(), 'outside of the picture'
+
+# rows of a video: there or not, and where a mask is; the bridged ones
+@pytest.mark.parametrize('there, at, bridged', [
+    ('##..##', [0, 1, 2, 3, 4, 5], [2, 3]),
+    ('##.##.#', [0, 1, 2, 3, 4, 5, 6], [2, 5]),
+    ('..##..', [0, 1, 2, 3, 4, 5], []), # before and after is no gap
+    ('##..##', [0, 1, 2, None, 4, 5], []), # the segmenter saw nobody either
+    ('##..##', [0, 1, 40, 41, 4, 5], []), # something else is there
+    ('##..##', [0, 1, 2, 3, 40, 41], []), # another one comes back
+    ('#' + '.' * 12 + '#', [0] * 14, list(range(1, 13))),
+    ('#' + '.' * 13 + '#', [0] * 15, []), # an absence
+    ('......', [0] * 6, []),
+])
+def test_short_gaps_keep_a_mask(there, at, bridged):
+    def disc(x) -> bytes:
+        down, across = np.mgrid[:40, :80]
+        return pack_mask((across - x - 15) ** 2 + (down - 20) ** 2 < 150 if x is not None else np.zeros((40, 80), bool))
+    rows = [(here == '#', STILL, disc(x if here == '#' else None)) for here, x in zip(there, at, strict=True)]
+    unsure = {i: disc(x) for i, x in enumerate(at) if there[i] == '.' and x is not None}
+    after = bridge_gaps(rows, unsure, (80, 40))
+    assert [row[:2] for row in after] == [row[:2] for row in rows]
+    assert [i for i, row in enumerate(after) if row[2] != rows[i][2]] == bridged
+    assert all(after[i][2] == unsure[i] for i in bridged)
 
 def test_a_tripod_is_exactly_still():
     moves = np.tile(STILL, (20, 1, 1))

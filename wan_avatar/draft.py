@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['SKULL', 'OVAL', 'FLAT_HEAD', 'LIPS', 'LIDS', 'EYE_CORNERS', 'LIP_RIMS', 'ARMS', 'PAINT_POINTS', 'PAINT_SHADES',
-           'NECK', 'CELL', 'align', 'Puppet', 'make_puppet', 'cut_out', 'extend_cut_out', 'pyramid', 'triangulate',
-           'face_mesh', 'mouth_picture', 'paint_colours', 'Driver', 'upright', 'running_mean', 'make_driver',
-           'features', 'gaze', 'with_expression', 'apply_affine', 'inverse_affine', 'inverse_map', 'draw',
-           'bend_points', 'arm_joints', 'light_gain']
+           'NECK', 'HELD', 'Box', 'GROWN', 'RIM', 'OWN_SKIN', 'TAKEN', 'HAND_LINES', 'PALM', 'CELL', 'align', 'Puppet',
+           'make_puppet', 'cut_out', 'extend_cut_out', 'pyramid', 'triangulate', 'face_mesh', 'mouth_picture',
+           'paint_colours', 'Driver', 'upright', 'running_mean', 'make_driver', 'features', 'gaze', 'Resemblance',
+           'resemblance', 'with_expression', 'apply_affine', 'inverse_affine', 'inverse_map', 'bend_points',
+           'arm_joints', 'cover_of_driver', 'scenery', 'carry_on', 'light_table', 'add_grain', 'hand_shape', 'Lid',
+           'draw']
 
-# %% ../nbs/23_draft.ipynb #b4557f51
+# %% ../nbs/23_draft.ipynb #3d301509
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .job import JobError
-from .track import Track, check_person, smooth, unpack_mask
+from .track import LIGHTS, Track, check_person, draw_arms, face_light, smooth, unpack_mask
 
-# %% ../nbs/23_draft.ipynb #48129d69
+# %% ../nbs/23_draft.ipynb #62eb78e3
 SKULL = [ # points that the skull holds in place
     10, 338, 297, 332, 284, 251, 389, 356, 127, 162, 21, 54, 103, 67, 109, 151, 9, # forehead and temples
     8, 168, 6, 197, 195, 5, 4, # nose
@@ -40,7 +43,7 @@ LIDS = ( # upper, lower: seven points of one eye, then seven of the other
 EYE_CORNERS = ((33, 133), (263, 362)) # of the eyes, outer and inner
 LIP_RIMS = ([13, 82, 312, 81, 311, 80, 310, 191, 415], [14, 87, 317, 178, 402, 88, 318, 95, 324]) # of the lips
 
-# %% ../nbs/23_draft.ipynb #8813bf03
+# %% ../nbs/23_draft.ipynb #7eeb5fc0
 def align(
     points: np.ndarray, # (k, 3)
     goal: np.ndarray # (k, 3)
@@ -53,14 +56,14 @@ def align(
     scale = float((d * sign).sum() / ((points - a) ** 2).sum())
     return scale, rotation, b - scale * rotation @ a
 
-# %% ../nbs/23_draft.ipynb #3986c7f2
-@dataclass(frozen=True)
+# %% ../nbs/23_draft.ipynb #e0b7621f
+@dataclass(frozen=True, eq=False)
 class Puppet:
     "The person of the picture, ready to be drawn; points are in pixels of the picture"
     levels: tuple[np.ndarray, ...] # (h, w, 4) uint8 premultiplied RGBA, each half the size of the one before
     zoom: float # pixels of levels[0] per pixel of the picture
     origin: np.ndarray # (2,) where the picture's corner lies in levels[0], in pixels of the picture
-    skin: np.ndarray # (3,): colour of the face
+    light: np.ndarray # (2, 3): middle and spread of the skin in Lab
     face: np.ndarray # (478, 3): the face
     ring: np.ndarray # (36, 2): around it, where its motion has died away
     triangles: np.ndarray # (t, 3): of face and ring
@@ -91,7 +94,7 @@ def make_puppet(
         levels=pyramid(whole, zoom),
         zoom=zoom,
         origin=origin,
-        skin=skin,
+        light=face_light(image, face),
         face=face,
         ring=ring,
         triangles=face_mesh(np.concatenate([face[:, :2], ring])),
@@ -106,7 +109,7 @@ def _known(part: np.ndarray | None, what: str) -> np.ndarray:
     if part is None: raise JobError('internal', f'the draft needs a track with the {what}: one by MediaPipe')
     return part
 
-# %% ../nbs/23_draft.ipynb #5188aaf3
+# %% ../nbs/23_draft.ipynb #aa67b5d6
 def cut_out(
     image: np.ndarray, # (h, w, 3) uint8 RGB
     matte: np.ndarray # (h, w) uint8
@@ -124,7 +127,7 @@ def cut_out(
     clean = image * (1 - blend[..., None]) + inner * blend[..., None]
     return np.dstack([clean * alpha[..., None], alpha * 255])
 
-# %% ../nbs/23_draft.ipynb #68e60063
+# %% ../nbs/23_draft.ipynb #9ff9583d
 def extend_cut_out(
     rgba: np.ndarray, # (h, w, 4) float32, premultiplied
     face: np.ndarray # (478, 3)
@@ -157,7 +160,7 @@ def _soften_end(rgba: np.ndarray, more: int) -> np.ndarray:
     t = np.linspace(0, 1, more)[:, None, None]
     return np.concatenate([rgba, last * (1 - t) + smooth * t]).astype(np.float32)
 
-# %% ../nbs/23_draft.ipynb #000c9bf1
+# %% ../nbs/23_draft.ipynb #4dfafd9f
 def _add_side(rgba: np.ndarray, reach: int) -> tuple[np.ndarray, int]:
     "Round off a shoulder cut by the right border: the border's own column, sinking along a quarter circle"
     reach = min(reach, rgba.shape[1])
@@ -198,7 +201,7 @@ def _add_cap(rgba: np.ndarray, tall: float, hairline: float) -> tuple[np.ndarray
     out[:reach] *= np.clip(height[None] - (reach - np.arange(reach))[:, None] + .5, 0, 1)[..., None]
     return out, reach
 
-# %% ../nbs/23_draft.ipynb #48cea918
+# %% ../nbs/23_draft.ipynb #e97e1c27
 def pyramid(
     rgba: np.ndarray, # (h, w, 4) float32, premultiplied
     zoom: float # of the first level
@@ -232,7 +235,7 @@ def face_mesh(
     use = np.setdiff1d(np.arange(len(points)), rims)
     return use[triangulate(points[use])]
 
-# %% ../nbs/23_draft.ipynb #554333a5
+# %% ../nbs/23_draft.ipynb #1ec3845e
 def mouth_picture(
     image: np.ndarray, # (h, w, 3) uint8 RGB
     face: np.ndarray, # (478, 3)
@@ -258,7 +261,7 @@ def mouth_picture(
     shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 60, .6))
     return np.dstack([content * (shape[..., None] / 255), shape]).astype(np.uint8)
 
-# %% ../nbs/23_draft.ipynb #23316b51
+# %% ../nbs/23_draft.ipynb #946df31b
 ARMS = ((11, 13, 15), (12, 14, 16)) # shoulder, elbow, wrist: left, right
 
 def _shown_arms(
@@ -275,7 +278,7 @@ def _shown_arms(
         else: out[side, 3] = hand[0, 12, :2]
     return out
 
-# %% ../nbs/23_draft.ipynb #74206e20
+# %% ../nbs/23_draft.ipynb #abc431a0
 PAINT_POINTS = ( # points around the right eye, the left eye and the lips
     [222, 223, 224, 230, 50, 101],
     [442, 443, 444, 450, 280, 330],
@@ -292,8 +295,8 @@ def paint_colours(
     at = np.clip(face[list(PAINT_POINTS), :2].round().astype(int), 0, [w - 1, h - 1])
     return np.median(image[at[..., 1], at[..., 0]], axis=1) * PAINT_SHADES
 
-# %% ../nbs/23_draft.ipynb #780247f1
-@dataclass(frozen=True)
+# %% ../nbs/23_draft.ipynb #8fa3fc9f
+@dataclass(frozen=True, eq=False)
 class Driver:
     "How the person of the video moves, frame by frame"
     plate: np.ndarray # (h, w, 3) uint8
@@ -309,11 +312,19 @@ class Driver:
     trunk_scale: np.ndarray # (n,)
     arms: np.ndarray # (n, 2, 2, 3): direction of upper arm and forearm with its certainty (0 to 1), left and right
     reach: np.ndarray # (n,): lower end of the person, in pixels
-    skin: np.ndarray # (3,): colour of the face
+    masks: tuple[bytes, ...] # n, where the driver is: packed, `mask_size` large
+    mask_size: tuple[int, int] # width, height
+    body: np.ndarray # (n, 33, 3): points of the body, pixels and certainty
+    hands: np.ndarray # (n, 2, 21, 2): left and right; nan while there is none
+    hands_sure: np.ndarray # (n, 2): 0 to 1, so that none pops up
+    light: np.ndarray # (n, 2, 3): middle and spread of the skin in Lab; nan without a face
+    grain: np.ndarray # (3,): noise of the scene in each channel
+    scene: np.ndarray # (n, r, c, 3) uint8: mean colours of the scene's cells; 0 where the driver is
+    small_plate: np.ndarray # (4 r, 4 c, 3) float32: the plate, four pixels a cell
 
 NECK = np.array([0, 2.2, 1.0]) # where the neck begins to turn, in the mean face's units
 
-# %% ../nbs/23_draft.ipynb #3e5176f5
+# %% ../nbs/23_draft.ipynb #14dfc24b
 def upright(
     face: np.ndarray # (478, 3)
 ) -> np.ndarray: # (478, 3), centred, of unit size
@@ -340,7 +351,7 @@ def running_mean(
         values = (total[high] - total[low]) / (high - low).reshape(-1, *[1] * (values.ndim - 1))
     return values
 
-# %% ../nbs/23_draft.ipynb #f584b63b
+# %% ../nbs/23_draft.ipynb #1ea2e02d
 def make_driver(
     track: Track # of the driving video
 ) -> Driver:
@@ -369,15 +380,39 @@ def make_driver(
     trunk_at, tilt = _trunk_motion(track, neck[:, :2])
     trunk = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
     limits = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
-    return Driver(**_scene(track), present=track.present, **head, **trunk, **limits)
+    hands, sure = _hands(track)
+    return Driver(**_scene(track), present=_there(track), **head, **trunk, **limits, hands=hands, hands_sure=sure)
 
-def _scene(track: Track) -> dict[str, np.ndarray]: # fields of the driver
+def _there(track: Track) -> np.ndarray: # (n,) bool
+    "Frames to draw in: those of short gaps, in which the detectors lost the person, have a mask too"
+    return np.array([here or bool(unpack_mask(m, track.mask_size).any())
+                     for here, m in zip(track.present, track.masks, strict=True)])
+
+def _scene(track: Track) -> dict[str, Any]: # fields of the driver
     "The parts of the video that do not depend on a face"
+    import cv2
+    plate = _known(track.plate, 'plate')
+    scene = _known(track.scene, "scene's colours")
+    finer = scene.shape[2] * 4, scene.shape[1] * 4
     return {
-        'plate': _known(track.plate, 'plate'),
+        'plate': plate,
+        'small_plate': cv2.resize(plate, finer, interpolation=cv2.INTER_AREA).astype(np.float32),
         'camera': _known(track.camera, 'camera'),
-        'skin': _known(track.skin, 'colour of the skin'),
+        'masks': track.masks,
+        'body': track.body,
+        'mask_size': track.mask_size,
+        'light': _light_of_frames(_known(track.light, 'light on the face'), len(track)),
+        'grain': _known(track.grain, 'grain'),
+        'scene': scene,
     }
+
+def _light_of_frames(light: np.ndarray, n: int) -> np.ndarray: # (n, 2, 3)
+    "The light of each frame: that of the stretches, in between a bit of both"
+    seen = np.flatnonzero(~np.isnan(light).any((1, 2)))
+    if not len(seen): return np.full((n, 2, 3), np.nan)
+    at = (np.arange(n) + .5) * LIGHTS / n - .5
+    steps = [np.interp(at, seen, light[seen, a, b]) for a in range(2) for b in range(3)]
+    return np.stack(steps, 1).reshape(n, 2, 3)
 
 def _absent_driver(track: Track) -> Driver: # of a video without a face
     n = len(track)
@@ -394,9 +429,11 @@ def _absent_driver(track: Track) -> Driver: # of a video without a face
         trunk_scale=np.ones(n),
         arms=np.zeros((n, 2, 2, 3)),
         reach=np.ones(n),
+        hands=np.full((n, 2, 21, 2), np.nan),
+        hands_sure=np.zeros((n, 2)),
     )
 
-# %% ../nbs/23_draft.ipynb #e7af15bb
+# %% ../nbs/23_draft.ipynb #42faeb45
 def _trunk_motion(
     track: Track,
     neck: np.ndarray # (n, 2): the neck as the head has it
@@ -418,7 +455,7 @@ def _trunk_motion(
     place = running_mean(middle + np.median((neck - middle)[shown], axis=0), 2)
     return place, running_mean((tilt - np.median(tilt)).clip(-.5, .5), 3)
 
-# %% ../nbs/23_draft.ipynb #a45734d3
+# %% ../nbs/23_draft.ipynb #8ecf260e
 def _arm_directions(
     track: Track # of the driving video
 ) -> np.ndarray: # (n, 2, 2, 3)
@@ -439,6 +476,29 @@ def _arm_directions(
             out[:, side, bone, 2] = running_mean((inside[:, a] & inside[:, b]).astype(float), 4)
     return out
 
+def _hands(
+    track: Track # of the driving video
+) -> tuple[np.ndarray, np.ndarray]: # (n, 2, 21, 2) points, (n, 2) certainty
+    "Both hands, over moments in which the detector lost them"
+    n = len(track)
+    every = np.arange(n)
+    points = np.full((n, 2, 21, 2), np.nan)
+    sure = np.zeros((n, 2))
+    for side, hand in enumerate((track.left_hand, track.right_hand)):
+        seen = np.flatnonzero(~np.isnan(hand[:, 0, 0]))
+        if not len(seen): continue
+        after = np.searchsorted(seen, every).clip(0, len(seen) - 1)
+        before = np.maximum(after - (seen[after] > every), 0)
+        near = (seen[before] <= every) & (every <= seen[after]) & (seen[after] - seen[before] <= HELD)
+        share = (every - seen[before]) / np.maximum(seen[after] - seen[before], 1)
+        share = share.clip(0, 1)[:, None, None]
+        filled = hand[seen[before], :, :2] * (1 - share) + hand[seen[after], :, :2] * share
+        points[near, side] = filled[near]
+        sure[:, side] = running_mean(near.astype(float), 2)
+    return points, sure
+
+HELD = 8 # frames: in a shorter gap between two sightings a hand is taken to be there
+
 def _lower_edge(
     track: Track
 ) -> np.ndarray: # (n,) pixels
@@ -448,7 +508,7 @@ def _lower_edge(
     ends = np.array([r[-1] + 1 if len(r) else h for r in rows], float)
     return np.where(ends >= h - 2, 1.2 * h, ends) * (track.size[1] / h)
 
-# %% ../nbs/23_draft.ipynb #f1742c4e
+# %% ../nbs/23_draft.ipynb #1dd61642
 def features(
     shape: np.ndarray # (..., 478, 3): faces in the mean face's pose
 ) -> np.ndarray: # (..., 6)
@@ -472,33 +532,44 @@ def gaze(
     b = offset(473, EYE_CORNERS[1])
     return (a + b) / 2 / np.abs(shape[263, 0] - shape[362, 0])
 
-# %% ../nbs/23_draft.ipynb #7daa8866
-def with_expression(
+# %% ../nbs/23_draft.ipynb #859b46a3
+@dataclass(frozen=True)
+class Resemblance:
+    "The picture's face beside the driver's, in the pose of the driver's mean face"
+    own: np.ndarray # (478, 3): the picture's
+    anchor: np.ndarray # (478, 3): the driver's when it looks most like the picture's
+    opened: float # how far the driver's eyes open
+
+def resemblance(
     own: np.ndarray, # (478, 3): the face of the picture in the mean face's pose
-    shapes: np.ndarray, # (n, 478, 3): the driver's
-    i: int # frame
-) -> tuple[np.ndarray, float]: # (478, 3) with open eyes, and how far the lids are closed (0 to 1)
-    "The picture's face with the driver's expression of frame `i`"
+    shapes: np.ndarray # (n, 478, 3): the driver's
+) -> Resemblance:
+    "Find the moments of the video in which the driver looks most like the picture"
     looks = features(shapes)
-    mine = features(own)
-    apart = (np.abs(looks - mine) * [2, 2, 1, 1, 4, 4]).sum(-1)
+    apart = (np.abs(looks - features(own)) * [2, 2, 1, 1, 4, 4]).sum(-1)
     like = np.argsort(apart, kind='stable')[:max(len(shapes) // 8, min(len(shapes), 3))]
-    anchor = np.median(shapes[like], axis=0)
-    face = own + shapes[i] - anchor
-    opened = np.quantile(looks[:, 1], .9)
+    return Resemblance(own, np.median(shapes[like], axis=0), float(np.quantile(looks[:, 1], .9)))
+
+def with_expression(
+    like: Resemblance,
+    shape: np.ndarray # (478, 3): the driver's face in a frame
+) -> tuple[np.ndarray, float]: # (478, 3) with open eyes, and how far the lids are closed (0 to 1)
+    "The picture's face with the driver's expression"
+    own = like.own
+    face = own + shape - like.anchor
     up, low = LIDS
     middle = (face[up] + face[low] - own[up] - own[low]) / 2
     face[up] = own[up] + middle
     face[low] = own[low] + middle
-    looked = (gaze(shapes[i]) - gaze(anchor)).clip(-.16, .16)
+    looked = (gaze(shape) - gaze(like.anchor)).clip(-.16, .16)
     face[468:] = own[468:] + looked * np.abs(own[263, 0] - own[362, 0]) * [1, .7, 0]
     up, low = LIP_RIMS
     over = np.maximum(face[up, 1] - face[low, 1], 0) / 2
     face[up, 1] -= over
     face[low, 1] += over
-    return face, 1 - float(np.clip((looks[i, 1] / opened - .3) / .55, 0, 1))
+    return face, 1 - float(np.clip((features(shape)[1] / like.opened - .3) / .55, 0, 1))
 
-# %% ../nbs/23_draft.ipynb #625c3627
+# %% ../nbs/23_draft.ipynb #ff8753ab
 def apply_affine(
     affine: np.ndarray, # (2, 3)
     points: np.ndarray # (..., 2)
@@ -529,7 +600,7 @@ def inverse_map(
         found = found * .3 + (of_head + (of_trunk - of_head) * t) * .7
     return found
 
-# %% ../nbs/23_draft.ipynb #93e6309c
+# %% ../nbs/23_draft.ipynb #d07fa7e6
 def _paint_triangles(
     maps: np.ndarray, # (h, w, 2) float32: is painted on
     p: np.ndarray, # (t, 3, 2) corners in `maps`, later ones cover earlier ones
@@ -576,56 +647,7 @@ def _rasterise(
     coarse = cv2.blur(coarse, (3, 3), borderType=cv2.BORDER_REPLICATE)
     area[:] = cv2.resize(coarse, (nx * step, ny * step), interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/23_draft.ipynb #e25ffc35
-def _background(
-    driver: Driver,
-    i: int # frame
-) -> np.ndarray: # (h, w, 3) uint8
-    "The plate as the camera sees it in this frame"
-    import cv2
-    if np.array_equal(driver.camera[i], np.eye(2, 3)): return driver.plate.copy()
-    return cv2.warpAffine(
-        driver.plate, driver.camera[i], driver.plate.shape[1::-1],
-        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-    )
-
-def draw(
-    puppet: Puppet,
-    driver: Driver,
-    i: int # frame
-) -> np.ndarray: # (h, w, 3) uint8 RGB
-    "One frame; depends on nothing but its arguments"
-    import cv2
-    out = _background(driver, i)
-    if not driver.present[i]: return out
-    h, w = out.shape[:2]
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
-    face, closed = with_expression(scale * puppet.face @ turn.T + shift, driver.shape, i)
-    goal = driver.scale[i] * face @ driver.turn[i].T + driver.shift[i]
-    head = _head_map(puppet, driver, i)
-    trunk = _trunk_map(puppet, driver, i)
-    back = inverse_affine(head), inverse_affine(trunk)
-    ring = apply_affine(head, puppet.ring)
-    for _ in range(6):
-        ring = ring + apply_affine(head, puppet.ring) - apply_affine(head, inverse_map(ring, *back, puppet.neck))
-    depth = np.full(len(ring), goal[:, 2].max() + 1)
-    moved = np.concatenate([goal, np.column_stack([ring, depth])])
-    cells = _follow_arms(_cell_centres((w, h)), puppet, driver.arms[i], trunk, ring)
-    maps, (x, y), k = _points_of_picture(puppet, inverse_map(cells, *back, puppet.neck), CELL, moved, (w, h))
-    if not maps.size: return out
-    # OpenCV's own hints do not know that one map of pairs needs no second one
-    warped = cv2.remap(puppet.levels[k], maps, None, cv2.INTER_LINEAR) # type: ignore[call-overload]
-    goal[:, :2] -= [x, y]
-    _fill_mouth(warped, puppet, goal, head)
-    _close_eyes(warped, puppet, goal, closed)
-    return _lay_over(out, warped, (x, y), light_gain(puppet.skin, driver.skin), driver.reach[i])
-
-CELL = 20 # pixels of a cell of the coarse grid
-
-def _cell_centres(size: tuple[int, int]) -> np.ndarray: # (r, c, 2): their centres, one cell more all around
-    return np.stack(np.meshgrid(*(np.arange(-1, v // CELL + 2) * CELL + CELL / 2 - .5 for v in size)), -1)
-
-# %% ../nbs/23_draft.ipynb #e8867420
+# %% ../nbs/23_draft.ipynb #f867389f
 def bend_points(
     where: np.ndarray, # (...) complex: points
     moved: np.ndarray, # (k,) complex: where the joints are now
@@ -642,7 +664,7 @@ def bend_points(
     turn = fit / np.maximum((w * np.abs(spread) ** 2).sum(-1), 1e-6)
     return of + turn * (where - at)
 
-# %% ../nbs/23_draft.ipynb #7c0871a8
+# %% ../nbs/23_draft.ipynb #9b160bfc
 def arm_joints(
     arm: np.ndarray, # (4, 2): shoulder, elbow, wrist, fingertip, moved by the trunk alone; nan when not shown
     ways: np.ndarray # (2, 3): direction of upper arm and forearm, and its certainty
@@ -663,7 +685,7 @@ def arm_joints(
         if bone: out[3] = out[2] + np.array([[c, -s], [s, c]]) @ (arm[3] - arm[2])
     return out
 
-# %% ../nbs/23_draft.ipynb #0fb0aa06
+# %% ../nbs/23_draft.ipynb #e187cb9a
 def _follow_arms(
     where: np.ndarray, # (..., 2) points of the frame
     puppet: Puppet,
@@ -688,7 +710,7 @@ def _follow_arms(
     t = np.clip(away - 1.05, 0, .5) * 2
     return where + (found - where) * (t * t * (3 - 2 * t))
 
-# %% ../nbs/23_draft.ipynb #b5f9345c
+# %% ../nbs/23_draft.ipynb #be2ba2b4
 def _points_of_picture(
     puppet: Puppet,
     where: np.ndarray, # (r, c, 2) float32: points of the picture for the cells of the frame, one cell more all around
@@ -718,40 +740,221 @@ def _points_of_picture(
     _rasterise(maps, moved - [x, y, 0], still, puppet.triangles)
     return maps, (x, y), k
 
-# %% ../nbs/23_draft.ipynb #25961351
-def light_gain(
-    own: np.ndarray, # (3,): skin in the picture
-    scene: np.ndarray # (3,): skin in the video
-) -> np.ndarray: # (3,) factors
-    "From the picture's light to the scene's: half the way in brightness, a quarter in colour, a fifth at most"
-    if np.isnan(own).any() or np.isnan(scene).any(): return np.ones(3)
-    ratio = np.maximum(scene, 1) / np.maximum(own, 1)
-    bright = np.exp(np.log(ratio).mean())
-    return np.clip(bright ** .5 * (ratio / bright) ** .25, .8, 1.2)
+# %% ../nbs/23_draft.ipynb #ad720005
+Box = tuple[int, int, int, int] # left, top, right, bottom
+GROWN = 1 / 90 # of the frame's width: how far the old person's place is grown
+RIM = 1 / 160 # of the frame's width: how wide its soft rim is, outside of that
 
-# %% ../nbs/23_draft.ipynb #54fd5b5f
-def _lay_over(
-    frame: np.ndarray, # (h, w, 3) uint8: is painted on
-    person: np.ndarray, # (a, b, 4) uint8 premultiplied
-    corner: tuple[int, int], # of the person in the frame
-    gain: np.ndarray, # (3,) light
-    reach: float # row of the frame below which the person fades out
-) -> np.ndarray: # the frame
-    "Lay the person over the frame"
+def cover_of_driver(
+    driver: Driver,
+    i: int # frame
+) -> tuple[np.ndarray, tuple[int, int]]: # (a, b) uint8: 255 where the old person has to be covered; its corner
+    "Where the old person was, and a soft rim around"
     import cv2
-    x, y = corner
-    a, b = person.shape[:2]
-    if reach < y + a: # the driver ends in mid-frame, so the puppet does
-        fade = np.clip((reach - np.arange(y, y + a)) / 40 + .5, 0, 1).astype(np.float32)
-        person = (person * fade[:, None, None]).astype(np.uint8)
-    area = frame[y:y + a, x:x + b]
-    keep = cv2.cvtColor(255 - person[..., 3], cv2.COLOR_GRAY2BGR)
-    table = np.clip(np.arange(256)[:, None] * gain + .5, 0, 255).astype(np.uint8)
-    colour = cv2.LUT(cv2.cvtColor(person, cv2.COLOR_BGRA2BGR), table[:, None])
-    cv2.add(cv2.multiply(area, keep, scale=1 / 255), colour, dst=area)
-    return frame
+    w, h = driver.mask_size
+    near = range(max(i - 1, 0), min(i + 2, len(driver.masks)))
+    mask = np.any([unpack_mask(driver.masks[k], (w, h)) for k in near], axis=0).view(np.uint8)
+    zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
+    draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
+    if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
+    grown = GROWN * w
+    rim = RIM * w
+    reach = int(grown + rim) + 2
+    left, top, wide, tall = cv2.boundingRect(mask)
+    x0, y0 = max(left - reach, 0), max(top - reach, 0)
+    x1, y1 = min(left + wide + reach, w), min(top + tall + reach, h)
+    away = cv2.distanceTransform(1 - mask[y0:y1, x0:x1], cv2.DIST_L2, 3)
+    soft = np.clip((grown + rim - away) * (255 / rim), 0, 255).astype(np.uint8)
+    (x0, y0), (x1, y1) = np.round(np.array([[x0, y0], [x1, y1]]) * zoom).astype(int).tolist()
+    return cv2.resize(soft, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR), (x0, y0)
 
-# %% ../nbs/23_draft.ipynb #1d5f2d8a
+# %% ../nbs/23_draft.ipynb #c99ab5f9
+def scenery(
+    driver: Driver,
+    i: int, # frame
+    box: Box # the part that is wanted
+) -> np.ndarray: # (b, a, 3) uint8
+    "The empty scene as the camera sees it in this frame, in its light"
+    import cv2
+    left, top, right, bottom = box
+    size = right - left, bottom - top
+    move = driver.camera[i].astype(float)
+    still = np.array_equal(move, np.eye(2, 3))
+    here = move - [[0, 0, left], [0, 0, top]]
+    area = driver.plate[top:bottom, left:right] if still else cv2.warpAffine(
+        driver.plate, here, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+    live = driver.scene[i].astype(np.float32)
+    of_plate, reached = _plate_cells(driver, move)
+    seen = live.any(-1)
+    if not seen.any(): return area
+    both = seen & reached
+    apart = np.clip(carry_on(live - of_plate, both), -60, 60)
+    if np.abs(apart).max() > 1.5: area = cv2.add(area, _stretched(apart, driver, box).astype(np.int16), dtype=cv2.CV_8U)
+    if still: return area
+    known = cv2.warpAffine(_ramp(driver.plate.shape[1::-1]), here, size, flags=cv2.INTER_LINEAR)
+    if known.min() == 1: return area
+    fill = np.clip(_stretched(carry_on(live, seen), driver, box) + .5, 0, 255).astype(np.uint8)
+    return cv2.blendLinear(area, fill, known, 1 - known)
+
+def _plate_cells(driver: Driver, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (r, c, 3), (r, c) bool
+    "Mean colours of the moved plate in the scene's cells, and which of them it reaches"
+    import cv2
+    rows, columns = driver.scene.shape[1:3]
+    finer = columns * 4, rows * 4
+    zoom = np.array(finer) / driver.plate.shape[1::-1]
+    small = np.column_stack([move[:, :2] * zoom[:, None] / zoom, move[:, 2] * zoom])
+    moved = cv2.warpAffine(driver.small_plate, small, finer, flags=cv2.INTER_LINEAR, borderValue=(-1e4, -1e4, -1e4))
+    cells = cv2.resize(moved, (columns, rows), interpolation=cv2.INTER_AREA)
+    return cells, cells.min(-1) >= 0
+
+@lru_cache(2)
+def _ramp(size: tuple[int, int]) -> np.ndarray: # (h, w) float32: 1 inside, sinking to 0 at the borders
+    w, h = size
+    across, down = (np.minimum(np.arange(n), np.arange(n)[::-1]) / max(w / 50, 1) for n in (w, h))
+    return np.minimum(np.minimum(across, down[:, None]), 1).astype(np.float32)
+
+def _stretched(cells: np.ndarray, driver: Driver, box: Box) -> np.ndarray: # (b, a, 3) float32
+    "Values of cells for the pixels of a box; at a quarter of the size first, which is quicker"
+    import cv2
+    left, top, right, bottom = box
+    corner = np.array([left, top])
+    size = np.array([right - left, bottom - top])
+    fewer = -(-size // 4)
+    cell = np.array(driver.plate.shape[1::-1]) / cells.shape[1::-1]
+    step = size / fewer
+    back = np.column_stack([np.diag(step / cell), (corner + step / 2) / cell - .5])
+    coarse = cv2.warpAffine(cells, back, fewer.tolist(), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                            borderMode=cv2.BORDER_REPLICATE)
+    return cv2.resize(coarse, size.tolist(), interpolation=cv2.INTER_LINEAR)
+
+def carry_on(
+    values: np.ndarray, # (r, c, 3) float32
+    seen: np.ndarray # (r, c) bool: where they are known
+) -> np.ndarray: # (r, c, 3) float32
+    "Known values a little smoothed, and carried on to where none is known"
+    import cv2
+    weight = seen.astype(np.float32)
+    values = values * weight[..., None]
+    out = np.broadcast_to(values.sum((0, 1)) / max(weight.sum(), 1), values.shape).astype(np.float32)
+    for sigma in (6, 3, 1.5, .7):
+        near = cv2.GaussianBlur(weight, (0, 0), sigma)[..., None]
+        mean = cv2.GaussianBlur(values, (0, 0), sigma) / np.maximum(near, 1e-6)
+        out += (mean - out) * np.clip(near * 3, 0, 1)
+    return out
+
+# %% ../nbs/23_draft.ipynb #5cae3142
+OWN_SKIN = np.array([10, 6, 6]) # of Lab: a difference that may be of the skin
+TAKEN = np.array([.6, .5, .5]) # of that, the share that is laid to the light
+
+def light_table(
+    own: np.ndarray, # (2, 3): middle and spread of the skin in the picture, in Lab
+    scene: np.ndarray # (2, 3): in the video
+) -> np.ndarray: # (256, 3) uint8: a new value for each value of red, green and blue
+    "From the picture's light to the scene's"
+    plain = np.arange(256.)[:, None].repeat(3, 1)
+    if np.isnan(own).any() or np.isnan(scene).any(): return plain.astype(np.uint8)
+    apart = scene[0] - own[0]
+    goal = own[0] + np.clip(apart, -OWN_SKIN, OWN_SKIN) * TAKEN + apart - np.clip(apart, -OWN_SKIN, OWN_SKIN)
+    before, after = (np.clip(_linear(_rgb_of_lab(lab)), .002, .98) for lab in (own[0], goal))
+    light = _linear(plain / 255)
+    factor = np.where(after < before, after / before, after * (1 - before) / (before * (1 - after)))
+    lit = np.where(after < before, light * factor, light * factor / (1 + light * (factor - 1))) # white stays white
+    seen = _seen(lit)
+    middle = _seen(after)
+    shade = own[1, 0] * (goal[0] + 16) / (own[0, 0] + 16)
+    more = np.clip(np.sqrt((scene[1, 0] + 1) / (shade + 1)), .75, 1.3) - 1
+    off = seen - middle
+    return np.clip((seen + off * more * np.exp(-(off / .25) ** 2)) * 255 + .5, 0, 255).astype(np.uint8)
+
+def _rgb_of_lab(lab: np.ndarray) -> np.ndarray: # (3,), 0 to 1
+    import cv2
+    return cv2.cvtColor(lab.astype(np.float32).reshape(1, 1, 3), cv2.COLOR_LAB2RGB)[0, 0].astype(float)
+
+def _linear(seen: np.ndarray) -> np.ndarray: # light of sRGB values, 0 to 1
+    return np.where(seen <= .04045, seen / 12.92, ((seen + .055) / 1.055) ** 2.4)
+
+def _seen(light: np.ndarray) -> np.ndarray: # sRGB values of light, 0 to 1
+    return np.where(light <= .0031308, light * 12.92, 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - .055)
+
+# %% ../nbs/23_draft.ipynb #100ed4db
+@lru_cache(2)
+def _grains(w: int, h: int) -> np.ndarray: # (h + 256, w + 256, 4) uint8: 128 and 32 times noise; the last: none
+    import cv2
+    rng = np.random.default_rng(1)
+    grey, colours = (rng.standard_normal((h + 256, w + 256, k), np.float32) for k in (1, 3))
+    noise = cv2.GaussianBlur(grey * .8 + colours * .6, (0, 0), .6)
+    noise *= 32 / noise.std()
+    return np.dstack([np.clip(noise + 128.5, 0, 255), np.full_like(grey, 128)]).astype(np.uint8)
+
+def add_grain(
+    area: np.ndarray, # (b, a, 4) uint8: is changed
+    grain: np.ndarray, # (3,): of red, green and blue
+    i: int # frame
+) -> None:
+    "Lay noise over the colours"
+    import cv2
+    if grain.max() < .5 or not area.size: return
+    h, w = area.shape[:2]
+    x, y = np.random.default_rng(i).integers(0, 256, 2)
+    table = np.round((np.arange(256)[:, None] - 128) / 32 * [*grain, 0]).astype(np.int16)
+    noise = cv2.LUT(np.ascontiguousarray(_grains(-(-w // 64) * 64, -(-h // 64) * 64)[y:y + h, x:x + w]), table[:, None])
+    area[:] = cv2.add(area, noise, dtype=cv2.CV_8U)
+
+# %% ../nbs/23_draft.ipynb #b7e5f396
+HAND_LINES = ((0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16), (17, 18, 19, 20)) # from the thumb on
+PALM = (0, 1, 5, 9, 13, 17)
+
+def hand_shape(
+    points: np.ndarray, # (21, 2)
+    size: tuple[int, int] # width, height
+) -> np.ndarray: # (h, w) uint8
+    "A hand's outline, from its points"
+    import cv2
+    shape: np.ndarray = np.zeros(size[::-1], np.uint8)
+    length = max(np.linalg.norm(points[9] - points[0]), np.linalg.norm(points[17] - points[5]), 1.)
+    thick = max(round(.26 * length), 1)
+    fixed = np.round(np.clip(points, -4000, 4000) * 16).astype(np.int32)
+    palm = cv2.convexHull(fixed[list(PALM)])
+    cv2.fillConvexPoly(shape, palm, 255, cv2.LINE_AA, 4)
+    cv2.polylines(shape, [palm], True, 255, thick, cv2.LINE_AA, 4)
+    for finger in HAND_LINES: cv2.polylines(shape, [fixed[list(finger)]], False, 255, thick, cv2.LINE_AA, 4)
+    return shape
+
+def _spare_hands(
+    area: np.ndarray, # (b, a, 4) uint8: is changed
+    driver: Driver,
+    i: int, # frame
+    box: Box,
+    solid: np.ndarray # (b, a) uint8: alpha of the person
+) -> None:
+    "Leave out the driver's hands where they are in front of the person"
+    import cv2
+    b, a = solid.shape
+    for points, sure in zip(driver.hands[i] - box[:2], driver.hands_sure[i], strict=True):
+        if not sure > 0 or np.isnan(points).any(): continue
+        x, y = points.round().astype(int).T
+        over = (x >= 0) & (x < a) & (y >= 0) & (y < b)
+        share = (solid[y[over], x[over]] > 127).sum() / len(points)
+        strength = sure * np.clip(share * 6 - .6, 0, 1)
+        if strength == 0: continue
+        shape = hand_shape(points, (a, b))
+        x0, y0, wide, tall = cv2.boundingRect(shape)
+        if not wide: continue
+        r = max(round(np.ptp(points) * .02), 1)
+        part = slice(max(y0 - 2 * r, 0), y0 + tall + 2 * r), slice(max(x0 - 2 * r, 0), x0 + wide + 2 * r)
+        soft = cv2.blur(cv2.min(shape[part], _own_pixels(driver, i, box)[part]), (2 * r + 1, 2 * r + 1))
+        alpha = area[..., 3][part]
+        area[..., 3][part] = cv2.multiply(alpha, 255 - cv2.multiply(soft, float(strength)), scale=1 / 255)
+
+def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
+    "The old person's mask in a box, a pixel of it more"
+    import cv2
+    mask = cv2.dilate(unpack_mask(driver.masks[i], driver.mask_size).view(np.uint8) * 255, np.ones((3, 3), np.uint8))
+    left, top, right, bottom = box
+    return cv2.resize(mask, driver.plate.shape[1::-1], interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
+
+# %% ../nbs/23_draft.ipynb #9c6a019c
 def _head_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) picture -> frame
     "The head as a flat card: the affine map that suits the outline of its bones best"
     scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
@@ -770,7 +973,7 @@ def _trunk_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) p
     linear = size * np.array([[c, -s], [s, c]])
     return np.column_stack([linear, driver.trunk_at[i] - linear @ neck])
 
-# %% ../nbs/23_draft.ipynb #af785b6e
+# %% ../nbs/23_draft.ipynb #a483ce48
 def _close_seam(
     area: np.ndarray, # (h, w, 4) uint8: is painted on
     face: np.ndarray, # (478, 2)
@@ -825,7 +1028,7 @@ def _teeth_map(puppet: Puppet, goal: np.ndarray, head: np.ndarray, wide: float, 
     linear = linear @ np.diag([1, np.clip(.62 * gap / wide / max(bare, .1), 1, 1.5)])
     return np.column_stack([linear, goal[13, :2] - linear @ puppet.face[13, :2]])
 
-# %% ../nbs/23_draft.ipynb #28386031
+# %% ../nbs/23_draft.ipynb #d4c9b8ec
 def _close_eyes(
     warped: np.ndarray, # (h, w, 4) uint8: is painted on
     puppet: Puppet,
@@ -836,41 +1039,196 @@ def _close_eyes(
     if closed < .06: return
     for eye, ends in enumerate(EYE_CORNERS):
         up, low = (goal[[ends[0], *side[eye * 7:eye * 7 + 7], ends[1]], :2] for side in LIDS)
-        edge = up + (low - up) * (closed * 1.04)
-        lift = (up - low) * .75
-        wide = np.linalg.norm(up[-1] - up[0])
-        x0, y0 = np.maximum(np.floor((up + 1.3 * lift).min(0) - .3 * wide).astype(int), 0)
-        x1, y1 = np.minimum(np.ceil(np.maximum(up, low).max(0) + .3 * wide).astype(int), warped.shape[1::-1])
-        if x1 - x0 < 4 or y1 - y0 < 4: continue
-        corner = np.array([x0, y0])
-        lid = warped[y0:y1, x0:x1]
-        _paint_lid(lid, up - corner, low - corner, edge - corner, lift, puppet.paint[eye], min(closed - .06, .65))
+        lid = Lid(up, low, closed)
+        x0, y0, x1, y1 = lid.box(warped.shape[1::-1])
+        if lid.wide < 6 or lid.tall < .04 or x1 - x0 < 4 or y1 - y0 < 4: continue
+        area = warped[y0:y1, x0:x1]
+        area[..., :3] = np.clip(lid.paint(area[..., :3].astype(np.float32), (x0, y0), puppet.paint[eye]), 0, 255)
 
-def _paint_lid(
-    area: np.ndarray, # (h, w, 4) uint8: is painted on
-    up: np.ndarray, # (9, 2) the open lid's edge
-    low: np.ndarray, # (9, 2) the lower lid's
-    edge: np.ndarray, # (9, 2) the lid's present edge
-    lift: np.ndarray, # (9, 2) how far above the open edge the paint may fade
-    colour: np.ndarray, # (3,) of the skin around the eye
-    amount: float # how far closed; near 0 the paint is thin, so that no lid pops up
-) -> None:
-    "Grow the skin around the eye over it, round it by a shadow, and draw lashes at its edge"
+class Lid:
+    "One eye's lid; lengths are in widths of the eye"
+    def __init__(
+        self,
+        up: np.ndarray, # (9, 2): edge of the open lid, from the outer corner to the inner
+        low: np.ndarray, # (9, 2): of the lower lid
+        closed: float # 0 to 1
+    ):
+        along = up[-1] - up[0]
+        self.wide = max(float(np.linalg.norm(along)), 1e-6) # pixels
+        self.corner = up[0]
+        across = along / self.wide
+        down = np.array([-across[1], across[0]])
+        down *= 1 if ((low - up) @ down).sum() >= 0 else -1
+        self.axes = np.stack([across, down]) # rows
+        self.rims = [np.maximum.accumulate(rim @ [1, 0]) + 1j * (rim @ [0, 1]) for rim in map(self._own, (up, low))]
+        self.tall = float((self.rims[1] - self.rims[0]).imag.max())
+        self.closed = closed
+
+    def _own(self, points: np.ndarray) -> np.ndarray: return (points - self.corner) @ self.axes.T / self.wide
+
+    def box(self, size: tuple[int, int]) -> Box:
+        "The part of a picture that it may change or take colours from"
+        high = self.rims[0].imag.min() - 1.4 * self.tall
+        deep = self.rims[1].imag.max() + 1.2 * self.tall
+        corners = np.array([[s, v] for s in (-.2, 1.1) for v in (high, deep)]) * self.wide @ self.axes + self.corner
+        x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int), 0).tolist()
+        x1, y1 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, size).tolist()
+        return x0, y0, x1, y1
+
+    def paint(
+        self,
+        area: np.ndarray, # (h, w, 3) float32
+        at: tuple[int, int], # its corner
+        colour: np.ndarray # (3,) of the skin around the eye
+    ) -> np.ndarray: # (h, w, 3)
+        "Skin over the eye, and lashes at its edge"
+        h, w = area.shape[:2]
+        where = self._own(np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1) + at).astype(np.float32)
+        s, v = where[..., 0], where[..., 1]
+        upper, lower = (np.interp(s, rim.real, rim.imag) for rim in self.rims)
+        edge = upper + (lower * .75 - upper) * self.closed
+        local = np.sqrt(np.clip((lower - upper) / self.tall, .05, 1))
+        strength = min((self.closed - .06) * 6, 1)
+        sides = np.clip((s + .14) / .14, 0, 1) * np.clip((1.06 - s) / .12, 0, 1) * strength
+        lid = np.clip((v - upper) / (.6 * self.tall * local) + 1.9, 0, 1) * np.clip((edge - v) * self.wide + .5, 0, 1)
+        gone = np.clip((lower - v) / (.15 * self.tall) + 1, 0, 1) * (v > edge) * np.clip(self.closed * 5 - 4, 0, 1)
+        skin = self._skin(area, at, s, v, upper, lower)
+        bulge = np.sin(np.pi * np.clip((v - upper) / np.maximum(edge - upper, .02), 0, 1))
+        fold = np.exp(-((v - upper + .1) / .09) ** 2) * self.closed
+        shade = .1 - .06 * bulge + .12 * np.exp(-np.maximum(edge - v, 0) / .07) + .06 * fold * local
+        shade = np.where(v < edge, shade * (.5 + .5 * self.closed), 0)
+        skin = skin * (1 - shade[..., None] * [1, 1.3, 1.45])
+        area = area + (skin - area) * (np.maximum(lid, gone) * sides)[..., None]
+        return area + (colour * [.15, .12, .11] - area) * (self._lashes(s, v - edge) * sides)[..., None]
+
+    def _skin(self, area, at, s, v, upper, lower) -> np.ndarray: # (h, w, 3)
+        "Between the colours above and below the eye, with the texture of the skin below"
+        import cv2
+        def take(picture: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray:
+            x, y = np.moveaxis(np.stack([s, v], -1) * self.wide @ self.axes + self.corner - at, -1, 0)
+            return cv2.remap(picture, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR,
+                             borderMode=cv2.BORDER_REPLICATE)
+        soft = cv2.GaussianBlur(area, (0, 0), max(.05 * self.wide, .6))
+        grid = np.linspace(.08, .92, 12)
+        up, low = (np.interp(grid, rim.real, rim.imag) for rim in self.rims)
+        ends = take(soft, np.stack([grid, grid]), np.stack([up - 1.25 * self.tall, low + .65 * self.tall]))
+        ends = cv2.blur(ends, (5, 1), borderType=cv2.BORDER_REPLICATE)
+        share = np.clip((v - upper + 1.25 * self.tall) / (lower - upper + 1.9 * self.tall), 0, 1)
+        skin = cv2.remap(ends, ((s - .08) / .84 * 11).astype(np.float32), share.astype(np.float32), cv2.INTER_LINEAR,
+                         borderMode=cv2.BORDER_REPLICATE)
+        texture = take(area - soft, s, lower + .35 * self.tall + np.abs(lower - v) * .7)
+        return skin + np.clip(texture, -10, 10)
+
+    def _lashes(self, s: np.ndarray, below: np.ndarray) -> np.ndarray: # (h, w), 0 to 1
+        "A line that is thicker outwards, and a fringe below it"
+        taper = np.sqrt(np.clip(np.sin(np.pi * np.clip(s, 0, 1)), 0, 1)) * (1.05 - .4 * s)
+        line = np.exp(-(below / max(.04, .8 / self.wide)) ** 2) * .9
+        hairs = .65 + .35 * np.sin(s * 80 - below * 25 + 3 * np.sin(s * 17))
+        fringe = np.exp(-np.maximum(below, 0) / .075) * (below > 0) * hairs * .7
+        return np.clip(np.maximum(line, fringe) * taper, 0, 1)
+
+# %% ../nbs/23_draft.ipynb #2128d9cd
+def draw(
+    puppet: Puppet,
+    driver: Driver,
+    i: int # frame
+) -> np.ndarray: # (h, w, 4) uint8 RGBA, straight: what is to be laid over the live frame, and where
+    "One frame; depends on nothing but its arguments"
+    h, w = driver.plate.shape[:2]
+    out = np.zeros((h, w, 4), np.uint8)
+    if not driver.present[i]: return out
+    cover, at = cover_of_driver(driver, i)
+    person, corner = _moved_person(puppet, driver, i)
+    box = _around([(cover, at), (person, corner)])
+    if box is None: return out
+    person = _placed(person, corner, box)
+    area = out[box[1]:box[3], box[0]:box[2]]
+    table = light_table(puppet.light, driver.light[i])
+    _compose(area, person, _placed(cover, at, box), scenery(driver, i, box), table)
+    add_grain(area, driver.grain, i)
+    _spare_hands(area, driver, i, box, person[..., 3])
+    return out
+
+def _around(parts: list[tuple[np.ndarray, tuple[int, int]]]) -> Box | None: # the smallest box around all
+    sides = [(x, y, x + part.shape[1], y + part.shape[0]) for part, (x, y) in parts if part.size]
+    if not sides: return None
+    left, top, right, bottom = zip(*sides, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+def _placed(part: np.ndarray, corner: tuple[int, int], box: Box) -> np.ndarray: # as large as the box
+    "A part of a picture in a larger one, empty around"
+    out = np.zeros((box[3] - box[1], box[2] - box[0], *part.shape[2:]), np.uint8)
+    x, y = corner[0] - box[0], corner[1] - box[1]
+    out[y:y + part.shape[0], x:x + part.shape[1]] = part
+    return out
+
+# %% ../nbs/23_draft.ipynb #b7fde804
+def _moved_person(
+    puppet: Puppet,
+    driver: Driver,
+    i: int # frame
+) -> tuple[np.ndarray, tuple[int, int]]: # (a, b, 4) uint8 premultiplied, and its corner in the frame
+    "The person of the picture, posed like the driver"
     import cv2
-    wide = float(np.linalg.norm(up[-1] - up[0]))
-    shape, under, hole, lash = (np.zeros(area.shape[:2], np.uint8) for _ in range(4))
-    def fixed(v: np.ndarray) -> list[Any]: return [np.round(v * 16).astype(np.int32)]
-    cv2.fillPoly(shape, fixed(np.vstack([up + lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
-    cv2.fillPoly(under, fixed(np.vstack([up + 2 * lift, edge[::-1]])), 255, cv2.LINE_AA, 4)
-    cv2.fillPoly(hole, fixed(np.vstack([up + .5 * lift, low[::-1]])), 255, cv2.LINE_AA, 4)
-    eye = cv2.dilate(hole, np.ones((3, 3), np.uint8), iterations=max(round(wide * .08), 1))
-    cv2.polylines(lash, fixed(edge), False, 255, max(round(wide * .03), 1), cv2.LINE_AA, 4)
-    def blur(v: np.ndarray, sigma: float) -> np.ndarray:
-        return cv2.GaussianBlur(v, (0, 0), max(wide / sigma, .5)).astype(np.float32)[..., None] / 255
-    soft = np.minimum(blur(shape, 14) * 1.2, blur(under, 90)).clip(0, 1) * min(amount * 5, 1)
-    skin = cv2.inpaint(np.ascontiguousarray(area[..., :3]), eye, max(wide * .06, 2), cv2.INPAINT_TELEA)
-    skin = cv2.GaussianBlur(skin, (0, 0), max(wide * .05, .5)).astype(np.float32)
-    middle = blur(shape, 9)
-    line = blur(lash, 50) * amount
-    rgb = area[..., :3] * (1 - soft) + skin * (.97 + .05 * middle / max(middle.max(), .1)) * soft
-    area[..., :3] = np.clip(rgb * (1 - line) + colour * [.5, .4, .35] * line, 0, 255)
+    h, w = driver.plate.shape[:2]
+    face, closed = with_expression(_resemblance(puppet, driver), driver.shape[i])
+    goal = driver.scale[i] * face @ driver.turn[i].T + driver.shift[i]
+    head = _head_map(puppet, driver, i)
+    trunk = _trunk_map(puppet, driver, i)
+    back = inverse_affine(head), inverse_affine(trunk)
+    ring = apply_affine(head, puppet.ring)
+    for _ in range(6):
+        ring = ring + apply_affine(head, puppet.ring) - apply_affine(head, inverse_map(ring, *back, puppet.neck))
+    depth = np.full(len(ring), goal[:, 2].max() + 1)
+    moved = np.concatenate([goal, np.column_stack([ring, depth])])
+    cells = _follow_arms(_cell_centres((w, h)), puppet, driver.arms[i], trunk, ring)
+    maps, (x, y), k = _points_of_picture(puppet, inverse_map(cells, *back, puppet.neck), CELL, moved, (w, h))
+    if not maps.size: return np.zeros((0, 0, 4), np.uint8), (0, 0)
+    # OpenCV's own hints do not know that one map of pairs needs no second one
+    warped = cv2.remap(puppet.levels[k], maps, None, cv2.INTER_LINEAR) # type: ignore[call-overload]
+    goal[:, :2] -= [x, y]
+    _fill_mouth(warped, puppet, goal, head)
+    _close_eyes(warped, puppet, goal, closed)
+    left, top, wide, tall = cv2.boundingRect(cv2.extractChannel(warped, 3))
+    shown = warped[top:top + tall, left:left + wide]
+    return _fade_out(shown, driver.reach[i] - y - top), (int(x) + left, int(y) + top)
+
+@lru_cache(1)
+def _resemblance(puppet: Puppet, driver: Driver) -> Resemblance: # the same for all frames
+    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    return resemblance(scale * puppet.face @ turn.T + shift, driver.shape)
+
+def _fade_out(person: np.ndarray, reach: float) -> np.ndarray: # the same, or a copy
+    "The driver ends in mid-frame, at row `reach`, so the puppet does"
+    fade = np.clip((reach - np.arange(len(person))) / 40 + .5, 0, 1).astype(np.float32)
+    return person if fade.min(initial=1) == 1 else (person * fade[:, None, None]).astype(np.uint8)
+
+CELL = 20 # pixels of a cell of the coarse grid
+
+def _cell_centres(size: tuple[int, int]) -> np.ndarray: # (r, c, 2): their centres, one cell more all around
+    return np.stack(np.meshgrid(*(np.arange(-1, v // CELL + 2) * CELL + CELL / 2 - .5 for v in size)), -1)
+
+# %% ../nbs/23_draft.ipynb #1c985a06
+def _compose(
+    out: np.ndarray, # (b, a, 4) uint8: is written to
+    person: np.ndarray, # (b, a, 4) uint8 premultiplied
+    cover: np.ndarray, # (b, a) uint8
+    scene: np.ndarray, # (b, a, 3) uint8
+    table: np.ndarray # (256, 3) uint8: light
+) -> None:
+    "The person over the scenery over nothing: straight colours and alpha"
+    import cv2
+    solid = cv2.extractChannel(person, 3)
+    rest = 255 - solid
+    lit = cv2.LUT(cv2.cvtColor(person, cv2.COLOR_BGRA2BGR), table[:, None])
+    colours = cv2.add(cv2.multiply(scene, cv2.cvtColor(rest, cv2.COLOR_GRAY2BGR), scale=1 / 255), lit)
+    alpha = 255 - cv2.multiply(rest, 255 - cover, scale=1 / 255)
+    cv2.mixChannels([colours, alpha], [out], [0, 0, 1, 1, 2, 2, 3, 3])
+    # at the person's rim, colours are shares of what is there
+    at = np.flatnonzero(cv2.inRange(solid, 1, 250))
+    share = solid.reshape(-1)[at][:, None] / np.float32(255)
+    bare = np.minimum(person.reshape(-1, 4)[at, :3] / share + .5, 255).astype(np.uint8)
+    behind = cover.reshape(-1)[at][:, None] / np.float32(255) * (1 - share)
+    rows, columns = np.divmod(at, solid.shape[1])
+    mixed = (table[bare, np.arange(3)] * share + scene[rows, columns] * behind) / (share + behind)
+    out[rows, columns, :3] = (mixed + .5).astype(np.uint8)
