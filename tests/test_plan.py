@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from wan_avatar.frames import SIZE, Rectangle
-from wan_avatar.plan import CELL, PlanRules, mask_boxes, plan_scene, stretches
+from wan_avatar.plan import MULTIPLE, PlanRules, mask_boxes, plan_scene, stretches
 from wan_avatar.segments import BLOCKS, SHAPES, WHOLE, MaskShape, grow_mask
 from wan_avatar.track import Track, pack_mask
 
@@ -45,7 +45,7 @@ def test_rectangles_hold_their_masks_and_have_one_size(track, content, size, sha
     if shape != 'grid': assert plan.size == size
     for w in plan.windows:
         assert (w.area.width, w.area.height) == plan.size == plan.sampled
-        assert w.area.width % CELL == w.area.height % CELL == 0
+        assert w.area.width % MULTIPLE == w.area.height % MULTIPLE == 0
         assert 0 <= w.area.left <= w.area.right <= 1280 and 0 <= w.area.top <= w.area.bottom <= 720
         made = np.zeros((720, 1280), bool)
         made[w.area.top:w.area.bottom, w.area.left:w.area.right] = True
@@ -70,7 +70,7 @@ def test_a_margin_of_64_pixels_around_the_masks_inside_the_content():
     track = track_of([box(500, 240, 800, 560)] * 9)
     plan = plan_scene(track, WHOLE, MaskShape(dilation=0), PlanRules(least_side=16))
     area = plan.windows[0].area
-    assert area.left <= 500 - 64 and area.right >= 800 + 64 and area.width < 300 + 2 * 64 + 4 + CELL
+    assert area.left <= 500 - 64 and area.right >= 800 + 64 and area.width < 300 + 2 * 64 + 4 + MULTIPLE
 
 PRESENCE = { # frames: s: somebody, n: nobody; stretches
     'all': ('s' * 50, [(0, 50)]),

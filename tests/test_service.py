@@ -511,7 +511,7 @@ def test_a_picture_takes_the_renderer_early_only_when_no_job_has_it(monkeypatch,
         assert lock.locked()
         seen.append(picture)
         if fault: raise fault
-    monkeypatch.setattr('wan_avatar.tracks.track_picture', track)
+    monkeypatch.setattr('wan_avatar.tracks.track_reference', track)
     async def early():
         if renderer is TAKEN: await lock.acquire()
         await track_early(run, Path('a.png'))

@@ -434,7 +434,7 @@ def _compose_s(video: Path, track: Track) -> float: # seconds of a frame
     cv2.setNumThreads(cores)
     return spent / count
 
-def _saved(say: Callable[[str], None], frames: int = 77) -> list[Measurement]:
+def _work_saved(say: Callable[[str], None], frames: int = 77) -> list[Measurement]:
     "How much less the model does for the sample clips, since only the person is made"
     found = []
     for sample in ('pexels.mp4', 'single_face.mp4'):
@@ -444,8 +444,8 @@ def _saved(say: Callable[[str], None], frames: int = 77) -> list[Measurement]:
             asyncio.run(_track_once(place, job, get_profile('draft')))
             scene = scene_of(WAN, clip, load_track(job / 'driving.track'))
         report = scene_report(scene, [(w, window_report(w, None, None, Tone())) for w in scene.windows], WAN)
-        found.append(Measurement(f'{sample}, {report.width}x{report.height}: work for whole frames / work of production',
-                                 report.saved, 'x'))
+        name = f'{sample}, {report.width}x{report.height}: work for whole frames / work of production'
+        found.append(Measurement(name, report.saved, 'x'))
     return found
 
 def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measurement]:
@@ -467,7 +467,7 @@ def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measureme
         say('window: traffic')
         by_socket, by_files = asyncio.run(_window_traffic(place, job))
     return [
-        *_saved(say),
+        *_work_saved(say),
         Measurement('composing a frame at 720p on one core, the driving video decoded', round(1e3 * composing_s, 1),
                     'ms', 20),
         Measurement('conditioning pictures at 720p', round(1 / statistics.median(spent), 1), 'frames/s', at_least=40),

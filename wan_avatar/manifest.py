@@ -79,7 +79,7 @@ class SceneReport(BaseModel):
     sampled: tuple[int, int] # width, height the model saw it at
     share: float # of the frame
     made: int # frames of the video; in the others nobody was there
-    saved: float | None # the model's work for whole frames of the whole video, over the work done; None: nothing sampled
+    saved: float | None # the model's work for all of every frame over the work done; None: nothing was sampled
     windows: list[WindowReport]
 
 # %% ../nbs/09_manifest.ipynb #fba8fbbe
