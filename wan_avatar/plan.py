@@ -30,9 +30,10 @@ class PlanRules:
     presence: bool = True # False: frames without the person are made too
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.least_side < MULTIPLE or not 0 < self.most_share <= 1 or not 0 < self.scale <= 4:
-            raise ValueError(f'margin {self.margin} must be 0 or more, least_side {self.least_side} at least {MULTIPLE}, '
-                             f'most_share {self.most_share} above 0 and at most 1, scale {self.scale} above 0, at most 4')
+        fine = self.margin >= 0 and self.least_side >= MULTIPLE and 0 < self.most_share <= 1 and 0 < self.scale <= 4
+        if not fine:
+            raise ValueError(f'margin {self.margin} must be 0 or more, least_side {self.least_side} {MULTIPLE} or '
+                             f'more, most_share {self.most_share} above 0 and at most 1, scale {self.scale} up to 4')
 
     def sampled(
         self,
