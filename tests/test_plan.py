@@ -4,8 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from wan_avatar.cards import operations
 from wan_avatar.frames import SIZE, Rectangle
-from wan_avatar.plan import MULTIPLE, PlanRules, mask_boxes, plan_scene, stretches
+from wan_avatar.plan import MULTIPLE, PlanRules, mask_boxes, petaflop, plan_scene, stretches
 from wan_avatar.segments import BLOCKS, SHAPES, WHOLE, MaskShape, grow_mask
 from wan_avatar.track import Track, pack_mask
 
@@ -127,6 +128,12 @@ def test_each_rule_can_be_switched(rules, size, sampled, made):
     track = track_of([box(560, 140, 700, 660)] * 90, [True] * 60 + [False] * 30)
     plan = plan_scene(track, WHOLE, BLOCKS, rules)
     assert (plan.size, plan.sampled, sum(w.new for w in plan.windows)) == (size, sampled, made)
+
+WINDOWS = [(SIZE, 77), (SIZE, 41), ((480, 720), 77), ((480, 480), 61), ((912, 512), 73)]
+
+@pytest.mark.parametrize('sampled, length', WINDOWS)
+def test_the_law_of_the_work_is_the_models(sampled, length):
+    assert petaflop(sampled, length) == pytest.approx(operations(*sampled, length).total / 1e15, rel=0.01)
 
 def test_a_window_whose_masks_are_all_empty_is_made_somewhere():
     track = replace(track_of([np.zeros((360, 640), bool)] * 9), present=np.ones(9, bool))

@@ -26,9 +26,10 @@ from wan_avatar.frames import Rectangle
 from wan_avatar.handler import Handler
 from wan_avatar.inputs import Inputs, fetch_inputs, room_needed
 from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
-from wan_avatar.manifest import BootReport, Manifest
+from wan_avatar.manifest import BootReport, Manifest, SceneReport
 from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
+from wan_avatar.render import Rendered
 from wan_avatar.run import JobRun, WorkerContext, deadline, work_folder
 from wan_avatar.store import Store, fetch_image
 from wan_avatar.tasks import Background
@@ -299,7 +300,8 @@ def delivery(service, key: str, inputs: Inputs, store: Store | None = None):
     boot = BootReport(job_number=1, process_s=0, taken_s=0, stages=[])
     run = JobRun(worker, prepare(get_profile('draft')), inputs.folder, Timeline(), Restarts(), job_id='twice',
                  job=Job(input_image_minio_path='a.png'), key=key, seed=1, boot=boot)
-    return deliver(run, inputs, track={}, kernels=None)
+    scene = SceneReport(width=64, height=64, sampled=(64, 64), share=1, made=24, saved=None, windows=[])
+    return deliver(run, inputs, {}, Rendered(None, scene))
 
 def lost(put, asked): raise JobError('storage_failed', 'the line was cut')
 def arrived(put, asked):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from .assembly import Assembly
-from .cards import operations
 from .comfy import NodeProgress, run as run_graph
 from .compose import ComposeRules
 from .frames import RawFrames
@@ -29,7 +28,7 @@ from .kernels import DEFAULT
 from .manifest import KernelsRan, SceneReport, WindowReport
 from .mp4 import Encoder
 from .normalise import Clip
-from .plan import PlanRules, ScenePlan, plan_scene
+from .plan import PlanRules, ScenePlan, petaflop, plan_scene
 from .run import Run, StageProgress
 from .segments import Window, fit_length, plan_windows
 from .tasks import entered_in_thread, one_at_a_time
@@ -178,11 +177,10 @@ def scene_report(
     profile: Profile
 ) -> SceneReport:
     "What was made of the video"
-    sampled = [profile.rules(PlanRules).sampled((s.area.width, s.area.height)) for s, _ in done]
-    work = sum(operations(*size, s.length).total for size, (s, _) in zip(sampled, done, strict=True))
-    whole = profile.rules(PlanRules).sampled(scene.frame)
+    rules = profile.rules(PlanRules)
+    work = sum(petaflop(rules.sampled((s.area.width, s.area.height)), s.length) for s, _ in done)
     windows = plan_windows(scene.frames, profile.length, profile.overlap)
-    all_of_it = sum(operations(*whole, w.length).total for w in windows)
+    all_of_it = sum(petaflop(rules.sampled(scene.frame), w.length) for w in windows)
     saved = round(all_of_it / work, 2) if work and 'steps' in profile.values else None
     return SceneReport(width=scene.size[0], height=scene.size[1], sampled=scene.sampled, share=round(scene.share, 4),
                        made=sum(s.new for s, _ in done), saved=saved, windows=[report for _, report in done])
