@@ -844,8 +844,8 @@ def carry_on(
     return out
 
 # %% ../nbs/23_draft.ipynb #5cae3142
-OWN_SKIN = np.array([10, 6, 6]) # of Lab: a difference that may be of the skin
-TAKEN = np.array([.6, .5, .5]) # of that, the share that is laid to the light
+OWN_SKIN = np.array([10, 9, 9]) # of Lab: a difference that may be of the skin
+TAKEN = np.array([.6, .4, .4]) # of that, the share that is laid to the light
 
 def light_table(
     own: np.ndarray, # (2, 3): middle and spread of the skin in the picture, in Lab
@@ -879,13 +879,12 @@ def _seen(light: np.ndarray) -> np.ndarray: # sRGB values of light, 0 to 1
 
 # %% ../nbs/23_draft.ipynb #100ed4db
 @lru_cache(2)
-def _grains(w: int, h: int) -> np.ndarray: # (h + 256, w + 256, 4) uint8: 128 and 32 times noise; the last: none
+def _noise(w: int, h: int, grain: tuple[float, ...]) -> np.ndarray: # (h + 256, w + 256, 4) int16; the last: none
     import cv2
     rng = np.random.default_rng(1)
     grey, colours = (rng.standard_normal((h + 256, w + 256, k), np.float32) for k in (1, 3))
     noise = cv2.GaussianBlur(grey * .8 + colours * .6, (0, 0), .6)
-    noise *= 32 / noise.std()
-    return np.dstack([np.clip(noise + 128.5, 0, 255), np.full_like(grey, 128)]).astype(np.uint8)
+    return np.dstack([np.round(noise * (grain / noise.std())), np.zeros_like(grey)]).astype(np.int16)
 
 def add_grain(
     area: np.ndarray, # (b, a, 4) uint8: is changed
@@ -894,12 +893,11 @@ def add_grain(
 ) -> None:
     "Lay noise over the colours"
     import cv2
-    if grain.max() < .5 or not area.size: return
+    if grain.max() < .5: return
     h, w = area.shape[:2]
     x, y = np.random.default_rng(i).integers(0, 256, 2)
-    table = np.round((np.arange(256)[:, None] - 128) / 32 * [*grain, 0]).astype(np.int16)
-    noise = cv2.LUT(np.ascontiguousarray(_grains(-(-w // 64) * 64, -(-h // 64) * 64)[y:y + h, x:x + w]), table[:, None])
-    area[:] = cv2.add(area, noise, dtype=cv2.CV_8U)
+    noise = _noise(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes, so that it is kept
+    cv2.add(area, noise[y:y + h, x:x + w], dst=area, dtype=cv2.CV_8U)
 
 # %% ../nbs/23_draft.ipynb #b7e5f396
 HAND_LINES = ((0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16), (17, 18, 19, 20)) # from the thumb on
