@@ -742,7 +742,7 @@ def _points_of_picture(
 
 # %% ../nbs/23_draft.ipynb #ad720005
 Box = tuple[int, int, int, int] # left, top, right, bottom
-GROWN = 1 / 90 # of the frame's width: how far the old person's place is grown
+GROWN = 1 / 64 # of the frame's width: how far the old person's place is grown
 RIM = 1 / 160 # of the frame's width: how wide its soft rim is, outside of that
 
 def cover_of_driver(
@@ -757,6 +757,8 @@ def cover_of_driver(
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
     if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
+    # strands of hair that the segmenter lost lie in the bays of its outline
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((max(h // 12, 1), max(w // 20, 1)), np.uint8))
     grown = GROWN * w
     rim = RIM * w
     reach = int(grown + rim) + 2
@@ -879,7 +881,7 @@ def _seen(light: np.ndarray) -> np.ndarray: # sRGB values of light, 0 to 1
 
 # %% ../nbs/23_draft.ipynb #100ed4db
 @lru_cache(2)
-def _noise(w: int, h: int, grain: tuple[float, ...]) -> np.ndarray: # (h + 256, w + 256, 4) int16; the last: none
+def _film_grain(w: int, h: int, grain: tuple[float, ...]) -> np.ndarray: # (h + 256, w + 256, 4) int16; the last: none
     import cv2
     rng = np.random.default_rng(1)
     grey, colours = (rng.standard_normal((h + 256, w + 256, k), np.float32) for k in (1, 3))
@@ -896,7 +898,7 @@ def add_grain(
     if grain.max() < .5: return
     h, w = area.shape[:2]
     x, y = np.random.default_rng(i).integers(0, 256, 2)
-    noise = _noise(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes, so that it is kept
+    noise = _film_grain(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes, so that it is kept
     cv2.add(area, noise[y:y + h, x:x + w], dst=area, dtype=cv2.CV_8U)
 
 # %% ../nbs/23_draft.ipynb #b7e5f396
