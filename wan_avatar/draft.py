@@ -791,7 +791,10 @@ def scenery(
     seen = live.any(-1)
     if not seen.any(): return area
     both = seen & reached
-    apart = np.clip(carry_on(live - of_plate, both), -60, 60)
+    apart = live - of_plate
+    usual = np.median(apart[both], axis=0) if both.any() else np.zeros(3)
+    # a cell that differs more than the others is of something that moved
+    apart = carry_on((usual + np.clip(apart - usual, -12, 12)).astype(np.float32), both)
     if np.abs(apart).max() > 1.5: area = cv2.add(area, _stretched(apart, driver, box).astype(np.int16), dtype=cv2.CV_8U)
     if still: return area
     known = cv2.warpAffine(_ramp(driver.plate.shape[1::-1]), here, size, flags=cv2.INTER_LINEAR)
