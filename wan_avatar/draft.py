@@ -375,11 +375,11 @@ def make_driver(
     shift = running_mean(shift, 1)
     shape = smooth(shape[at])
     u, _, vt = np.linalg.svd(running_mean(turn[at], 1))
-    head = {'scale': scale, 'turn': u @ vt, 'shift': shift, 'shape': shape, 'mean': shape.mean(0)}
+    head: dict[str, Any] = {'scale': scale, 'turn': u @ vt, 'shift': shift, 'shape': shape, 'mean': shape.mean(0)}
     neck = (scale[:, None, None] * head['turn'] @ NECK[:, None])[..., 0] + shift
     trunk_at, tilt = _trunk_motion(track, neck[:, :2])
-    trunk = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
-    limits = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
+    trunk: dict[str, Any] = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
+    limits: dict[str, Any] = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
     hands, sure = _hands(track)
     return Driver(**_scene(track), present=_there(track), **head, **trunk, **limits, hands=hands, hands_sure=sure)
 
@@ -915,7 +915,7 @@ def hand_shape(
     "A hand's outline, from its points"
     import cv2
     shape: np.ndarray = np.zeros(size[::-1], np.uint8)
-    length = max(np.linalg.norm(points[9] - points[0]), np.linalg.norm(points[17] - points[5]), 1.)
+    length = max(float(np.linalg.norm(points[a] - points[b])) for a, b in ((9, 0), (17, 5)))
     thick = max(round(.26 * length), 1)
     fixed = np.round(np.clip(points, -4000, 4000) * 16).astype(np.int32)
     palm = cv2.convexHull(fixed[list(PALM)])
@@ -948,7 +948,7 @@ def _spare_hands(
         part = slice(max(y0 - 2 * r, 0), y0 + tall + 2 * r), slice(max(x0 - 2 * r, 0), x0 + wide + 2 * r)
         soft = cv2.blur(cv2.min(shape[part], _own_pixels(driver, i, box)[part]), (2 * r + 1, 2 * r + 1))
         alpha = area[..., 3][part]
-        area[..., 3][part] = cv2.multiply(alpha, 255 - cv2.multiply(soft, float(strength)), scale=1 / 255)
+        area[..., 3][part] = cv2.multiply(alpha, 255 - cv2.convertScaleAbs(soft, alpha=float(strength)), scale=1 / 255)
 
 def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
     "The old person's mask in a box, a pixel of it more"

@@ -516,11 +516,12 @@ class Camera:
     def _step(self, view: np.ndarray, away: np.ndarray) -> int: # corners that agree
         "Follow the corners into this frame; `last` moves when at least eight agree"
         import cv2
-        if len(self.corners) < 10: return 0
+        before = self.view
+        if before is None or len(self.corners) < 10: return 0
         step = self.last @ np.linalg.inv(self.base)
         guess = (self.corners @ step[:2, :2].T + step[:2, 2]).astype(np.float32)
         now, ok, _ = cv2.calcOpticalFlowPyrLK(
-            self.view, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
+            before, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
         )
         at = np.clip(now[:, 0].round().astype(int), 0, np.array(view.shape[::-1]) - 1)
         ok = (ok[:, 0] > 0) & (away[at[:, 1], at[:, 0]] > 0)
@@ -601,8 +602,8 @@ def draw_arms(
     across = float(np.nan_to_num(np.linalg.norm(body[11, :2] - body[12, :2])))
     for a, b in SLEEVES:
         if not (body[[a, b], 2] > .6).all(): continue # nan is not either
-        ends = np.round(np.clip(body[[a, b], :2], -4000, 4000) * 16).astype(int).tolist()
-        cv2.line(mask, *ends, value, min(max(round(thick * across), 1), 200), cv2.LINE_8, 4)
+        start, end = np.round(np.clip(body[[a, b], :2], -4000, 4000) * 16).astype(int).tolist()
+        cv2.line(mask, start, end, value, min(max(round(thick * across), 1), 200), cv2.LINE_8, 4)
     return mask
 
 # %% ../nbs/21_track.ipynb #8195659a
@@ -719,7 +720,7 @@ def scene_colours(
 ) -> np.ndarray: # (r, c, 3) uint8; 0 where hardly any of a cell is free
     "Mean colours of the cells"
     import cv2
-    free = cv2.compare(away, 255, cv2.CMP_EQ)
+    free = cv2.threshold(away, 254, 255, cv2.THRESH_BINARY)[1]
     rows, columns = scene_cells(view.shape[1::-1])
     between = columns * 4, rows * 4 # whole numbers are finer there: eight bits will do for the first step
     def cells(picture: np.ndarray) -> np.ndarray: # (r, c, ...) float32
