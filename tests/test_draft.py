@@ -318,6 +318,13 @@ def test_cut_off_parts_are_made_up():
     assert (more[..., :3] <= more[..., 3:] + 1).all()
     assert more[int(top) + 62, 2, 3] < 128 and more[int(top) + 62, int(left) + 5, 3] == 255, 'shoulders are round'
 
+def test_something_that_moves_beside_the_driver_does_not_colour_the_plate():
+    cells = scene(ROOM)
+    cells[:, :, :6] = 250
+    driver = driving([AT] * 3, scene=cells)
+    part = scenery(driver, 1, (120, 0, 320, 180)).astype(int)
+    assert np.abs(part - ROOM).max() <= 13
+
 # light: middle and spread of a studio's face in Lab, and what a mean face of 200, 150, 130 becomes in a scene
 
 STUDIO = np.array([[66., 15, 18], [6, 1, 1]])

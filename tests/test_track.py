@@ -31,6 +31,7 @@ from wan_avatar.track import (
     inside_bars,
     is_present,
     largest_piece,
+    light_of_stretches,
     load_track,
     pack_mask,
     pack_points,
@@ -434,6 +435,17 @@ def test_light_on_a_face_has_a_middle_and_a_spread():
     assert face_light(sides, face)[1, 0] > 5
     assert np.isnan(face_light(even, np.full((478, 3), np.nan, np.float32))).all()
     assert np.isnan(face_light(even, face + 900)).all(), 'outside of the picture'
+
+def test_light_of_a_part_counts_as_much_as_its_faces():
+    lights = np.full((LIGHTS * 4, 2, 3), 60.)
+    lights[16:] = 20
+    lights[20:24], lights[25:28] = np.nan, np.nan
+    found = light_of_stretches(lights, np.arange(LIGHTS * 4) // 4)[:, 0, 0]
+    assert found[0] == 60
+    assert np.isnan(found[5]), 'no face at all'
+    assert found[7] == 20
+    assert 40 < found[6] < 60, 'a single face of four'
+    assert np.isnan(light_of_stretches(lights * np.nan, np.arange(LIGHTS * 4) // 4)).all()
 
 # rows of a video: there or not, and where a mask is; the bridged ones
 @pytest.mark.parametrize('there, at, bridged', [

@@ -375,11 +375,11 @@ def make_driver(
     shift = running_mean(shift, 1)
     shape = smooth(shape[at])
     u, _, vt = np.linalg.svd(running_mean(turn[at], 1))
-    head = {'scale': scale, 'turn': u @ vt, 'shift': shift, 'shape': shape, 'mean': shape.mean(0)}
+    head: dict[str, Any] = {'scale': scale, 'turn': u @ vt, 'shift': shift, 'shape': shape, 'mean': shape.mean(0)}
     neck = (scale[:, None, None] * head['turn'] @ NECK[:, None])[..., 0] + shift
     trunk_at, tilt = _trunk_motion(track, neck[:, :2])
-    trunk = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
-    limits = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
+    trunk: dict[str, Any] = {'trunk_at': trunk_at, 'trunk_turn': tilt, 'trunk_scale': running_mean(scale, 12)}
+    limits: dict[str, Any] = {'arms': _arm_directions(track), 'reach': running_mean(_lower_edge(track), 12)}
     hands, sure = _hands(track)
     return Driver(**_scene(track), present=_there(track), **head, **trunk, **limits, hands=hands, hands_sure=sure)
 
@@ -742,7 +742,7 @@ def _points_of_picture(
 
 # %% ../nbs/23_draft.ipynb #ad720005
 Box = tuple[int, int, int, int] # left, top, right, bottom
-GROWN = 1 / 90 # of the frame's width: how far the old person's place is grown
+GROWN = 1 / 64 # of the frame's width: how far the old person's place is grown
 RIM = 1 / 160 # of the frame's width: how wide its soft rim is, outside of that
 
 def cover_of_driver(
@@ -757,6 +757,8 @@ def cover_of_driver(
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
     if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
+    # strands of hair that the segmenter lost lie in the bays of its outline
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((max(h // 12, 1), max(w // 20, 1)), np.uint8))
     grown = GROWN * w
     rim = RIM * w
     reach = int(grown + rim) + 2
@@ -789,7 +791,10 @@ def scenery(
     seen = live.any(-1)
     if not seen.any(): return area
     both = seen & reached
-    apart = np.clip(carry_on(live - of_plate, both), -60, 60)
+    apart = live - of_plate
+    usual = np.median(apart[both], axis=0) if both.any() else np.zeros(3)
+    # a cell that differs more than the others is of something that moved
+    apart = carry_on((usual + np.clip(apart - usual, -12, 12)).astype(np.float32), both)
     if np.abs(apart).max() > 1.5: area = cv2.add(area, _stretched(apart, driver, box).astype(np.int16), dtype=cv2.CV_8U)
     if still: return area
     known = cv2.warpAffine(_ramp(driver.plate.shape[1::-1]), here, size, flags=cv2.INTER_LINEAR)
@@ -844,8 +849,8 @@ def carry_on(
     return out
 
 # %% ../nbs/23_draft.ipynb #5cae3142
-OWN_SKIN = np.array([10, 6, 6]) # of Lab: a difference that may be of the skin
-TAKEN = np.array([.6, .5, .5]) # of that, the share that is laid to the light
+OWN_SKIN = np.array([10, 9, 9]) # of Lab: a difference that may be of the skin
+TAKEN = np.array([.6, .4, .4]) # of that, the share that is laid to the light
 
 def light_table(
     own: np.ndarray, # (2, 3): middle and spread of the skin in the picture, in Lab
@@ -879,13 +884,12 @@ def _seen(light: np.ndarray) -> np.ndarray: # sRGB values of light, 0 to 1
 
 # %% ../nbs/23_draft.ipynb #100ed4db
 @lru_cache(2)
-def _grains(w: int, h: int) -> np.ndarray: # (h + 256, w + 256, 4) uint8: 128 and 32 times noise; the last: none
+def _film_grain(w: int, h: int, grain: tuple[float, ...]) -> np.ndarray: # (h + 256, w + 256, 4) int16; the last: none
     import cv2
     rng = np.random.default_rng(1)
     grey, colours = (rng.standard_normal((h + 256, w + 256, k), np.float32) for k in (1, 3))
     noise = cv2.GaussianBlur(grey * .8 + colours * .6, (0, 0), .6)
-    noise *= 32 / noise.std()
-    return np.dstack([np.clip(noise + 128.5, 0, 255), np.full_like(grey, 128)]).astype(np.uint8)
+    return np.dstack([np.round(noise * (grain / noise.std())), np.zeros_like(grey)]).astype(np.int16)
 
 def add_grain(
     area: np.ndarray, # (b, a, 4) uint8: is changed
@@ -894,12 +898,11 @@ def add_grain(
 ) -> None:
     "Lay noise over the colours"
     import cv2
-    if grain.max() < .5 or not area.size: return
+    if grain.max() < .5: return
     h, w = area.shape[:2]
     x, y = np.random.default_rng(i).integers(0, 256, 2)
-    table = np.round((np.arange(256)[:, None] - 128) / 32 * [*grain, 0]).astype(np.int16)
-    noise = cv2.LUT(np.ascontiguousarray(_grains(-(-w // 64) * 64, -(-h // 64) * 64)[y:y + h, x:x + w]), table[:, None])
-    area[:] = cv2.add(area, noise, dtype=cv2.CV_8U)
+    noise = _film_grain(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes, so that it is kept
+    cv2.add(area, noise[y:y + h, x:x + w], dst=area, dtype=cv2.CV_8U)
 
 # %% ../nbs/23_draft.ipynb #b7e5f396
 HAND_LINES = ((0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16), (17, 18, 19, 20)) # from the thumb on
@@ -912,7 +915,7 @@ def hand_shape(
     "A hand's outline, from its points"
     import cv2
     shape: np.ndarray = np.zeros(size[::-1], np.uint8)
-    length = max(np.linalg.norm(points[9] - points[0]), np.linalg.norm(points[17] - points[5]), 1.)
+    length = max(float(np.linalg.norm(points[a] - points[b])) for a, b in ((9, 0), (17, 5)))
     thick = max(round(.26 * length), 1)
     fixed = np.round(np.clip(points, -4000, 4000) * 16).astype(np.int32)
     palm = cv2.convexHull(fixed[list(PALM)])
@@ -945,7 +948,7 @@ def _spare_hands(
         part = slice(max(y0 - 2 * r, 0), y0 + tall + 2 * r), slice(max(x0 - 2 * r, 0), x0 + wide + 2 * r)
         soft = cv2.blur(cv2.min(shape[part], _own_pixels(driver, i, box)[part]), (2 * r + 1, 2 * r + 1))
         alpha = area[..., 3][part]
-        area[..., 3][part] = cv2.multiply(alpha, 255 - cv2.multiply(soft, float(strength)), scale=1 / 255)
+        area[..., 3][part] = cv2.multiply(alpha, 255 - cv2.convertScaleAbs(soft, alpha=float(strength)), scale=1 / 255)
 
 def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
     "The old person's mask in a box, a pixel of it more"

@@ -9,9 +9,10 @@ __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS
            'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive', 'parse_track',
            'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face', 'track_facts',
            'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera', 'steady_if_still',
-           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light', 'inside_bars',
-           'scene_colours', 'scene_grain', 'track_video', 'ours_only', 'bridge_gaps', 'track_image', 'largest_piece',
-           'guided_filter', 'refine_matte', 'draw_debug', 'wholebody_points']
+           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
+           'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'track_video', 'ours_only',
+           'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
+           'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -519,11 +520,12 @@ class Camera:
     def _step(self, view: np.ndarray, away: np.ndarray) -> int: # corners that agree
         "Follow the corners into this frame; `last` moves when at least eight agree"
         import cv2
-        if len(self.corners) < 10: return 0
+        before = self.view
+        if before is None or len(self.corners) < 10: return 0
         step = self.last @ np.linalg.inv(self.base)
         guess = (self.corners @ step[:2, :2].T + step[:2, 2]).astype(np.float32)
         now, ok, _ = cv2.calcOpticalFlowPyrLK(
-            self.view, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
+            before, view, self.corners, guess, winSize=(15, 15), maxLevel=2, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
         )
         at = np.clip(now[:, 0].round().astype(int), 0, np.array(view.shape[::-1]) - 1)
         ok = (ok[:, 0] > 0) & (away[at[:, 1], at[:, 0]] > 0)
@@ -604,8 +606,8 @@ def draw_arms(
     across = float(np.nan_to_num(np.linalg.norm(body[11, :2] - body[12, :2])))
     for a, b in SLEEVES:
         if not (body[[a, b], 2] > .6).all(): continue # nan is not either
-        ends = np.round(np.clip(body[[a, b], :2], -4000, 4000) * 16).astype(int).tolist()
-        cv2.line(mask, *ends, value, min(max(round(thick * across), 1), 200), cv2.LINE_8, 4)
+        start, end = np.round(np.clip(body[[a, b], :2], -4000, 4000) * 16).astype(int).tolist()
+        cv2.line(mask, start, end, value, min(max(round(thick * across), 1), 200), cv2.LINE_8, 4)
     return mask
 
 # %% ../nbs/21_track.ipynb #8195659a
@@ -687,6 +689,21 @@ def face_light(
     low, middle, high = np.quantile(lab, [.16, .5, .84], axis=0)
     return np.stack([middle, (high - low) / 2]).astype(np.float32)
 
+# %% ../nbs/21_track.ipynb #1ad63d7a
+def light_of_stretches(
+    lights: np.ndarray, # (m, 2, 3): of single frames; nan without a face
+    stretch: np.ndarray # (m,): which part of the video each is in, 0 to LIGHTS - 1
+) -> np.ndarray: # (LIGHTS, 2, 3) float32; nan without a face
+    "The light in each part, by medians; where a face was seldom seen it is nearer to that of the whole video"
+    seen = ~np.isnan(lights).any((1, 2))
+    if not seen.any(): return np.full((LIGHTS, 2, 3), np.nan, np.float32)
+    whole = np.median(lights[seen], axis=0)
+    out = np.full((LIGHTS, 2, 3), np.nan, np.float32)
+    for k in np.unique(stretch[seen]):
+        here = stretch == k
+        out[k] = whole + (np.median(lights[here & seen], axis=0) - whole) * seen[here].mean()
+    return out
+
 # %% ../nbs/21_track.ipynb #96d9fbdf
 def inside_bars(
     view: np.ndarray # (h, w, 3) uint8
@@ -708,7 +725,7 @@ def scene_colours(
 ) -> np.ndarray: # (r, c, 3) uint8; 0 where hardly any of a cell is free
     "Mean colours of the cells"
     import cv2
-    free = cv2.compare(away, 255, cv2.CMP_EQ)
+    free = cv2.threshold(away, 254, 255, cv2.THRESH_BINARY)[1]
     rows, columns = scene_cells(view.shape[1::-1])
     between = columns * 4, rows * 4 # whole numbers are finer there: eight bits will do for the first step
     def cells(picture: np.ndarray) -> np.ndarray: # (r, c, ...) float32
@@ -734,7 +751,7 @@ def scene_grain(
     free = cv2.resize(away, blocks, interpolation=cv2.INTER_AREA) == 255
     free &= ((bright > 12) & (bright < 243)).all(-1)
     if free.sum() < 8: return np.full(3, np.nan, np.float32)
-    return np.quantile(noise[free], .2, axis=0).astype(np.float32)
+    return np.quantile(noise[free], .1, axis=0).astype(np.float32)
 
 # %% ../nbs/21_track.ipynb #578243ff
 AHEAD = 2 # frames that the point detector is given before the points of the first are taken
@@ -853,17 +870,18 @@ class _TrackUnderWay:
     def _measure(self, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
         self.plate.add(frame, away, moved)
         if len(self.lights) % 12 == 0: self.grains.append(scene_grain(frame, away))
-        self.lights.append((len(self.lights) * self.every, face_light(frame, face)))
+        # what is taken for a face that looks away is mostly hair
+        clear = not np.isnan(face).any() and head_turn(face) < 45
+        light = face_light(frame, face) if clear else np.full((2, 3), np.nan, np.float32)
+        self.lights.append((len(self.lights) * self.every, light))
 
     def colours(self) -> dict[str, np.ndarray]: # fields of the track
-        "What was measured of the scene, each by its median"
-        stretch = [i * LIGHTS // len(self.rows) for i, _ in self.lights]
-        seen = [(k, v) for k, (_, v) in zip(stretch, self.lights, strict=True) if not np.isnan(v).any()]
-        def middle(values: list[np.ndarray], unseen: np.ndarray) -> np.ndarray:
-            return np.median(values or [unseen], axis=0).astype(np.float32)
-        light = [middle([v for at, v in seen if at == k], np.full((2, 3), np.nan)) for k in range(LIGHTS)]
-        grain = middle([v for v in self.grains if not np.isnan(v).any()], np.zeros(3))
-        return {'light': np.stack(light), 'grain': grain, 'scene': np.stack(self.scene)}
+        "What was measured of the scene, by medians"
+        grain = np.median([v for v in self.grains if not np.isnan(v).any()] or [np.zeros(3)], axis=0)
+        lights = np.stack([light for _, light in self.lights])
+        stretch = np.array([i * LIGHTS // len(self.rows) for i, _ in self.lights])
+        light = light_of_stretches(lights, stretch)
+        return {'light': light, 'grain': grain.astype(np.float32), 'scene': np.stack(self.scene)}
 
 def _next_view(
     source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
