@@ -434,7 +434,7 @@ def _compose_s(video: Path, track: Track) -> float: # seconds of a frame
     cv2.setNumThreads(cores)
     return spent / count
 
-def _work_saved(say: Callable[[str], None], frames: int = 77) -> list[Measurement]:
+def _work_saved(say: Callable[[str], None], frames: int = 72) -> list[Measurement]:
     "How much less the model does for the sample clips, since only the person is made"
     found = []
     for sample in ('pexels.mp4', 'single_face.mp4'):
