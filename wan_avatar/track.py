@@ -26,6 +26,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -814,7 +815,7 @@ def track_video(
     people = PersonFilter(small)
     found = _TrackUnderWay(size, small, n)
     source = iter(frames)
-    with (_PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
+    with (_opencv_alone(), _PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
           _face_detector() as detector, ThreadPoolExecutor(1) as pool):
         waiting: deque[tuple] = deque()
         upcoming = pool.submit(_next_view, source, small, detector, people)
@@ -829,11 +830,19 @@ def track_video(
             found.add(pool, frame, points.take(size), beside.result(), any_face)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
-    empty = pack_mask(np.zeros(small[::-1], bool))
     if not found.rows: raise ValueError('no frames to track')
-    rows = ours_only(found.rows, people, size[0] / small[0], empty)
+    rows = ours_only(found.rows, people, size[0] / small[0], pack_mask(np.zeros(small[::-1], bool)))
     rows = bridge_gaps(rows, found.unsure, small)
     return _mediapipe_track(size, small, rows, found)
+
+@contextmanager
+def _opencv_alone() -> Iterator[None]:
+    "OpenCV without threads of its own, each of which would wait for a core that MediaPipe keeps busy"
+    import cv2
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try: yield
+    finally: cv2.setNumThreads(before)
 
 class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
