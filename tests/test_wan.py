@@ -21,7 +21,7 @@ from wan_avatar.normalise import normalise_video
 from wan_avatar.plan import PlanRules
 from wan_avatar.prompt import Embedding, check_embedding
 from wan_avatar.segments import sized
-from wan_avatar.track import load_track, parse_track
+from wan_avatar.track import TRACKERS, load_track, parse_track
 from wan_avatar.workflow import (
     REFERENCE,
     TINY,
@@ -137,7 +137,7 @@ def test_several_windows_with_masks_tail_and_embedding(wan, made):
     result = {'width': 1280, 'height': 720, 'frames': 14, 'profile': 'wan22-animate-tiny', 'seed': 7}
     assert {k: made[k] for k in result} == result
     assert rendered(wan, 'tiny') == [(0, 9), (1, 9), (2, 9)]
-    settings = {'steps': 2, 'tracker': 'mediapipe-2', 'prompt': 'a person'}
+    settings = {'steps': 2, 'tracker': TRACKERS['mediapipe'], 'prompt': 'a person'}
     rendered_with = wan.store.read_json('avatars/tiny.mp4.json')['rendered_with']
     assert {k: rendered_with[k] for k in settings} == settings
     assert [s['facts']['from'] for s in stages(wan, 'tiny', 'prompt')] == ['here']

@@ -429,7 +429,7 @@ def _compose_s(video: Path, track: Track) -> float: # seconds of a frame
     cores = cv2.getNumThreads()
     cv2.setNumThreads(1)
     began = time.process_time() # of all threads: the decoder has several
-    count = sum(1 for f in read_frames(video) if compose_frame(f, made, WHOLE, WHOLE, ComposeRules(), darker) is not f)
+    count = sum(1 for f in read_frames(video) if compose_frame(f, made, WHOLE, WHOLE, ComposeRules(), darker) is f)
     spent = time.process_time() - began
     cv2.setNumThreads(cores)
     return spent / count

@@ -192,23 +192,22 @@ def find_ring(
 
 # %% ../nbs/27_compose.ipynb #78d1fc08
 def compose_frame(
-    frame: np.ndarray, # (h, w, 3) uint8 RGB: the driver's; not changed
+    frame: np.ndarray, # (h, w, 3) uint8 RGB: the driver's; it is changed
     made: np.ndarray, # (area's h, w, 4) uint8 RGBA
     area: Rectangle, # of the frame
     content: Rectangle, # the frame without its bars
     rules: ComposeRules,
     tone: Tone = Tone() # of what was made
-) -> np.ndarray: # (h, w, 3) uint8 RGB
-    "The frame that is delivered"
+) -> np.ndarray: # the frame
+    "Make the driver's frame the one that is delivered"
     import cv2
-    out = frame.copy()
-    part = out[area.top:area.bottom, area.left:area.right]
+    part = frame[area.top:area.bottom, area.left:area.right]
     if not rules.composite:
         part[:] = tone.change(cv2.cvtColor(made, cv2.COLOR_RGBA2RGB))
-        return only_content(out, content)
+        return only_content(frame, content)
     alpha = cv2.extractChannel(made, 3)
     left, top, width, height = cv2.boundingRect(alpha)
-    if not width: return only_content(out, content)
+    if not width: return only_content(frame, content)
     # nothing was made outside; with a pixel around, an edge stays an edge
     here = slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1)
     part = part[here]
@@ -219,7 +218,7 @@ def compose_frame(
     share = weight[rows, columns, None].astype(np.uint16)
     mixed = colours[rows, columns] * share + part[rows, columns] * (255 - share)
     part[rows, columns] = (mixed + 127) // 255
-    return only_content(out, content)
+    return only_content(frame, content)
 
 def only_content(
     frame: np.ndarray, # (h, w, 3) uint8 RGB: is changed
