@@ -12,6 +12,7 @@ from functools import partial
 from .delivery import deliver, find_result, sign
 from .embeddings import shared_slots
 from .inputs import check_start, fetch_inputs
+from .inspection import inspect_track
 from .job import Job, Result
 from .render import RenderPlan, render, scene_of
 from .run import Report, WorkerContext, job_run
@@ -36,9 +37,10 @@ async def make_avatar(
         with timeline.stage('wait for renderer'): await worker.renderer.acquire()
         try:
             tracks = await track_inputs(run, inputs)
+            notes = await inspect_track(run, inputs, tracks.driver)
             scene = await asyncio.to_thread(scene_of, run.profile, inputs.clip, tracks.driver)
             slots = await shared_slots(run, inputs.reference, scene.sampled, job.prompt)
             rendered = await render(run, RenderPlan(inputs, tracks, scene, {'seed': run.seed} | slots))
         finally: worker.renderer.release()
-        result = await deliver(run, inputs, tracks.facts, rendered)
+        result = await deliver(run, inputs, tracks.facts, rendered, notes)
         return sign(result, worker.store, job.presign_seconds)

@@ -10,7 +10,7 @@ __all__ = ['log', 'find_result', 'sign', 'prove', 'Attempt', 'Outrun', 'render_s
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,11 +167,13 @@ def manifest_of(
     inputs: Inputs,
     proven: dict[str, Any], # as `prove` found the video
     track: dict[str, int], # `track_facts` of the video
-    rendered: Rendered
+    rendered: Rendered,
+    notes: Sequence[str] = () # for the caller, beside those of the driving video
 ) -> Manifest:
     "What is written beside the video"
     return Manifest(
-        minio_key=run.key, **proven, seed=run.seed, profile=run.profile.name, notes=list(inputs.clip.notes) or None,
+        minio_key=run.key, **proven, seed=run.seed, profile=run.profile.name,
+        notes=[*inputs.clip.notes, *notes] or None,
         worker=run.worker.identity | {'job_number': str(run.boot.job_number)}, timings=run.timeline.seconds(),
         job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=rendered.kernels, track=track,
         rendered_with=render_settings(run.profile, run.prompt, rendered.scene.sampled), scene=rendered.scene,
@@ -181,14 +183,15 @@ async def deliver(
     run: JobRun,
     inputs: Inputs,
     track: dict[str, int], # `track_facts` of the video
-    rendered: Rendered
+    rendered: Rendered,
+    notes: Sequence[str] = () # for the caller
 ) -> Result:
     "Put video and manifest into the bucket, both or neither; a delivery of another attempt is answered with instead"
     attempt = Attempt(run.worker.store, run.key, uuid.uuid4().hex)
     try:
         async with attempt.removed_on_failure():
             proven = await upload_proven(inputs, attempt, run.timeline, run.progress('upload'))
-            manifest = manifest_of(run, inputs, proven, track, rendered)
+            manifest = manifest_of(run, inputs, proven, track, rendered, notes)
             there = await asyncio.to_thread(attempt.store.stat, run.key)
             if not there or there['labels'].get('attempt', attempt.id) != attempt.id: # another attempt wrote over it
                 await in_thread(attempt.put, inputs.result, manifest.sha256, lambda done, total: None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ErrorCode', 'LONGEST', 'Key', 'Name', 'without_secrets', 'printable', 'without_middle', 'JobError', 'check_key',
            'Job', 'shorten', 'parse_job', 'first_fault', 'Result', 'ProgressUpdate', 'output_key', 'manifest_key',
-           'schemas']
+           'guard_key', 'schemas']
 
 # %% ../nbs/00_job.ipynb #03bf8b56
 import re
@@ -264,6 +264,12 @@ def manifest_key(
 ) -> str:
     "Where the manifest of a video lies"
     return f'{video_key}.json'
+
+def guard_key(
+    video_key: str # of the MP4 that is not made
+) -> str:
+    "Where the picture lies that shows why a driving video was refused"
+    return f'{video_key.removesuffix(".mp4")}.guard.jpg'
 
 # %% ../nbs/00_job.ipynb #d2909a58
 def schemas() -> dict[str, dict[str, Any]]: # 'input', 'output', 'progress': each a JSON Schema

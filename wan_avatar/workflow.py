@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from .compose import ComposeRules
+from .guard import GuardRules
 from .job import JobError, shorten
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS
 from .models import Lock, LockedFile, Needs, load_lock
@@ -141,7 +142,7 @@ class Weight:
         return f'{self.folder}/{self.file}'
 
 VISIONS = ('clip', 'off', 'unconnected') # how the transformer's image branch is fed
-RULES = (PlanRules, ComposeRules) # steps of a job whose settings are values of a profile
+RULES = (PlanRules, ComposeRules, GuardRules) # steps of a job whose settings are values of a profile
 RulesOf = TypeVar('RulesOf')
 _RULE_VALUES = {f.name for kind in RULES for f in fields(kind)}
 
@@ -204,9 +205,9 @@ class Profile:
     def changed(self, **values: Any) -> 'Profile':
         "The same profile with some of its values or switches changed: for research"
         switches = {k: values.pop(k) for k in ('length', 'overlap', 'face', 'vision') if k in values}
-        if unknown := set(values) - set(self.values):
-            raise ValueError(f'{self.name} has no values {sorted(unknown)}; it has {sorted(self.values)}, '
-                             'length, overlap, face and vision')
+        if unknown := set(values) - set(self.values) - _RULE_VALUES:
+            raise ValueError(f'{self.name} has no values {sorted(unknown)}; it has '
+                             f'{sorted({*self.values, *_RULE_VALUES})}, length, overlap, face and vision')
         return replace(self, values={**self.values, **values}, **switches)
 
 # %% ../nbs/30_workflow.ipynb #c92869f5
