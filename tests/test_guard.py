@@ -89,6 +89,8 @@ BROKEN = { # track, content of the frame; what failed, its frame or None, the co
     'mask goes elsewhere': (person(STAND, masks_at=[100.0] * 30 + [230.0] * 30), WHOLE, 'mask', 30, 'no_person'),
     'another person is taken over': (person([60.0] * 30 + [160.0] * 30), WHOLE, 'face', 30, 'no_person'),
     'mask in the bars': (person([100.0] * 60), Rectangle(110, 0, 100, 180), 'bars', None, 'input_unreadable'),
+    'mask over everything': (replace(person(STAND), masks=(pack_mask(np.ones(SIZE[::-1], bool)),) * 60), WHOLE,
+                             'filled', None, 'no_person'),
     'comes and goes': (person([100.0] * 120, missing=range(0, 120, 9)), WHOLE, 'broken', 1, 'no_person'),
     'a face that never moves': (person([100.0] * 120, still=True), WHOLE, 'still', 0, 'no_person'),
     'trembles all the time': (person([100 + 14.0 * (i % 2) for i in range(60)]), WHOLE, 'tremble', None,

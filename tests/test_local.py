@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,9 @@ import httpx2
 import psutil
 import pytest
 
-from wan_avatar.local import LocalEndpoint
+from wan_avatar import bucket
+from wan_avatar.launch import free_port
+from wan_avatar.local import LocalEndpoint, up
 from wan_avatar.queue import MB
 from wan_avatar.worker_pool import worker_environment
 
@@ -324,3 +327,18 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path):
     assert not alive
     parent.stdin.close()
     parent.stdout.close()
+
+def test_workers_get_the_bucket_that_was_started_in_the_end(tmp_path, monkeypatch):
+    "One of its ports may be taken between choosing and listening; then it has others"
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        free = [free_port() for _ in range(4)]
+        choices = [sorted([*free, other.getsockname()[1]])]
+        choose = bucket._ports
+        monkeypatch.setattr(bucket, '_ports', lambda n: choices.pop() if choices else choose(n))
+        with up(tmp_path, [sys.executable, '-c', ''], {'MINE': '1'}) as local:
+            env = local.endpoint.rules.env
+            assert not choices
+            assert other.getsockname()[1] not in local.bucket.ports
+            assert env == local.bucket.environment() | {'MINE': '1'}

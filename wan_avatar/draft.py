@@ -722,11 +722,11 @@ def _points_of_picture(
     import cv2
     apart = np.abs(np.diff(where[..., 0], axis=1))
     k = int(np.clip(np.floor(np.log2(max(np.median(apart) / step * puppet.zoom, 1))), 0, len(puppet.levels) - 1))
-    tall, wide = puppet.levels[k].shape[:2]
+    tall = len(puppet.levels[k])
     def place(v: np.ndarray) -> np.ndarray: return (v + puppet.origin + .5) * (puppet.zoom / 2 ** k) - .5
     where = place(where).astype(np.float32)
-    inside = (where[..., 0] > -2) & (where[..., 0] < wide + 2) & (where[..., 1] > -2)
     where[..., 1] = np.minimum(where[..., 1], tall - 1.5) # cloth goes on below the picture
+    inside = _near_person(puppet, (where + .5) * (2 ** (k + 1 - len(puppet.levels))) - .5)
     rows = np.flatnonzero(inside.any(1))
     columns = np.flatnonzero(inside.any(0))
     if not len(rows): return np.zeros((0, 0, 2), np.float32), (0, 0), k
@@ -739,6 +739,12 @@ def _points_of_picture(
     still = place(np.concatenate([puppet.face[:, :2], puppet.ring]))
     _rasterise(maps, moved - [x, y, 0], still, puppet.triangles)
     return maps, (x, y), k
+
+def _near_person(puppet: Puppet, where: np.ndarray) -> np.ndarray: # (r, c) bool
+    "Which points of the smallest level have something of the person near by"
+    import cv2
+    solid = cv2.dilate(np.ascontiguousarray(puppet.levels[-1][..., 3]), np.ones((9, 9), np.uint8))
+    return cv2.remap(solid, where.astype(np.float32), None, cv2.INTER_NEAREST) > 0 # type: ignore[call-overload]
 
 # %% ../nbs/23_draft.ipynb #ad720005
 Box = tuple[int, int, int, int] # left, top, right, bottom
@@ -1226,12 +1232,14 @@ def _compose(
     lit = cv2.LUT(cv2.cvtColor(person, cv2.COLOR_BGRA2BGR), table[:, None])
     colours = cv2.add(cv2.multiply(scene, cv2.cvtColor(rest, cv2.COLOR_GRAY2BGR), scale=1 / 255), lit)
     alpha = 255 - cv2.multiply(rest, 255 - cover, scale=1 / 255)
-    cv2.mixChannels([colours, alpha], [out], [0, 0, 1, 1, 2, 2, 3, 3])
     # at the person's rim, colours are shares of what is there
-    at = np.flatnonzero(cv2.inRange(solid, 1, 250))
-    share = solid.reshape(-1)[at][:, None] / np.float32(255)
-    bare = np.minimum(person.reshape(-1, 4)[at, :3] / share + .5, 255).astype(np.uint8)
-    behind = cover.reshape(-1)[at][:, None] / np.float32(255) * (1 - share)
-    rows, columns = np.divmod(at, solid.shape[1])
-    mixed = (table[bare, np.arange(3)] * share + scene[rows, columns] * behind) / (share + behind)
-    out[rows, columns, :3] = (mixed + .5).astype(np.uint8)
+    rim = cv2.findNonZero(cv2.inRange(solid, 1, 250))
+    if rim is not None:
+        columns, rows = rim.reshape(-1, 2).T
+        there = person[rows, columns]
+        share = there[:, 3:] / np.float32(255)
+        bare = np.minimum(there[:, :3] / share + np.float32(.5), 255).astype(np.uint8)
+        behind = cover[rows, columns, None] / np.float32(255) * (1 - share)
+        own = cv2.LUT(bare[:, None], table[:, None])[:, 0]
+        colours[rows, columns] = (own * share + scene[rows, columns] * behind) / (share + behind) + np.float32(.5)
+    cv2.mixChannels([colours, alpha], [out], [0, 0, 1, 1, 2, 2, 3, 3])

@@ -35,6 +35,8 @@ class GuardRules:
     bars_doubted: float = 0.05
     beside_failed: float = 0.75 # share of the mask out of the reach of its person, the median: above
     beside_doubted: float = 0.35
+    filled_failed: float = 0.9 # share of the picture that the mask fills, the median: above
+    filled_doubted: float = 0.75
     broken_failed: float = 0.45 # share of the frames that lie in runs of less than a second: above
     broken_doubted: float = 0.2
     still_failed: float = 0.005 # movement of lids and lips, of their own lengths: below
@@ -69,8 +71,10 @@ SENTENCES: dict[str, tuple[ErrorCode, str, str]] = {
              'may', 'cut the bars off the video'),
     'beside': ('no_person', 'in frame {frame} {figure:.0%} of the mask lie out of the reach of the person, up to '
                '{limit:.0%} may', 'use a video of one person before a calm background'),
-    'broken': ('no_person', 'from frame {frame} on the person comes and goes: {figure:.0%} of the frames lie in runs of '
-               'less than a second, up to {limit:.0%} may', 'use a video of a real person, well visible'),
+    'filled': ('no_person', 'in frame {frame} the mask fills {figure:.0%} of the picture, up to {limit:.0%} may',
+               'use a video in which the person stands out from the background'),
+    'broken': ('no_person', 'from frame {frame} on the person comes and goes: {figure:.0%} of the frames lie in runs '
+               'of less than a second, up to {limit:.0%} may', 'use a video of a real person, well visible'),
     'still': ('no_person', 'from frame {frame} on lids and lips move by {figure:.4f} of their length, a living face by '
               '{limit:.4f} or more', 'use a video of a person, not of a picture or a figure'),
     'cut': ('input_unreadable', 'the video is cut at frame {frame}', 'a new window begins more cleanly there'),
@@ -139,6 +143,7 @@ class MaskFigures:
     overlap: np.ndarray # (m,) what this mask and the one before have in common, of both together
     bars: np.ndarray # (m,) share of the mask outside the picture
     beside: np.ndarray # (m,) share of the mask out of the person's reach
+    filled: np.ndarray # (m,) share of the picture that the mask fills
 
 def common_share(one: np.ndarray, other: np.ndarray) -> float: # 0 to 1
     "Intersection over union of two masks; 1 when both are empty"
@@ -156,7 +161,8 @@ def measure_masks(
     width, height = track.mask_size
     left, right = (round(x * width / track.size[0]) for x in (content.left, content.right))
     top, bottom = (round(y * height / track.size[1]) for y in (content.top, content.bottom))
-    figures = np.full((4, len(frames)), np.nan)
+    figures = np.full((5, len(frames)), np.nan)
+    picture = max((right - left) * (bottom - top), 1)
     before = None
     for k, i in enumerate(frames):
         mask = unpack_mask(track.masks[i], track.mask_size) if track.present[i] else None
@@ -165,7 +171,9 @@ def measure_masks(
             if len(x) >= LEAST_COUNTED: figures[0, k] = mask[y, x].mean()
             if before is not None: figures[1, k] = common_share(before, mask)
             whole = max(int(np.count_nonzero(mask)), 1)
-            figures[2, k] = 1 - np.count_nonzero(mask[top:bottom, left:right]) / whole
+            inside = np.count_nonzero(mask[top:bottom, left:right])
+            figures[2, k] = 1 - inside / whole
+            figures[4, k] = inside / picture
             a, b, c, d = reach[i]
             figures[3, k] = 1 - np.count_nonzero(mask[b:d, a:c]) / whole
         before = mask
@@ -322,7 +330,7 @@ def _mask_findings(figures: MaskFigures, rules: GuardRules) -> Iterable[Finding]
     "What is wrong with the masks as such: figures over the whole interval"
     start = figures.frames.start
     for what, values, share, low in (('inside', figures.inside, 0.05, True), ('bars', figures.bars, 0.95, False),
-                                     ('beside', figures.beside, 0.5, False)):
+                                     ('beside', figures.beside, 0.5, False), ('filled', figures.filled, 0.5, False)):
         if np.isnan(values).all(): continue
         figure = float(np.nanquantile(values, share))
         worst = int(np.nanargmin(values) if low else np.nanargmax(values))

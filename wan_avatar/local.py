@@ -362,12 +362,13 @@ def up(
     "The whole endpoint for the length of a block; nothing is left running"
     folder = Path(folder).resolve()
     bucket = Bucket(folder / 'bucket')
-    env = bucket.environment() | (worker_env or {})
     command = worker_command or [sys.executable, '-m', 'wan_avatar.worker']
-    endpoint = LocalEndpoint(command, env, folder / 'logs', idle_timeout_s=idle_timeout_s, **more)
+    endpoint = LocalEndpoint(command, {}, folder / 'logs', idle_timeout_s=idle_timeout_s, **more)
     try:
         endpoint.start()
         bucket.start()
+        # not before: a bucket whose ports somebody took meanwhile has others
+        endpoint.rules.env.update(bucket.environment() | (worker_env or {}))
         endpoint.started.result(timeout=30)
         yield Local(endpoint, bucket)
     finally:
