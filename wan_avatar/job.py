@@ -225,8 +225,8 @@ class Result(BaseModel):
     timings: dict[str, float] = Field(description='seconds per stage')
     worker: dict[str, str] = Field(description='versions and identity of the worker that made it')
     notes: list[str] | None = Field(
-        None, description='what was left out of the driving video, such as sound that nothing here decodes, and doubts about the '
-        'person that was followed')
+        None, description='what was left out of the driving video, such as sound that nothing here decodes, and doubts '
+        'about the person that was followed')
 
     def answer(self) -> dict[str, Any]:
         "JSON for RunPod; `presigned_url` and `notes` only when there are any"
