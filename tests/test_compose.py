@@ -159,6 +159,10 @@ def test_too_few_blocks_say_nothing():
     assert find_drift(frame, frame, np.zeros((1, 64, 64), bool)) is None
     assert correction(None, Tone(), 0.5) == (Tone(), Tone())
 
+def test_frames_that_were_not_given_back_are_no_drift():
+    frames = [cv2.resize(noise(n, 9, 8, 3), (128, 144), interpolation=cv2.INTER_NEAREST)[None] for n in range(2)]
+    assert find_drift(*frames, np.ones((1, 144, 128), bool)) is None
+
 def test_a_mouth_that_is_drawn_otherwise_is_no_drift():
     colours = cv2.resize(noise(5, 9, 8, 3), (128, 144), interpolation=cv2.INTER_NEAREST)
     other = colours.copy()

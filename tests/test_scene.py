@@ -123,7 +123,7 @@ def test_windows_follow_the_person_and_are_said_in_the_manifest(made):
     assert (said['width'], said['height'], said['sampled']) == (512, 480, [32, 32])
     assert said['made'] == WALK + BACK and said['share'] == pytest.approx(512 * 480 / (1280 * 720), abs=1e-4)
     assert said['saved'] > 2, 'of six windows on a quarter of the frame, and of one that was not made'
-    assert all((w['drift'] is not None) == (w['overlap'] > 0) for w in windows), 'measured where frames are made twice'
+    assert not any(w['drift'] or w['changed'] for w in windows), 'noise of tiny weights is no drift of colours'
     assert all(w['ring'] for w in windows)
 
 def test_nobody_sends_no_prompt_and_models_are_loaded_once(scene, made):

@@ -115,6 +115,7 @@ class Assembly:
 
     def finish(self, cancelled: Callable[[], bool]) -> None:
         "Encode what is left of the driving video"
+        if self.written == self.clip.frames: return
         with self.timeline.stage('encode', frames=self.clip.frames - self.written):
             self._pass_on(self.clip.frames, cancelled)
 
