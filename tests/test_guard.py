@@ -104,7 +104,10 @@ def test_broken_tracks_are_refused_with_frame_figure_and_limit(track, content, w
     if frame is not None: assert failed[what].frame == frame
     error = refusal_of([failed[what]], GuardRules(), track.tracker, 'avatars/x.guard.jpg')
     assert error and error.code == code
-    assert f'frame {failed[what].frame}' in error.message and 'use a ' in error.message or what == 'bars'
+    finding = failed[what]
+    assert f'frame {finding.frame}' in error.message
+    assert error.message.startswith(f'the driving video: {finding.sentence()}')
+    assert finding.sentence().partition('; ')[2], 'it says what helps'
     assert 'avatars/x.guard.jpg' in error.message
 
 def test_a_slip_that_passes_is_a_doubt_and_a_cut_is_a_note():

@@ -23,7 +23,7 @@ from wan_avatar.compose import (
     find_ring,
     only_content,
 )
-from .frames import RawFrames, Rectangle, read_frames
+from .frames import RawFrames, read_frames
 from .manifest import ToneReport, WindowReport
 from .mp4 import Encoder
 from .normalise import Clip
@@ -83,7 +83,7 @@ class Assembly:
             count = min(self.overlap, window.new)
             frames = list(read_frames(self.clip.path, window.stop - count, count))
             pixels = made.pixels()
-            ring = find_ring(pixels[-count:], np.stack([_cut(f, area) for f in frames]))
+            ring = find_ring(pixels[-count:], np.stack([area.of(f) for f in frames]))
             known = ring.tone if ring and self.rules.match_ring else Tone()
             drift = self._drift(window, pixels, known)
             if self.rules.match_drift: tone, self.due = correction(drift, self.due, self.rules.drift_band)
@@ -96,7 +96,7 @@ class Assembly:
         "Of the frames it repeats, against what was delivered of them"
         if not window.overlap: return None
         again = pixels[:window.overlap]
-        delivered = np.stack([_cut(f, window.area) for f in self.tail_frames.last(window.overlap)])
+        delivered = np.stack([window.area.of(f) for f in self.tail_frames.last(window.overlap)])
         solid = np.stack([feathered(np.ascontiguousarray(f[..., 3]), self.rules.feather) == 255 for f in again])
         ours = np.stack([known.change(np.ascontiguousarray(f[..., :3])) for f in again])
         return find_drift(ours, delivered, solid)
@@ -130,9 +130,6 @@ class Assembly:
     def close(self) -> None:
         "Let go of the driving video"
         self.driver.close()
-
-def _cut(frame: np.ndarray, area: Rectangle) -> np.ndarray: # (h, w, 3)
-    return frame[area.top:area.bottom, area.left:area.right]
 
 def window_report(window: Window, drift: Drift | None, ring: Drift | None, tone: Tone) -> WindowReport:
     "A window for the manifest"

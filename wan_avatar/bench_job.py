@@ -50,7 +50,7 @@ from .store import Store, address
 from .timeline import Stage, Timeline
 from .track import Track, load_track, wholebody_points
 from .workbench import first_frames
-from .workflow import WAN, Profile, bind, get_profile, load_graph, needed_files, track_graph
+from .workflow import WAN, Profile, area_slots, bind, get_profile, load_graph, needed_files, track_graph
 
 # %% ../nbs/55_bench_job.ipynb #acbd934f
 def _bench_job(say: Callable[[str], None]) -> list[Measurement]:
@@ -327,7 +327,7 @@ def _bench_memory(say: Callable[[str], None]) -> list[Measurement]:
 def _prepared(
     frames: int, # of the sample clip
     sample: str = 'pexels.mp4'
-) -> Iterator[tuple[ComfyPlace, Path]]: # where ComfyUI is, a job's folder with driving.mp4
+) -> Iterator[tuple[ComfyPlace, Clip]]: # where ComfyUI is, driving.mp4 in a job's folder
     "A work folder with a driving video in it, and no worker"
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()
@@ -335,8 +335,8 @@ def _prepared(
         job = work / 'jobs/bench'
         job.mkdir(parents=True)
         some = first_frames(SAMPLES / sample, job / 'some.mp4', frames)
-        normalise_video(some, job / 'driving.mp4', job / 'audio.m4a', 60)
-        yield ComfyPlace(Path('.comfy').resolve(), work, models), job
+        clip = normalise_video(some, job / 'driving.mp4', job / 'audio.m4a', 60)
+        yield ComfyPlace(Path('.comfy').resolve(), work, models), clip
 
 async def _track_once(place: ComfyPlace, job: Path, profile: Profile) -> float: # seconds
     "The driving video's track by a profile's tracker"
@@ -351,7 +351,7 @@ def _bench_track(say: Callable[[str], None]) -> list[Measurement]:
     "Frames a second of each tracker"
     found = []
     for profile, frames in ((get_profile('draft'), 240), (WAN, 24)):
-        with _prepared(frames) as (place, job):
+        with _prepared(frames) as (place, clip):
             files = [place.models_dir / w.folder / w.file for w in needed_files(profile) if w in profile.detectors]
             missing = [f.name for f in files if not f.exists()]
             name = f'{profile.tracker} on the CPU'
@@ -361,7 +361,7 @@ def _bench_track(say: Callable[[str], None]) -> list[Measurement]:
                 continue
             say(f'track: {profile.tracker}, {frames} frames')
             if files: name += f', networks of {sum(f.stat().st_size for f in files) / 1e6:.0f} MB'
-            seconds = asyncio.run(_track_once(place, job, profile))
+            seconds = asyncio.run(_track_once(place, clip.path.parent, profile))
             found.append(Measurement(name, round(frames / seconds, 2), 'frames/s'))
     return found
 
@@ -400,9 +400,7 @@ def _window_values(folder: str) -> dict[str, Any]: # of the draft's graph
         'frames': f'{folder}/frames.u8',
         'tail': '',
     }
-    numbers = {'start': 0, 'length': 77, 'left': 0, 'top': 0, 'area_width': SIZE[0], 'area_height': SIZE[1],
-               'skip': 0, 'count': 77}
-    return files | numbers
+    return files | {'start': 0, 'length': 77, 'skip': 0, 'count': 77} | area_slots(WHOLE)
 
 async def _window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # bytes by the socket, bytes by files
     "One window of the draft through ComfyUI"
@@ -438,11 +436,10 @@ def _work_saved(say: Callable[[str], None], frames: int = 72) -> list[Measuremen
     "How much less the model does for the sample clips, since only the person is made"
     found = []
     for sample in ('pexels.mp4', 'single_face.mp4'):
-        with _prepared(frames, sample) as (place, job):
+        with _prepared(frames, sample) as (place, clip):
             say(f'window: what is made of {sample}')
-            clip = normalise_video(job / 'some.mp4', job / 'driving.mp4', job / 'audio.m4a', 60)
-            asyncio.run(_track_once(place, job, get_profile('draft')))
-            scene = scene_of(WAN, clip, load_track(job / 'driving.track'))
+            asyncio.run(_track_once(place, clip.path.parent, get_profile('draft')))
+            scene = scene_of(WAN, clip, load_track(clip.path.with_suffix('.track')))
         report = scene_report(scene, [(w, window_report(w, None, None, Tone())) for w in scene.windows], WAN)
         name = f'{sample}, {report.width}x{report.height}: work for whole frames / work of production'
         found.append(Measurement(name, report.saved, 'x'))
@@ -450,7 +447,8 @@ def _work_saved(say: Callable[[str], None], frames: int = 72) -> list[Measuremen
 
 def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measurement]:
     "Conditioning pictures a second, and bytes moved for a window"
-    with _prepared(77) as (place, job):
+    with _prepared(77) as (place, clip):
+        job = clip.path.parent
         say('window: tracking')
         asyncio.run(_track_once(place, job, get_profile('draft')))
         track = load_track(job / 'driving.track')

@@ -203,7 +203,7 @@ def compose_frame(
 ) -> np.ndarray: # the frame
     "Make the driver's frame the one that is delivered"
     import cv2
-    part = frame[area.top:area.bottom, area.left:area.right]
+    part = area.of(frame)
     if not rules.composite:
         part[:] = tone.change(cv2.cvtColor(made, cv2.COLOR_RGBA2RGB))
         return only_content(frame, content)

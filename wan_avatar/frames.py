@@ -40,6 +40,10 @@ class Rectangle:
     @property
     def bottom(self) -> int: return self.top + self.height
 
+    def of(self, frame: np.ndarray) -> np.ndarray: # (height, width, ...), a view
+        "This part of a frame"
+        return frame[self.top:self.bottom, self.left:self.right]
+
     def union(self, other: 'Rectangle') -> 'Rectangle':
         "The least rectangle that holds both"
         left = min(self.left, other.left)

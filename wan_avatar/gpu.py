@@ -33,7 +33,7 @@ from PIL import Image
 
 from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
 from .comfy import Comfy, run, running_comfy
-from .frames import SIZE
+from .frames import SIZE, Rectangle
 from .gpu_charts import write_report
 from .job import JobError
 from .launch import ComfyPlace, has_gpu
@@ -42,7 +42,7 @@ from .probe import PACKAGE, RECORD
 from .segments import LEFT_HAND, RIGHT_HAND
 from .tiny import BF16_DIT, SMALL, TRUE, Size, embeddings
 from .track import TRACKERS, Track, pack_mask, save_track
-from .workflow import TINY, WAN, Graph, Profile, bind, profile_graph, slots, vision_graph
+from .workflow import TINY, WAN, Graph, Profile, area_slots, bind, profile_graph, slots, vision_graph
 
 # %% ../nbs/55_gpu.ipynb #9bce172d
 @dataclass(frozen=True)
@@ -146,9 +146,8 @@ def case_graph(
     changed = profile.changed(steps=case.steps, length=case.length, vision=case.vision, face=case.face, **kernels)
     window = {'tail': f'{FOLDER}/tail.u8' if case.tail else '', 'start': case.start, 'length': case.length,
               'skip': 0, 'count': case.length}
-    left, top = (SIZE[0] - width) // 2, (SIZE[1] - height) // 2
-    area = {'left': left, 'top': top, 'area_width': width, 'area_height': height}
-    values = {**inputs, **window, **area, 'seed': seed, 'width': width, 'height': height}
+    area = Rectangle((SIZE[0] - width) // 2, (SIZE[1] - height) // 2, width, height)
+    values = {**inputs, **window, **area_slots(area), 'seed': seed, 'width': width, 'height': height}
     graph = profile_graph(changed)
     graph = bind(graph, {slot: values[slot] for slot in slots(graph)})
     if case.unquantised: graph['dit']['inputs']['unet_name'] = Path(BF16_DIT).name

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENFORCED_TRACKERS', 'Grade', 'SENTENCES', 'COUNTED', 'SURE', 'LEAST_COUNTED', 'NEAR_FRAMES', 'LEAST_FACE', 'PASSES',
            'SAME_MASK', 'OFTEN', 'LONG_RUN', 'STILL_FRAMES', 'STILL_DOUBTED', 'STILL_FACE', 'GuardRules', 'Finding',
-           'counted_points', 'reach_of', 'MaskFigures', 'common_share', 'measure_masks', 'face_path', 'motion',
-           'unexplained', 'face_jumps', 'face_lasts', 'moved_mask', 'middle_of', 'overlap_again', 'run_lengths',
-           'broken_share', 'face_movement', 'guard_track', 'refusal_of', 'guard_notes']
+           'counted_points', 'reach_of', 'MaskFigures', 'measure_masks', 'face_path', 'motion', 'unexplained',
+           'face_jumps', 'face_lasts', 'moved_mask', 'middle_of', 'overlap_again', 'broken_share', 'face_movement',
+           'guard_track', 'refusal_of', 'guard_notes']
 
 # %% ../nbs/28_guard.ipynb #8de9cc68
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,8 @@ import numpy as np
 
 from .frames import FPS, Rectangle
 from .job import ErrorCode, JobError
-from .track import Track, face_points, unpack_mask, wholebody_points, with_face
+from .plan import stretches
+from .track import Track, common_share, face_points, unpack_mask, wholebody_points, with_face
 
 # %% ../nbs/28_guard.ipynb #4ba1ae91
 @dataclass(frozen=True)
@@ -144,11 +145,6 @@ class MaskFigures:
     bars: np.ndarray # (m,) share of the mask outside the picture
     beside: np.ndarray # (m,) share of the mask out of the person's reach
     filled: np.ndarray # (m,) share of the picture that the mask fills
-
-def common_share(one: np.ndarray, other: np.ndarray) -> float: # 0 to 1
-    "Intersection over union of two masks; 1 when both are empty"
-    either = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / either if either else 1.0
 
 def measure_masks(
     track: Track,
@@ -287,19 +283,12 @@ STILL_FRAMES = 4 * FPS # with a face; in fewer, a person may keep still
 STILL_DOUBTED = 2 * FPS # frames from which stillness is doubtful
 STILL_FACE = 0.04 # of the frame's width: a smaller face trembles by more than a living one moves
 
-def run_lengths(
-    present: np.ndarray # (n,) bool
-) -> np.ndarray: # (runs,) int
-    "How long each unbroken run is"
-    edges = np.flatnonzero(np.diff(np.pad(present.astype(int), 1)))
-    return edges[1::2] - edges[::2]
-
 def broken_share(
     track: Track,
     frames: range
 ) -> float: # 0 to 1
     "Share of the frames with a person that lie in short runs; none where the interval is short itself"
-    runs = run_lengths(track.present[frames.start:frames.stop])
+    runs = np.array([len(run) for run in stretches(track.present[frames.start:frames.stop], gap=1)])
     if len(frames) <= LONG_RUN or not len(runs): return 0.0
     return float(runs[runs < LONG_RUN].sum() / runs.sum())
 
@@ -378,9 +367,26 @@ def _whole_findings(track: Track, frames: range, rules: GuardRules) -> Iterable[
     failed = rules.still_failed if faces >= STILL_FRAMES else 0.0 # for less, a person may keep still
     yield from _graded('still', frames.start, movement, failed, rules.still_doubted, True)
 
+def _alone(track: Track, span: range) -> Track:
+    "What the guard looks at, of an interval alone"
+    here = slice(span.start, span.stop)
+    points = {group: found[here] for group, found in track.points.items()}
+    return Track(track.size, track.present[here], points, track.mask_size, track.masks[here], track.tracker)
+
+def _of_interval(
+    track: Track, first: int, content: Rectangle, rules: GuardRules, is_cut: Callable[[int], bool]
+) -> Iterable[Finding]:
+    "Of one interval of presence, which begins at frame `first`"
+    frames = range(len(track))
+    figures = measure_masks(track, frames, content)
+    suspects = [*_face_suspects(track, frames, rules), *_mask_suspects(track, figures, rules)]
+    yield from _mask_findings(figures, rules)
+    yield from _settled(suspects, frames, lambda frame: is_cut(first + frame))
+    yield from _whole_findings(track, frames, rules)
+
 def guard_track(
     track: Track,
-    stretches: Sequence[range], # the intervals of presence
+    spans: Sequence[range], # the intervals of presence
     content: Rectangle, # of the clip: where its picture is, without bars
     rules: GuardRules = GuardRules(), # noqa: B008 - frozen
     is_cut: Callable[[int], bool] = lambda frame: False # is the video cut at this frame? asked where something jumps
@@ -388,14 +394,13 @@ def guard_track(
     "Everything about a track that is beyond a limit"
     if rules.guard == 'off': return []
     found: list[Finding] = []
-    most = max((int(track.present[s.start:s.stop].sum()) for s in stretches), default=0)
-    for frames in stretches:
-        figures = measure_masks(track, frames, content)
-        suspects = [*_face_suspects(track, frames, rules), *_mask_suspects(track, figures, rules)]
-        here = [*_mask_findings(figures, rules), *_settled(suspects, frames, is_cut),
-                *_whole_findings(track, frames, rules)]
-        brief = int(track.present[frames.start:frames.stop].sum()) < min(LONG_RUN, most)
-        found += [replace(f, grade='doubtful') if brief and f.grade == 'failed' else f for f in here]
+    most = max((int(track.present[s.start:s.stop].sum()) for s in spans), default=0)
+    for span in spans:
+        part = _alone(track, span) # so that an interval costs what it has frames, not what the video has
+        brief = int(part.present.sum()) < min(LONG_RUN, most)
+        for f in _of_interval(part, span.start, content, rules, is_cut):
+            grade: Grade = 'doubtful' if brief and f.grade == 'failed' else f.grade
+            found.append(replace(f, frame=span.start + f.frame, grade=grade))
     order: dict[str, int] = {'failed': 0, 'doubtful': 1, 'note': 2}
     return sorted(found, key=lambda f: (order[f.grade], f.frame))
 

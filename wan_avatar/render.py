@@ -34,7 +34,7 @@ from .segments import Window, fit_length, plan_windows
 from .tasks import entered_in_thread, one_at_a_time
 from .track import Track
 from .tracks import Tracks
-from .workflow import Graph, Profile, bind, slots
+from .workflow import Graph, Profile, area_slots, bind, slots
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,8 @@ def window_graph(
     paths = {slot: run.relative(path) for slot, path in files.items()}
     paths['tail'] = run.relative(tail) if tail else ''
     width, height = shared.scene.sampled
-    area = {'left': s.area.left, 'top': s.area.top, 'area_width': s.area.width, 'area_height': s.area.height}
     window = {'start': s.start, 'length': s.length, 'skip': s.overlap - kept_seeds(s, run.profile),
-              'count': kept_seeds(s, run.profile) + s.new, **area}
+              'count': kept_seeds(s, run.profile) + s.new, **area_slots(s.area)}
     job = shared.values | {'seed': segment_seed(shared.values['seed'], s.index), 'width': width, 'height': height}
     wanted = slots(run.setup.window) # not every graph has a slot for each value of the job
     return bind(run.setup.window, paths | window | {k: v for k, v in job.items() if k in wanted})

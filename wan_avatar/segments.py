@@ -326,7 +326,7 @@ def area_picture(
     size: tuple[int, int] # width, height
 ) -> np.ndarray: # (height, width, 3) or (height, width) uint8
     "A part of a frame, at this size"
-    return sized(frame[area.top:area.bottom, area.left:area.right], size)
+    return sized(area.of(frame), size)
 
 def sized(
     picture: np.ndarray, # (h, w, ...) uint8

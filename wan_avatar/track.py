@@ -11,7 +11,7 @@ __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS
            'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera', 'steady_if_still',
            'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
            'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'track_video', 'ours_only',
-           'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
+           'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
            'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
@@ -955,6 +955,11 @@ def ours_only(
     return [row if is_ours else without_person(row) for row, is_ours in zip(rows, ours, strict=True)]
 
 # %% ../nbs/21_track.ipynb #3624c344
+def common_share(one: np.ndarray, other: np.ndarray) -> float: # 0 to 1
+    "Intersection over union of two masks; 1 when both are empty"
+    either = np.count_nonzero(one | other)
+    return np.count_nonzero(one & other) / either if either else 1.0
+
 BRIDGED = 12 # frames: a longer gap is an absence
 
 def bridge_gaps(
@@ -970,7 +975,7 @@ def bridge_gaps(
         if not 0 < len(gap) <= BRIDGED or not all(i in unsure for i in gap): continue
         packed = [rows[before][2], *(unsure[i] for i in gap), rows[after][2]]
         masks = [unpack_mask(mask, size) for mask in packed]
-        if any(np.sum(a & b) < .4 * np.sum(a | b) for a, b in pairwise(masks)): continue
+        if any(common_share(a, b) < .4 for a, b in pairwise(masks)): continue
         for i in gap: out[i] = *rows[i][:2], unsure[i], *rows[i][3:]
     return out
 

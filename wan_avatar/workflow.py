@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Graph', 'VISIONS', 'RULES', 'RulesOf', 'LOCK', 'CLIP_VISION', 'NEGATIVE', 'WAN', 'REFERENCE', 'TINY', 'PROFILES',
            'load_graph', 'slots', 'bind', 'validate', 'Weight', 'Profile', 'weight', 'listed', 'get_profile',
-           'disconnected', 'relinked', 'without_loras', 'with_vision', 'profile_graph', 'vision_graph', 'track_graph',
-           'needed_files', 'locked_files', 'tracker_places', 'loaders', 'detectors_digest', 'RenderSetup', 'prepare',
-           'with_tracker', 'with_sage', 'check_weights', 'ranks', 'draw_graph']
+           'disconnected', 'relinked', 'without_loras', 'with_vision', 'profile_graph', 'area_slots', 'vision_graph',
+           'track_graph', 'needed_files', 'locked_files', 'tracker_places', 'loaders', 'detectors_digest',
+           'RenderSetup', 'prepare', 'with_tracker', 'with_sage', 'check_weights', 'ranks', 'draw_graph']
 
 # %% ../nbs/30_workflow.ipynb #52d5f354
 import hashlib
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from .compose import ComposeRules
+from .frames import Rectangle
 from .guard import GuardRules
 from .job import JobError, shorten
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS
@@ -334,6 +335,12 @@ def _switched(graph: Graph, profile: Profile) -> Graph:
     if not profile.face: graph = disconnected(graph, 'animate', 'face_video')
     if 'negative_embedding' not in profile.prompts: graph = relinked(graph, 'negative', ['prompt', 0])
     return with_vision(graph, profile.vision)
+
+def area_slots(
+    area: Rectangle # of the frame, that a window makes
+) -> dict[str, int]:
+    "Its place and size as a window's graph takes them"
+    return {'left': area.left, 'top': area.top, 'area_width': area.width, 'area_height': area.height}
 
 def vision_graph(profile: Profile) -> Graph:
     "The graph that encodes the picture; its path, its size and the file to write stay slots. Empty without CLIP"
