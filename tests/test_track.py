@@ -1,6 +1,7 @@
 """Track files, smoothing, plate, camera and cut-out; the detectors themselves run in test_draft.py"""
 import hashlib
 import io
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -542,3 +543,21 @@ def test_points_found_ahead_are_those_found_alone(samples):
     environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+OUTLINES = """
+import json, sys
+from wan_avatar.frames import read_frames
+from wan_avatar.track import track_video, unpack_mask
+track = track_video(read_frames(sys.argv[1], 150, 36), 36, (640, 360))
+areas = [int(unpack_mask(m, track.mask_size).sum()) for m in track.masks]
+print(json.dumps([track.present.tolist(), areas]))
+"""
+
+def test_a_face_that_comes_back_from_behind_a_hand_keeps_its_outline(samples):
+    "In two frames it is not known to be ours yet: without an outline the driver himself would flash up in the result"
+    command = [ROOT / '.comfy/env/bin/python', '-c', OUTLINES, samples / 'pexels.mp4']
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+    present, areas = json.loads(done.stdout.splitlines()[-1])
+    assert not all(present), 'the detectors lose the person: otherwise this says nothing'
+    assert min(areas) > 0.8 * max(areas)

@@ -825,14 +825,15 @@ def track_video(
             if seen is not None:
                 frame, view, alone, any_face = seen
                 points.give(alone)
-                waiting.append((frame, any_face, pool.submit(_mask_and_camera, view, alone, segmenter, found.camera)))
+                beside = pool.submit(_mask_and_camera, view, alone, segmenter, found.camera)
+                waiting.append((frame, view, any_face, beside))
                 upcoming = pool.submit(_next_view, source, small, detector, people)
                 if len(waiting) <= AHEAD: continue
-            frame, any_face, beside = waiting.popleft()
+            frame, view, any_face, beside = waiting.popleft()
             found.add(pool, frame, points.take(size), beside.result(), any_face)
+            if any_face and not found.rows[-1][0]: found.look_again(pool, view, segmenter)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
-    if not found.rows: raise ValueError('no frames to track')
     rows = ours_only(found.rows, people, size[0] / small[0], pack_mask(np.zeros(small[::-1], bool)))
     rows = bridge_gaps(rows, found.unsure, small)
     return _mediapipe_track(size, small, rows, found)
@@ -878,6 +879,11 @@ class _TrackUnderWay:
         self.scene.append(colours)
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
+    def look_again(self, pool: ThreadPoolExecutor, view: np.ndarray, segmenter: Any) -> None:
+        "A face that is not known to be ours was painted over, and may be ours for all that: an outline without that"
+        soft = pool.submit(segmenter.process, view).result().segmentation_mask # the pool's thread alone may use it
+        if (mask := soft > .5).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
+
     def _measure(self, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
         self.plate.add(frame, away, moved)
         if len(self.lights) % 12 == 0: self.grains.append(scene_grain(frame, away))
@@ -917,6 +923,7 @@ def _mediapipe_track(
     size: tuple[int, int], small: tuple[int, int], rows: list[tuple], found: _TrackUnderWay
 ) -> Track:
     "A track of all rows, smoothed, once through the codec"
+    if not rows: raise ValueError('no frames to track')
     present, moves, masks, *groups = zip(*rows, strict=True)
     camera = smooth(steady_if_still(np.array(moves, np.float32), size))
     points = {name: smooth(np.stack(seen)) for name, seen in zip(GROUPS, groups, strict=True)}
