@@ -835,8 +835,7 @@ def track_video(
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     rows = ours_only(found.rows, people, size[0] / small[0], pack_mask(np.zeros(small[::-1], bool)))
-    rows = bridge_gaps(rows, found.unsure, small)
-    return _mediapipe_track(size, small, rows, found)
+    return _mediapipe_track(size, small, bridge_gaps(rows, found.unsure, small), found)
 
 @contextmanager
 def _opencv_alone() -> Iterator[None]:
