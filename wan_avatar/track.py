@@ -45,7 +45,7 @@ from .people import PersonFilter
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
-TRACKERS = {'mediapipe': 'mediapipe-3', 'wholebody-sam2': 'wholebody-sam2-3'}
+TRACKERS = {'mediapipe': 'mediapipe-4', 'wholebody-sam2': 'wholebody-sam2-3'}
 
 GROUPS = ('body', 'left_hand', 'right_hand', 'face') # MediaPipe's
 
