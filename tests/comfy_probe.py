@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from comfy import ops
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from nodes import common_ksampler
 from PIL import Image
 
 
@@ -106,6 +107,32 @@ class Fp8Layer:
         said = {'inside': inside, 'outside': dict(kernels.ran), 'off': float(off.abs().max())}
         return {'ui': {'said': [said]}}
 
+class MotionCalls:
+    "Sample with and without the hooks of AvatarKernels: how often close-ups were encoded, and whether results are equal"
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        links = {'hooked': ('MODEL',), 'plain': ('MODEL',), 'positive': ('CONDITIONING',),
+                 'negative': ('CONDITIONING',), 'latent': ('LATENT',)}
+        return {'required': links | {'steps': ('INT', {}), 'cfg': ('FLOAT', {})}}
+
+    def run(self, hooked, plain, positive, negative, latent, steps, cfg):
+        encoder = plain.model.diffusion_model.motion_encoder
+        real, calls, made = encoder.get_motion, [], []
+        def counted(faces):
+            calls[-1] += 1
+            return real(faces)
+        encoder.get_motion = counted
+        try:
+            for model in (hooked, plain):
+                calls.append(0)
+                out, = common_ksampler(model, 1, steps, cfg, 'euler', 'simple', positive, negative, latent)
+                made.append(out['samples'])
+        finally: del encoder.get_motion
+        left = 'after_patch_embedding' in vars(plain.model.diffusion_model)
+        return {'ui': {'said': [{'calls': calls, 'equal': bool(torch.equal(*made)), 'left': left}]}}
+
 class FullDisk:
     "Writes to a device that is always full, through one of several libraries"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
@@ -142,5 +169,5 @@ class Variables:
 
     def run(self): return {'ui': {'variables': [f'{k}={v}' for k, v in os.environ.items()]}}
 
-NODES = Probe, NumberedMask, FullMemory, SayPrompt, FullDisk, Variables, Fp8Layer
+NODES = Probe, NumberedMask, FullMemory, SayPrompt, FullDisk, Variables, Fp8Layer, MotionCalls
 NODE_CLASS_MAPPINGS = {c.__name__: c for c in NODES}

@@ -200,7 +200,7 @@ def ram_peak_gb(pid: int) -> float | None: # None: the process has ended
     "The most memory a process has held"
     try: said = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
     except OSError: return None
-    return int(said['VmHWM'].split()[0]) * 1024 / 1e9
+    return int(said['VmHWM'].split()[0]) * 1024 / 1e9 if 'VmHWM' in said else None # none: it is a zombie
 
 # %% ../nbs/55_gpu.ipynb #b0bad70b
 LOADS = ('dit', 'distill', 'relight', 'vae', 'clip_vision') # nodes that read files

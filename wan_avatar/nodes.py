@@ -620,6 +620,29 @@ def _attention(kernels: Kernels) -> Callable:
         return out
     return attention
 
+# %% ../nbs/32_nodes.ipynb #85b49f39
+def _motion_kept(embed: Callable, kept: list[tuple]) -> Callable: # `kept`: (close-ups, motion), the latest last
+    "The model's `after_patch_embedding` that encodes no close-ups a second time"
+    def embed_once(x, pose_latents, face_pixel_values):
+        x, _ = embed(x, pose_latents, None)
+        if face_pixel_values is None: return x, None
+        for faces, motion in kept:
+            if faces.shape == face_pixel_values.shape and (faces == face_pixel_values).all(): return x, motion
+        _, motion = embed(x, None, face_pixel_values)
+        kept[:] = [*kept[-1:], (face_pixel_values, motion)]
+        return x, motion
+    return embed_once
+
+def _face_once(kept: list[tuple]) -> Callable:
+    "A wrapper of the forward pass that encodes the close-ups of a window once"
+    def forward(executor, *args, **more):
+        network = executor.class_obj.diffusion_model
+        if not hasattr(network, 'after_patch_embedding'): return executor(*args, **more) # another model
+        network.after_patch_embedding = _motion_kept(network.after_patch_embedding, kept)
+        try: return executor(*args, **more)
+        finally: del network.after_patch_embedding # the class has it
+    return forward
+
 # %% ../nbs/32_nodes.ipynb #dc7dfbfb
 class AvatarKernels:
     "The same model, through these kernels"
@@ -640,15 +663,18 @@ class AvatarKernels:
         patched = model.clone() # a patcher of the same weights
         options = patched.model_options
         options.setdefault('transformer_options', {})['optimized_attention_override'] = _attention(kernels)
-        around = {WrappersMP.OUTER_SAMPLE: _counted_anew(kernels), WrappersMP.APPLY_MODEL: _products(kernels)}
-        for kind, wrapper in around.items():
+        kept: list[tuple] = []
+        around = [(WrappersMP.OUTER_SAMPLE, _begun_anew(kernels, kept)), (WrappersMP.APPLY_MODEL, _products(kernels)),
+                  (WrappersMP.APPLY_MODEL, _face_once(kept))]
+        for kind, wrapper in around:
             add_wrapper_with_key(kind, 'avatar_kernels', wrapper, options, is_model_options=True)
         return patched, kernels
 
-def _counted_anew(kernels: Kernels) -> Callable:
+def _begun_anew(kernels: Kernels, kept: list[tuple]) -> Callable:
     def sampling(executor, *args, **more):
         kernels.ran.clear()
-        return executor(*args, **more)
+        try: return executor(*args, **more)
+        finally: kept.clear() # 120 MB of the GPU
     return sampling
 
 def _products(kernels: Kernels) -> Callable:
