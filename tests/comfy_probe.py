@@ -99,7 +99,7 @@ class Fp8Layer:
         given = torch.randn(1, 4, 32, generator=numbers, dtype=torch.bfloat16)
         kernels.ran.clear()
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, model.model_options, is_model_options=True)
-        out = WrapperExecutor.new_executor(lambda x: layer(x), wrappers).execute(given.clone())
+        out = WrapperExecutor.new_class_executor(lambda x: layer(x), model.model, wrappers).execute(given.clone())
         off = out.float() - given.float() @ layer.weight.float().T
         inside = dict(kernels.ran)
         kernels.ran.clear()
@@ -108,7 +108,7 @@ class Fp8Layer:
         return {'ui': {'said': [said]}}
 
 class MotionCalls:
-    "Sample with and without the hooks of AvatarKernels: how often close-ups were encoded, and whether results are equal"
+    "Sample with and without the hooks of AvatarKernels: calls of the encoder of close-ups, are results equal"
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = 'tests', 'run', True, ()
 
     @classmethod

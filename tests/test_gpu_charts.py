@@ -67,13 +67,13 @@ def rows(text: str) -> list[list[str]]: # cells
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('|')]
 
 def test_a_case_is_a_line_with_its_figures():
-    head, _, line = rows(table_of(run(whole(load_s=90.0, watts=640.0, ran='cudnn'))))
+    head, _, line = rows(table_of(run(whole(load_s=90.0, watts=640.0, ran='cudnn', commit='89abcdef0123'))))
     found = dict(zip(head, line, strict=True))
     assert found == {
         'case': 'a window', 'frames': '77', 'size': '1280x720', 'kernels': 'cudnn', 's/step': '12.00', 'TFLOP/s': '500',
         '% of datasheet': '50', 'load s': '90.0', 'encode s': '–', 'decode s': '5.0', 'window s (steps)': '77.0 (6)',
         'encode GB': '9.0', 'forward GB': '38.5', 'decode GB': '–', 'reserved GB': '43.5', 'nvidia-smi GB': '55.8',
-        'host RAM GB': '–', 'W': '640'}
+        'host RAM GB': '–', 'W': '640', 'commit': '89abcde'}
 
 def test_every_reason_is_told_and_breaks_no_table():
     tracker = {'masks': {'what': 'SAM 2', 'times': {}, 'failed': 'RuntimeError: no'},

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wan_avatar.cards import operations
+from wan_avatar.cards import PRODUCTION, operations, runs_by_folder
 from wan_avatar.frames import SIZE, Rectangle
 from wan_avatar.plan import MULTIPLE, PlanRules, mask_boxes, petaflop, plan_scene, stretches
 from wan_avatar.segments import BLOCKS, SHAPES, WHOLE, MaskShape, grow_mask
@@ -134,6 +134,14 @@ WINDOWS = [(SIZE, 77), (SIZE, 41), ((480, 720), 77), ((480, 480), 61), ((912, 51
 @pytest.mark.parametrize('sampled, length', WINDOWS)
 def test_the_law_of_the_work_is_the_models(sampled, length):
     assert petaflop(sampled, length) == pytest.approx(operations(*sampled, length).total / 1e15, rel=0.01)
+
+@pytest.mark.parametrize('name', [f'{share} of the frame' for share in ('25%', '50%', '75%')])
+def test_the_law_holds_for_seconds_of_a_gpu(name):
+    run = runs_by_folder()['h200']
+    whole, part = run.case(PRODUCTION), run.case(name)
+    assert whole.commit == part.commit, 'measured with the same code'
+    law = petaflop(SIZE, whole.frames) / petaflop((part.width, part.height), part.frames)
+    assert whole.step_s / part.step_s == pytest.approx(law, rel=0.03)
 
 def test_a_window_whose_masks_are_all_empty_is_made_somewhere():
     track = replace(track_of([np.zeros((360, 640), bool)] * 9), present=np.ones(9, bool))

@@ -119,6 +119,7 @@ class Measured(Strict):
     mhz: float | None = None # median, of the multiprocessors
     finite: bool = True # no NaN, no infinity
     tiled: bool = False # the VAE went on in tiles, for want of memory
+    commit: str = '' # of the code that was measured; a run keeps the cases of earlier code
 
     @property
     def step_s(self) -> float | None: # None: no step was finished

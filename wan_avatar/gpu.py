@@ -308,6 +308,10 @@ class Budget:
     @property
     def left(self) -> float: return self.seconds - (time.perf_counter() - self.began)
 
+_ORDER = {c.name: place for place, c in enumerate(cases())}
+
+def _place(case: Measured) -> int: return _ORDER.get(case.name, -1)
+
 class KeptRun:
     "The figures of one card on disk"
     def __init__(self, folder: Path, fresh: GpuRun):
@@ -321,8 +325,9 @@ class KeptRun:
 
     def add(self, *cases: Measured, **more: Any) -> None: # `more`: other fields of `GpuRun`
         "Keep the figures of a case; one of the same name is replaced"
-        names = {c.name for c in cases}
-        kept = (*(c for c in self.run.cases if c.name not in names), *cases)
+        fresh = [c.model_copy(update={'commit': self.run.commit}) for c in cases]
+        names = {c.name for c in fresh}
+        kept = tuple(sorted((*(c for c in self.run.cases if c.name not in names), *fresh), key=_place))
         left_out = {k: v for k, v in more.pop('left_out', self.run.left_out).items() if k not in {c.name for c in kept}}
         self.run = self.run.model_copy(update={'cases': kept, 'left_out': left_out} | more)
         write_run(self.run, self.folder / 'gpu.json')

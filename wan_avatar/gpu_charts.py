@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNMEASURED', 'Columns', 'NAME_COLUMNS', 'KERNEL_COLUMNS', 'TIME_COLUMNS', 'MEMORY_COLUMNS', 'POWER_COLUMNS',
-           'COLUMNS', 'VERDICTS', 'EMULATED', 'PARTS', 'PHASE_LABELS', 'OUTCOMES', 'KEPT', 'HEAD', 'fits', 'table_of',
-           'whole_windows', 'draw_window', 'pool_sizes', 'shown_case', 'draw_memory', 'write_report', 'cards_section']
+           'CODE_COLUMNS', 'COLUMNS', 'VERDICTS', 'EMULATED', 'PARTS', 'PHASE_LABELS', 'OUTCOMES', 'KEPT', 'HEAD',
+           'fits', 'table_of', 'whole_windows', 'draw_window', 'pool_sizes', 'shown_case', 'draw_memory',
+           'write_report', 'cards_section']
 
 # %% ../nbs/58_gpu_charts.ipynb #2a8318cc
 import re
@@ -57,7 +58,8 @@ MEMORY_COLUMNS: Columns = {
     'reserved GB': lambda c: _cell_text(_reserved(c)), 'nvidia-smi GB': lambda c: _cell_text(c.smi_gb),
     'host RAM GB': lambda c: _cell_text(c.ram_peak_gb)}
 POWER_COLUMNS: Columns = {'W': lambda c: _cell_text(c.watts, 0)}
-COLUMNS = NAME_COLUMNS | KERNEL_COLUMNS | TIME_COLUMNS | MEMORY_COLUMNS | POWER_COLUMNS
+CODE_COLUMNS: Columns = {'commit': lambda c: _cell_text(c.commit[:7] or None)}
+COLUMNS = NAME_COLUMNS | KERNEL_COLUMNS | TIME_COLUMNS | MEMORY_COLUMNS | POWER_COLUMNS | CODE_COLUMNS
 
 def _cases(columns: Columns, cases: Iterable[Measured]) -> str:
     return _table([*columns], [[cell(c) for cell in columns.values()] for c in cases])
@@ -113,7 +115,7 @@ def table_of(run: GpuRun) -> str: # Markdown
     if capped := _emulated(run):
         verdict: Columns = {'held to GB': lambda c: f'{c.cap_gb:g}', 'memory': _verdict}
         why: Columns = {'why': lambda c: _cell_text(c.failed)}
-        columns = verdict | NAME_COLUMNS | KERNEL_COLUMNS | MEMORY_COLUMNS | why
+        columns = verdict | NAME_COLUMNS | KERNEL_COLUMNS | MEMORY_COLUMNS | why | CODE_COLUMNS
         parts += ['## Emulated cards', EMULATED, _cases(columns, capped)]
     if rows := list(_tracker_rows(run)):
         parts += ['## Networks of the tracker', _table(['network', 'how', 'ms', 'calls', 'on', 'peak GB'], rows)]
@@ -122,6 +124,7 @@ def table_of(run: GpuRun) -> str: # Markdown
 # %% ../nbs/58_gpu_charts.ipynb #8337d7e2
 PARTS = {'load': '#bbbbbb', 'pictures': '#56b4e9', 'encode': '#cc79a7', 'steps': '#009e73', 'decode': '#e69f00',
          'frames': '#d55e00', 'limit by the datasheet': '#000000'}
+_EARLIER = {'steps of earlier code': '#a6dbcb'}
 
 def _panels(title: str, rows: Sequence[int]) -> tuple[Any, list[Any]]: # figure, axes below each other
     "A figure with as many rows of bars in each panel"
@@ -193,9 +196,10 @@ def _draw_windows(axes: Any, cases: Sequence[Measured], usual: Measured, slowest
     axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, longest * 1.1),
              xlabel=f'seconds of a window of {steps} step{"s" * (steps != 1)}')
 
-def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured) -> None:
+def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured, commit: str) -> None:
     for row, c in enumerate(cases):
-        axes.barh(row, c.step_s, color=PARTS['steps'], height=0.55)
+        colour, = [PARTS['steps']] if c.commit in ('', commit) else _EARLIER.values()
+        axes.barh(row, c.step_s, color=colour, height=0.55)
         if c.least_s: axes.plot([c.least_s] * 2, [row - 0.36, row + 0.36], color='black', lw=3)
         share = f' ({c.share * 100:.0f} %)' if c.share else ''
         axes.text(c.step_s, row, f' {c.step_s:.2f} s{share}', va='center', fontsize=10.5)
@@ -216,8 +220,9 @@ def draw_window(run: GpuRun, path: Path | str) -> Path: # `path`
     if not steps: _nothing(axes[0], 'no case finished a step')
     else:
         if windows and slowest: _draw_windows(axes[0], windows, steps[0], slowest)
-        _draw_steps(axes[-1], steps, steps[0])
-        _key(figure, _colour_key(PARTS))
+        _draw_steps(axes[-1], steps, steps[0], run.commit)
+        earlier = any(c.commit not in ('', run.commit) for c in steps)
+        _key(figure, _colour_key(PARTS | _EARLIER if earlier else PARTS))
     return _saved(figure, path)
 
 def _nothing(axes: Any, why: str) -> None:

@@ -674,7 +674,7 @@ def _begun_anew(kernels: Kernels, kept: list[tuple]) -> Callable:
     def sampling(executor, *args, **more):
         kernels.ran.clear()
         try: return executor(*args, **more)
-        finally: kept.clear() # 120 MB of the GPU
+        finally: kept.clear() # a window's close-ups lie in the GPU's memory
     return sampling
 
 def _products(kernels: Kernels) -> Callable:
