@@ -8,7 +8,7 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read('settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
 package = s['lib_path']
-extras = ('worker', 'local', 'dev', 'docs', 'comfy')
+extras = ('worker', 'local', 'dev', 'docs', 'comfy', 'quality')
 # the image's wheel is built from a part of the package (nbs/tools/install.py) and offers what that part has
 offered = {
     'nbdev': {'_modidx': f'{s["lib_name"]}={package}._modidx:d'},

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEASURES', 'MOST_DB', 'SSIM_REACH', 'DETAIL', 'EDGE', 'FACE_SIDE', 'FLOW_SHARE', 'NEARBY', 'LEAST_CHANGE', 'EVERY',
            'HEAD', 'LEAST_PAIRS', 'LEAST_OPENING', 'IDENTITY_EVERY', 'Measure', 'grown', 'psnr', 'ssim_map', 'detail',
-           'sharpness', 'Motion', 'seam_of', 'PixelQuality', 'Face', 'face_of_mesh', 'head_angle', 'correlation',
-           'compare_faces', 'FaceReader', 'FaceIdentity', 'identity', 'Case', 'judge', 'main']
+           'sharpness', 'Motion', 'seam_of', 'PixelQuality', 'Face', 'face_of_mesh', 'head_angle', 'head_errors',
+           'correlation', 'compare_faces', 'FaceReader', 'FaceIdentity', 'identity', 'Case', 'judge', 'main']
 
-# %% ../nbs/29_quality.ipynb #bdcd569e
+# %% ../nbs/29_quality.ipynb #71a67c02
 import json
 import math
 import sys
@@ -28,7 +28,7 @@ from .frames import Rectangle, read_frames
 from .segments import BLOCKS, MaskShape, grow_mask
 from .track import load_track
 
-# %% ../nbs/29_quality.ipynb #87c2567d
+# %% ../nbs/29_quality.ipynb #ea1fa39b
 @dataclass(frozen=True)
 class Measure:
     "What a number means"
@@ -54,7 +54,7 @@ MEASURES = {
                           'without the driver\'s own change', 'a drift within the first window'),
     'scene_drift': Measure('dE', 'lower', 'likewise, outside the mask', 'a drift within the first window')}
 
-# %% ../nbs/29_quality.ipynb #5b76a0a2
+# %% ../nbs/29_quality.ipynb #cad5633c
 MOST_DB = 100.0 # of equal pictures
 SSIM_REACH = 5 # px to each side that a pixel's similarity depends on
 
@@ -85,7 +85,7 @@ def ssim_map(
     alike = (2 * a * b + light) * (2 * common + contrast)
     return np.asarray(alike / ((a * a + b * b + light) * (own[0] + own[1] + contrast)))
 
-# %% ../nbs/29_quality.ipynb #2d45b129
+# %% ../nbs/29_quality.ipynb #0c883ef5
 DETAIL = 3.0 # px of the blur that is taken away
 EDGE = 15 # px inside the mask that are not counted
 
@@ -112,7 +112,7 @@ def sharpness(
     own = amount(picture)
     return amount(face) / own if own > 1e-3 else None
 
-# %% ../nbs/29_quality.ipynb #41aa2b37
+# %% ../nbs/29_quality.ipynb #55045045
 FLOW_SHARE = 0.5 # of the frame's sides, at which motion is found
 NEARBY = 12 # frames before and after a join
 
@@ -161,7 +161,7 @@ def seam_of(
         found.append(float(there[1] / max(there[0], 1)))
     return max(found, default=None)
 
-# %% ../nbs/29_quality.ipynb #832dfc54
+# %% ../nbs/29_quality.ipynb #fb831c9f
 EVERY = 3 # frames
 
 @dataclass
@@ -258,14 +258,14 @@ class PixelQuality:
             'seam': seam_of(sums.changes, self.joins), 'skin_drift': self.drift('skin'),
             'scene_drift': self.drift('scene')}
 
-# %% ../nbs/29_quality.ipynb #f38d7851
+# %% ../nbs/29_quality.ipynb #658ddef7
 MEASURES |= {
     'face_found': Measure('share', 'higher', 'frames with a face mesh, of those where the driver has one', 'whose face'),
     'lip_correlation': Measure('1', 'higher', 'Pearson, opening of the lips over the height of the face',
                                'the shape of the mouth; a mouth that opens too little'),
     'eye_correlation': Measure('1', 'higher', 'likewise, of the lids; noisy', 'where the eyes look'),
-    'pose_error': Measure('degrees', 'lower', 'mean angle between the two heads, by six points of the mesh',
-                          'a head in another place')}
+    'pose_error': Measure('degrees', 'lower', 'mean angle between the two heads, by six points of the mesh, less the '
+                          'usual one', 'a head in another place, or turned further all the time')}
 
 @dataclass(frozen=True)
 class Face:
@@ -304,6 +304,15 @@ def head_angle(
     "How far one head is turned from another"
     return math.degrees(math.acos(float(np.clip((np.trace(one.T @ other) - 1) / 2, -1, 1))))
 
+def head_errors(
+    turns: Sequence[np.ndarray] # (3, 3) each: from the driver's head to the result's
+) -> list[float]: # degrees
+    "How far each is from the usual one: two faces of unlike shape seem turned by the same angle all the time"
+    if not turns: return []
+    u, _, v = np.linalg.svd(np.sum(turns, 0))
+    usual = u @ np.diag([1, 1, np.linalg.det(u @ v)]) @ v
+    return [head_angle(t, usual) for t in turns]
+
 LEAST_PAIRS = 8 # frames with both faces
 LEAST_OPENING = 0.004 # standard deviation, of the face's height: less is a mouth at rest
 
@@ -322,24 +331,24 @@ def compare_faces(
     "What two faces did over a video"
     there = sum(a is not None for a, _ in pairs)
     both = [(a, b) for a, b in pairs if a and b]
-    turned = [head_angle(a.head, b.head) for a, b in both]
+    turned = head_errors([b.head @ a.head.T for a, b in both])
     return {'face_found': len(both) / there if there else None,
             'lip_correlation': correlation([a.lips for a, _ in both], [b.lips for _, b in both]),
             'eye_correlation': correlation([a.lids for a, _ in both], [b.lids for _, b in both]),
             'pose_error': float(np.mean(turned)) if turned else None}
 
-# %% ../nbs/29_quality.ipynb #83dd7cad
+# %% ../nbs/29_quality.ipynb #c656019d
 class FaceReader:
-    "Reads faces off the frames of one video, by MediaPipe's mesh; to be closed"
-    def __init__(self, still: bool = False): # `still`: each picture for itself
+    "Reads faces off frames, by MediaPipe's mesh, each for itself; to be closed"
+    def __init__(self) -> None:
         from mediapipe.python.solutions.face_mesh import FaceMesh # slow, and not everywhere
-        self.mesh = FaceMesh(static_image_mode=still, max_num_faces=1)
+        self.mesh = FaceMesh(static_image_mode=True, max_num_faces=1) # what it saw before would smooth small openings
 
     def __call__(
         self,
         frame: np.ndarray # (h, w, 3) uint8 RGB
     ) -> Face | None: # None: no face
-        "The face of the next frame"
+        "The face of a frame"
         found = self.mesh.process(frame).multi_face_landmarks
         if not found: return None
         size = frame.shape[1], frame.shape[0]
@@ -347,7 +356,7 @@ class FaceReader:
 
     def close(self) -> None: self.mesh.close()
 
-# %% ../nbs/29_quality.ipynb #79135ea4
+# %% ../nbs/29_quality.ipynb #2c089cef
 MEASURES |= {
     'id_distance': Measure('1', 'lower', 'median distance to the picture\'s face, by dlib\'s network; below 0.6: one person',
                            'the body; a frozen picture is the nearest'),
@@ -385,7 +394,7 @@ def identity(
     return {'id_distance': median(picture) if made and picture is not None else None,
             'driver_distance': median(np.mean(driver, 0)) if made and len(driver) else None}
 
-# %% ../nbs/29_quality.ipynb #4c5748ed
+# %% ../nbs/29_quality.ipynb #797be553
 @dataclass(frozen=True)
 class Case:
     "What a result was made of"
@@ -402,7 +411,7 @@ def _identity() -> FaceIdentity | None:
 
 def _picture_face(path: Path) -> tuple[np.ndarray, Face | None]:
     picture = np.asarray(Image.open(path).convert('RGB'))
-    with closing(FaceReader(still=True)) as read: return picture, read(picture)
+    with closing(FaceReader()) as read: return picture, read(picture)
 
 def judge(
     case: Case,
@@ -416,10 +425,10 @@ def judge(
     people: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     empty, theirs = np.zeros(track.size[::-1], bool), None
     videos = zip(read_frames(case.driver), read_frames(case.made), strict=True)
-    with closing(FaceReader()) as read_driver, closing(FaceReader()) as read_made:
+    with closing(FaceReader()) as read:
         for i, (driver, made) in enumerate(videos):
             if i % EVERY == 0:
-                pairs.append((theirs := read_driver(driver), ours := read_made(made)))
+                pairs.append((theirs := read(driver), ours := read(made)))
                 if who and i % IDENTITY_EVERY == 0:
                     for found, frame, seen in zip(people, (driver, made), (theirs, ours), strict=True):
                         if seen: found.append(who(frame, seen.box))
@@ -438,6 +447,6 @@ def main() -> None:
     figures = judge(Case(**files, joins=tuple(fields.pop('joins', ())), mask_shape=shape, **fields))
     with whole_file(result) as part: part.write_text(json.dumps(figures, indent=1))
 
-# %% ../nbs/29_quality.ipynb #6106bdae
+# %% ../nbs/29_quality.ipynb #a9a7ac12
 #| eval: false
 if __name__ == '__main__': main()

@@ -123,7 +123,7 @@ def install_hooks():
 def main():
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         sys.exit(f'Python 3.11 or 3.12 is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11 …')
-    worker, dev = ['worker', 'local', 'dev', 'docs'], ['comfy']
+    worker, dev = ['worker', 'local', 'dev', 'docs'], ['comfy', 'quality']
     make_worker = make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)'))
     first = [Step('worker environment', '.venv', requirements(*worker), make_worker, 195),
              Step("ComfyUI's source", '.comfy/ComfyUI', COMFY, make_source),
