@@ -16,13 +16,13 @@ PYTHON = ROOT / '.comfy/env/bin/python'
 JUDGE = """
 import json, sys
 from pathlib import Path
-from wan_avatar.quality import Case, judge
+from wan_avatar.quality import Sample, judge
 folder, astronaut, *names = sys.argv[1:]
 def case(name):
     of = lambda file: Path(folder) / file
     picture = Path(astronaut) if name == 'another picture' else of('picture.png')
     made = of('driver.mp4' if name in ('itself', 'another picture') else f'{name}.mp4')
-    return judge(Case(of('driver.mp4'), made, of('driver.track'), picture))
+    return judge(Sample(of('driver.mp4'), made, of('driver.track'), picture))
 print(json.dumps({name: case(name) for name in names}))
 """
 FAULTS = {'frozen': lambda frames: [frames[36]] * len(frames),
