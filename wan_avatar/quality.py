@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'MOST_DB', 'SSIM_REACH', 'DETAIL', 'EDGE', 'FACE_SIDE', '
            'head_errors', 'correlation', 'compare_faces', 'FaceReader', 'FaceIdentity', 'identity_distances', 'Sample',
            'judge']
 
-# %% ../nbs/29_quality.ipynb #d07679ba
+# %% ../nbs/29_quality.ipynb #7a29eb8a
 import json
 import math
 import sys
@@ -29,7 +29,7 @@ from .frames import Rectangle, read_frames
 from .segments import BLOCKS, MaskShape, grow_mask
 from .track import load_track
 
-# %% ../nbs/29_quality.ipynb #1477c73c
+# %% ../nbs/29_quality.ipynb #c8eb4279
 @dataclass(frozen=True)
 class Measure:
     "What a number means"
@@ -55,7 +55,7 @@ MEASURES = {
                           'without the driver\'s own change', 'a drift within the first window'),
     'scene_drift': Measure('dE', 'lower', 'likewise, outside the mask', 'a drift within the first window')}
 
-# %% ../nbs/29_quality.ipynb #ece8351c
+# %% ../nbs/29_quality.ipynb #cf34a774
 MOST_DB = 100.0 # of equal pictures
 SSIM_REACH = 5 # px to each side that a pixel's similarity depends on
 
@@ -86,7 +86,7 @@ def ssim_map(
     alike = (2 * a * b + light) * (2 * common + contrast)
     return np.asarray(alike / ((a * a + b * b + light) * (own[0] + own[1] + contrast)))
 
-# %% ../nbs/29_quality.ipynb #ebc359a7
+# %% ../nbs/29_quality.ipynb #839aa7ad
 DETAIL = 3.0 # px of the blur that is taken away
 EDGE = 15 # px inside the mask that are not counted
 
@@ -113,7 +113,7 @@ def sharpness(
     own = amount(picture)
     return amount(face) / own if own > 1e-3 else None
 
-# %% ../nbs/29_quality.ipynb #bd8a8c04
+# %% ../nbs/29_quality.ipynb #d7ece35f
 FLOW_SHARE = 0.5 # of the frame's sides, at which motion is found
 NEARBY = 12 # frames before and after a join
 
@@ -162,7 +162,7 @@ def seam_of(
         found.append(float(there[1] / max(there[0], 1)))
     return max(found, default=None)
 
-# %% ../nbs/29_quality.ipynb #e63c19f1
+# %% ../nbs/29_quality.ipynb #0fce5861
 EVERY = 3 # frames
 
 @dataclass
@@ -259,7 +259,7 @@ class PixelQuality:
             'seam': seam_of(sums.changes, self.joins), 'skin_drift': self.drift('skin'),
             'scene_drift': self.drift('scene')}
 
-# %% ../nbs/29_quality.ipynb #3c15bf69
+# %% ../nbs/29_quality.ipynb #27d32568
 MEASURES |= {
     'face_found': Measure('share', 'higher', 'frames with a mesh, of those where the driver has one', 'whose face'),
     'lip_correlation': Measure('1', 'higher', 'Pearson, opening of the lips over the height of the face',
@@ -339,7 +339,7 @@ def compare_faces(
             'eye_correlation': correlation([a.lids for a, _ in both], [b.lids for _, b in both]),
             'pose_error': float(np.mean(turned)) if turned else None}
 
-# %% ../nbs/29_quality.ipynb #d1ceac7d
+# %% ../nbs/29_quality.ipynb #949f63af
 class FaceReader:
     "Reads faces off frames, by MediaPipe's mesh, each for itself; to be closed"
     def __init__(self) -> None:
@@ -358,7 +358,7 @@ class FaceReader:
 
     def close(self) -> None: self.mesh.close()
 
-# %% ../nbs/29_quality.ipynb #14ada7ef
+# %% ../nbs/29_quality.ipynb #88444607
 MEASURES |= {
     'id_distance': Measure('1', 'lower', 'median distance to the picture\'s face, by dlib\'s network; one '
                            'person: below 0.6', 'the body; a frozen picture is the nearest'),
@@ -396,7 +396,7 @@ def identity_distances(
     return {'id_distance': median(picture) if made and picture is not None else None,
             'driver_distance': median(np.mean(driver, 0)) if made and len(driver) else None}
 
-# %% ../nbs/29_quality.ipynb #15f9bfe3
+# %% ../nbs/29_quality.ipynb #bdd1b64a
 @dataclass(frozen=True)
 class Sample:
     "What a result was made of"
@@ -449,6 +449,6 @@ def _judge_from_arguments() -> None:
     figures = judge(Sample(**files, joins=tuple(fields.pop('joins', ())), mask_shape=shape, **fields))
     with whole_file(result) as part: part.write_text(json.dumps(figures, indent=1))
 
-# %% ../nbs/29_quality.ipynb #f45e249d
+# %% ../nbs/29_quality.ipynb #3b700bb4
 #| eval: false
 if __name__ == '__main__': _judge_from_arguments()
