@@ -1,6 +1,7 @@
 "Numbers of a result, of a real face: every fault that is put in moves its own number"
 import json
 import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -32,8 +33,8 @@ FAULTS = {'frozen': lambda frames: [frames[36]] * len(frames),
 NAMES = ('itself', *FAULTS, 'another picture')
 
 @pytest.fixture(scope='module')
-def judged(samples, tmp_path_factory) -> dict[str, dict]:
-    "Figures of the driving video and of its faults, its person's picture being one of its frames"
+def folder(samples, tmp_path_factory) -> Path:
+    "The driving video and its faults, its person's picture being one of its frames"
     folder = tmp_path_factory.mktemp('judged')
     raw = cut(samples / 'pexels.mp4', 190, folder)
     normalise_video(raw, folder / 'all.mp4', folder / 'audio.m4a', 60)
@@ -47,6 +48,11 @@ def judged(samples, tmp_path_factory) -> dict[str, dict]:
     points = {'wholebody': np.zeros((n, 133, 3), np.float32)}
     save_track(Track(SIZE, np.ones(n, bool), points, SIZE, (pack_mask(mask),) * n, 'by hand'), folder / 'driver.track')
     cv2.imwrite(str(folder / 'picture.png'), frames[36][..., ::-1])
+    return folder
+
+@pytest.fixture(scope='module')
+def judged(samples, folder) -> dict[str, dict]:
+    "Figures of every result"
     command = [PYTHON, '-c', JUDGE, folder, samples / 'astronaut.png', *NAMES]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
     return json.loads(said.splitlines()[-1])
@@ -73,3 +79,10 @@ def test_what_cannot_be_measured_is_null(judged, measure): assert judged['nobody
 
 def test_there_is_no_seam_and_no_drift_in_one_window(judged):
     assert [judged['itself'][n] for n in ('seam', 'skin_drift', 'scene_drift')] == [None] * 3
+
+def test_the_command_says_the_same(judged, folder):
+    files = {'driver': 'driver.mp4', 'made': 'nobody.mp4', 'track': 'driver.track', 'picture': 'picture.png'}
+    asked, result = folder / 'asked.json', folder / 'result.json'
+    asked.write_text(json.dumps({name: str(folder / file) for name, file in files.items()}))
+    subprocess.run([PYTHON, '-m', 'wan_avatar.quality', asked, result], cwd=ROOT, check=True, timeout=120)
+    assert json.loads(result.read_text()) == pytest.approx(judged['nobody'])

@@ -126,6 +126,8 @@ PARTS = {'load': '#bbbbbb', 'pictures': '#56b4e9', 'encode': '#cc79a7', 'steps':
          'frames': '#d55e00', 'limit by the datasheet': '#000000'}
 _EARLIER = {'steps of earlier code': '#a6dbcb'}
 
+def _is_earlier(case: Measured, run: GpuRun) -> bool: return case.commit not in ('', run.commit)
+
 def _panels(title: str, rows: Sequence[int]) -> tuple[Any, list[Any]]: # figure, axes below each other
     "A figure with as many rows of bars in each panel"
     # imported only to draw: it is slow
@@ -196,10 +198,10 @@ def _draw_windows(axes: Any, cases: Sequence[Measured], usual: Measured, slowest
     axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, longest * 1.1),
              xlabel=f'seconds of a window of {steps} step{"s" * (steps != 1)}')
 
-def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured, commit: str) -> None:
+def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured, run: GpuRun) -> None:
     for row, c in enumerate(cases):
-        colour, = [PARTS['steps']] if c.commit in ('', commit) else _EARLIER.values()
-        axes.barh(row, c.step_s, color=colour, height=0.55)
+        name = 'steps of earlier code' if _is_earlier(c, run) else 'steps'
+        axes.barh(row, c.step_s, color=(PARTS | _EARLIER)[name], height=0.55)
         if c.least_s: axes.plot([c.least_s] * 2, [row - 0.36, row + 0.36], color='black', lw=3)
         share = f' ({c.share * 100:.0f} %)' if c.share else ''
         axes.text(c.step_s, row, f' {c.step_s:.2f} s{share}', va='center', fontsize=10.5)
@@ -220,8 +222,8 @@ def draw_window(run: GpuRun, path: Path | str) -> Path: # `path`
     if not steps: _nothing(axes[0], 'no case finished a step')
     else:
         if windows and slowest: _draw_windows(axes[0], windows, steps[0], slowest)
-        _draw_steps(axes[-1], steps, steps[0], run.commit)
-        earlier = any(c.commit not in ('', run.commit) for c in steps)
+        _draw_steps(axes[-1], steps, steps[0], run)
+        earlier = any(_is_earlier(c, run) for c in steps)
         _key(figure, _colour_key(PARTS | _EARLIER if earlier else PARTS))
     return _saved(figure, path)
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'MOST_DB', 'SSIM_REACH', 'DETAIL', 'EDGE', 'FACE_SIDE', 'FLOW_SHARE', 'NEARBY', 'LEAST_LEVELS', 'EVERY',
-           'HEAD_MM', 'LEAST_PAIRS', 'LEAST_OPENING', 'IDENTITY_EVERY', 'Measure', 'grown', 'psnr', 'ssim_map',
-           'detail', 'sharpness', 'Motion', 'seam_of', 'PixelQuality', 'Face', 'face_of_mesh', 'head_angle',
-           'head_errors', 'correlation', 'compare_faces', 'FaceReader', 'FaceIdentity', 'identity_distances', 'Sample',
-           'judge']
+           'HEAD_MM', 'LEAST_PAIRS', 'LEAST_OPENING', 'IDENTITY_EVERY', 'Measure', 'psnr', 'ssim_map', 'detail',
+           'sharpness', 'Motion', 'seam_of', 'PixelQuality', 'Face', 'face_of_mesh', 'head_angle', 'head_errors',
+           'correlation', 'compare_faces', 'FaceReader', 'FaceIdentity', 'identity_distances', 'Sample', 'judge']
 
-# %% ../nbs/29_quality.ipynb #7a29eb8a
+# %% ../nbs/29_quality.ipynb #f789a846
 import json
 import math
 import sys
@@ -29,7 +28,7 @@ from .frames import Rectangle, read_frames
 from .segments import BLOCKS, MaskShape, grow_mask
 from .track import load_track
 
-# %% ../nbs/29_quality.ipynb #c8eb4279
+# %% ../nbs/29_quality.ipynb #c07141ef
 @dataclass(frozen=True)
 class Measure:
     "What a number means"
@@ -55,17 +54,9 @@ MEASURES = {
                           'without the driver\'s own change', 'a drift within the first window'),
     'scene_drift': Measure('dE', 'lower', 'likewise, outside the mask', 'a drift within the first window')}
 
-# %% ../nbs/29_quality.ipynb #cf34a774
+# %% ../nbs/29_quality.ipynb #7c04b9c6
 MOST_DB = 100.0 # of equal pictures
 SSIM_REACH = 5 # px to each side that a pixel's similarity depends on
-
-def grown(
-    mask: np.ndarray, # (h, w) bool
-    by: int # px; below 0: shrunk, and the border of the frame is no edge
-) -> np.ndarray:
-    "A mask with its surroundings"
-    round_ = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(by) + 1,) * 2)
-    return np.asarray((cv2.dilate if by > 0 else cv2.erode)(mask.astype(np.uint8), round_) > 0)
 
 def psnr(
     square_error: float # mean, of levels from 0 to 255
@@ -86,7 +77,7 @@ def ssim_map(
     alike = (2 * a * b + light) * (2 * common + contrast)
     return np.asarray(alike / ((a * a + b * b + light) * (own[0] + own[1] + contrast)))
 
-# %% ../nbs/29_quality.ipynb #839aa7ad
+# %% ../nbs/29_quality.ipynb #e56301cd
 DETAIL = 3.0 # px of the blur that is taken away
 EDGE = 15 # px inside the mask that are not counted
 
@@ -113,7 +104,7 @@ def sharpness(
     own = amount(picture)
     return amount(face) / own if own > 1e-3 else None
 
-# %% ../nbs/29_quality.ipynb #d7ece35f
+# %% ../nbs/29_quality.ipynb #f0f01205
 FLOW_SHARE = 0.5 # of the frame's sides, at which motion is found
 NEARBY = 12 # frames before and after a join
 
@@ -162,7 +153,7 @@ def seam_of(
         found.append(float(there[1] / max(there[0], 1)))
     return max(found, default=None)
 
-# %% ../nbs/29_quality.ipynb #0fce5861
+# %% ../nbs/29_quality.ipynb #b6492b43
 EVERY = 3 # frames
 
 @dataclass
@@ -221,9 +212,11 @@ class PixelQuality:
             difference = (made[outside].astype(np.int32) - driver[outside])
             sums.square += float((difference**2).sum())
             sums.values += difference.size
-            if (away := ~grown(mask, SSIM_REACH)).any(): sums.ssim.append(float(ssim_map(*luma)[away].mean()))
+            away = ~grow_mask(mask, MaskShape('outline', SSIM_REACH))
+            if away.any(): sums.ssim.append(float(ssim_map(*luma)[away].mean()))
             sums.colours.append((i, 'scene', driver[outside].mean(0), made[outside].mean(0)))
-        if (deep := grown(mask, -EDGE)).any():
+        deep = ~grow_mask(outside, MaskShape('outline', EDGE)) # the border of the frame is no edge
+        if deep.any():
             theirs, ours = (detail(v)[deep] for v in luma)
             sums.common += float(theirs @ ours)
             sums.own += float(theirs @ theirs)
@@ -259,7 +252,7 @@ class PixelQuality:
             'seam': seam_of(sums.changes, self.joins), 'skin_drift': self.drift('skin'),
             'scene_drift': self.drift('scene')}
 
-# %% ../nbs/29_quality.ipynb #27d32568
+# %% ../nbs/29_quality.ipynb #ce0d09cf
 MEASURES |= {
     'face_found': Measure('share', 'higher', 'frames with a mesh, of those where the driver has one', 'whose face'),
     'lip_correlation': Measure('1', 'higher', 'Pearson, opening of the lips over the height of the face',
@@ -339,7 +332,7 @@ def compare_faces(
             'eye_correlation': correlation([a.lids for a, _ in both], [b.lids for _, b in both]),
             'pose_error': float(np.mean(turned)) if turned else None}
 
-# %% ../nbs/29_quality.ipynb #949f63af
+# %% ../nbs/29_quality.ipynb #ecd45024
 class FaceReader:
     "Reads faces off frames, by MediaPipe's mesh, each for itself; to be closed"
     def __init__(self) -> None:
@@ -358,7 +351,7 @@ class FaceReader:
 
     def close(self) -> None: self.mesh.close()
 
-# %% ../nbs/29_quality.ipynb #88444607
+# %% ../nbs/29_quality.ipynb #7891ff92
 MEASURES |= {
     'id_distance': Measure('1', 'lower', 'median distance to the picture\'s face, by dlib\'s network; one '
                            'person: below 0.6', 'the body; a frozen picture is the nearest'),
@@ -396,7 +389,7 @@ def identity_distances(
     return {'id_distance': median(picture) if made and picture is not None else None,
             'driver_distance': median(np.mean(driver, 0)) if made and len(driver) else None}
 
-# %% ../nbs/29_quality.ipynb #bdd1b64a
+# %% ../nbs/29_quality.ipynb #85b2c1a9
 @dataclass(frozen=True)
 class Sample:
     "What a result was made of"
@@ -411,23 +404,20 @@ def _identity() -> FaceIdentity | None:
     try: return FaceIdentity()
     except ImportError: return None
 
-def _picture_face(path: Path) -> tuple[np.ndarray, Face | None]:
-    picture = np.asarray(Image.open(path).convert('RGB'))
-    with closing(FaceReader()) as read: return picture, read(picture)
-
 def judge(
     sample: Sample,
     progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, float | None]: # as MEASURES
     "All measures of a result"
     track, who = load_track(sample.track), _identity()
-    picture, face = _picture_face(sample.picture)
-    pixels = PixelQuality(sample.joins, face.box.of(picture) if face else None)
+    picture = np.asarray(Image.open(sample.picture).convert('RGB'))
     pairs: list[tuple[Face | None, Face | None]] = []
     people: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     empty, theirs = np.zeros(track.size[::-1], bool), None
     videos = zip(read_frames(sample.driver), read_frames(sample.made), strict=True)
     with closing(FaceReader()) as read:
+        face = read(picture)
+        pixels = PixelQuality(sample.joins, face.box.of(picture) if face else None)
         for i, (driver, made) in enumerate(videos):
             if i % EVERY == 0:
                 pairs.append((theirs := read(driver), ours := read(made)))
@@ -449,6 +439,6 @@ def _judge_from_arguments() -> None:
     figures = judge(Sample(**files, joins=tuple(fields.pop('joins', ())), mask_shape=shape, **fields))
     with whole_file(result) as part: part.write_text(json.dumps(figures, indent=1))
 
-# %% ../nbs/29_quality.ipynb #3b700bb4
+# %% ../nbs/29_quality.ipynb #de9207af
 #| eval: false
 if __name__ == '__main__': _judge_from_arguments()
