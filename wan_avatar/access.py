@@ -94,7 +94,8 @@ def local_environment(
 ) -> dict[str, str]:
     "Variables of a worker on this machine, beside the bucket's; those the caller has set himself stay"
     places = {'COMFY_DIR': '.comfy', 'WORK_DIR': str(folder / 'work'), 'MODELS_DIR': str(folder / 'models')}
-    return {'PROFILE': profile, **{k: str(Path(os.environ.get(k, v)).resolve()) for k, v in places.items()}}
+    own = {'PROFILE': profile, 'ALLOW_VARIANTS': os.environ.get('ALLOW_VARIANTS', 'true')} # nobody else sends jobs here
+    return own | {k: str(Path(os.environ.get(k, v)).resolve()) for k, v in places.items()}
 
 @contextmanager
 def until_signal() -> Iterator[None]:

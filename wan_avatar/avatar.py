@@ -11,7 +11,7 @@ from functools import partial
 
 from .delivery import deliver, find_result, sign
 from .embeddings import shared_slots
-from .inputs import check_start, fetch_inputs
+from .inputs import check_start, check_variant, fetch_inputs
 from .inspection import inspect_track
 from .job import Job, Result
 from .render import RenderPlan, render, scene_of
@@ -33,6 +33,7 @@ async def make_avatar(
         before = await asyncio.to_thread(find_result, worker.store, run.key, job.presign_seconds)
         if before is not None: return before
         check_start(job, run.profile, worker.settings)
+        await check_variant(run)
         inputs = await fetch_inputs(run, partial(track_early, run))
         with timeline.stage('wait for renderer'): await worker.renderer.acquire()
         try:

@@ -50,7 +50,7 @@ from .store import Store, address
 from .timeline import Stage, Timeline
 from .track import Track, load_track, wholebody_points
 from .workbench import first_frames
-from .workflow import WAN, Profile, area_slots, bind, get_profile, load_graph, needed_files, track_graph
+from .workflow import WAN, Profile, area_slots, bind, get_profile, needed_files, profile_graph, track_graph
 
 # %% ../nbs/55_bench_job.ipynb #acbd934f
 def _bench_job(say: Callable[[str], None]) -> list[Measurement]:
@@ -414,7 +414,7 @@ async def _window_traffic(place: ComfyPlace, job: Path) -> tuple[int, int]: # by
         await comfy.start()
         await run(comfy, bind(track_graph(get_profile('draft')), picture))
         before = process.moved
-        await run(comfy, bind(load_graph('draft'), _window_values(folder)))
+        await run(comfy, bind(profile_graph(get_profile('draft')), _window_values(folder)))
         return process.moved - before, (job / 'frames.u8').stat().st_size
     finally:
         await comfy.close()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'last_lines', 'Child', 'ComfyProcess', 'NodeProgress', 'node_error', 'graph_error', 'unloaded_keys',
-           'device_name', 'device_memory', 'Comfy', 'Restarts', 'run', 'running_comfy']
+           'device_name', 'device_memory', 'Comfy', 'Restarts', 'run', 'graph_findings', 'running_comfy']
 
 # %% ../nbs/31_comfy.ipynb #34fa157a
 import asyncio
@@ -388,9 +388,6 @@ async def run(
     restarts = restarts or Restarts(0)
     while True:
         try:
-            await comfy.ensure()
-            # all prompts wait for it; cancelling one of them must not end it
-            if comfy.learning: await asyncio.shield(comfy.learning)
             await _check_graph(comfy, graph)
             return await _Prompt(comfy).run(graph, on_progress)
         except (_ComfyDied, aiohttp.ClientError) as e:
@@ -402,10 +399,25 @@ async def run(
             restarts.left -= 1
             log.warning('ComfyUI died (%s); starting it again, %d restarts left for this job', e, restarts.left)
 
-async def _check_graph(comfy: Comfy, graph: Graph) -> None:
-    "JobError unless the graph fits ComfyUI's nodes and the files it lists"
+async def _mismatches(comfy: Comfy, graph: Graph) -> list[str]:
+    "Where a graph does not fit ComfyUI's nodes and the files it lists"
+    await comfy.ensure()
+    # all prompts wait for it; cancelling one of them must not end it
+    if comfy.learning: await asyncio.shield(comfy.learning)
     if validate(graph, comfy.object_info): await comfy.learn_nodes() # files may have arrived since
-    if findings := validate(graph, comfy.object_info):
+    return validate(graph, comfy.object_info)
+
+async def graph_findings(
+    comfy: Comfy,
+    graph: Graph # slots may be open
+) -> list[str]: # empty: nothing is known against it
+    "What `run` would refuse; a ComfyUI that cannot be asked now is left to `run`"
+    try: return await _mismatches(comfy, graph)
+    except (_ComfyDied, aiohttp.ClientError): return []
+
+async def _check_graph(comfy: Comfy, graph: Graph) -> None:
+    "JobError unless the graph fits"
+    if findings := await _mismatches(comfy, graph):
         raise JobError('comfy_failed', 'the graph does not fit this ComfyUI: ' + '; '.join(findings))
 
 class _Prompt:

@@ -176,6 +176,9 @@ class Settings(WeightSettings):
                      'with commas between')] = ()
     allow_private_urls: Annotated[
         bool, Field(description='let input_image_url reach private networks: tests and local use only')] = False
+    allow_variants: Annotated[
+        bool, Field(description='take jobs with a `variant` of their profile: experiments. Whoever may send one can '
+                    'have this worker compute anything its nodes can')] = False
     comfy_start_seconds: Annotated[float, Field(gt=0, description='longest wait for ComfyUI to answer')] = 600
     job_seconds: Annotated[
         float, Field(gt=0, description='one overall deadline for a job; `endpoint apply` sets it below the execution '

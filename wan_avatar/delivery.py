@@ -138,7 +138,7 @@ def render_settings(
         width=sampled[0],
         height=sampled[1],
         prompt=prompt,
-        graph=str(profile.graph),
+        graph=profile.graph_name,
         tracker=TRACKERS[profile.tracker],
         length=profile.length,
         overlap=profile.overlap,

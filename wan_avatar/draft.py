@@ -860,7 +860,8 @@ TAKEN = np.array([.6, .4, .4]) # of that, the share that is laid to the light
 
 def light_table(
     own: np.ndarray, # (2, 3): middle and spread of the skin in the picture, in Lab
-    scene: np.ndarray # (2, 3): in the video
+    scene: np.ndarray, # (2, 3): in the video
+    strength: float = 1.0 # of the change, 0 to 1
 ) -> np.ndarray: # (256, 3) uint8: a new value for each value of red, green and blue
     "From the picture's light to the scene's"
     plain = np.arange(256.)[:, None].repeat(3, 1)
@@ -876,7 +877,8 @@ def light_table(
     shade = own[1, 0] * (goal[0] + 16) / (own[0, 0] + 16)
     more = np.clip(np.sqrt((scene[1, 0] + 1) / (shade + 1)), .75, 1.3) - 1
     off = seen - middle
-    return np.clip((seen + off * more * np.exp(-(off / .25) ** 2)) * 255 + .5, 0, 255).astype(np.uint8)
+    there = (seen + off * more * np.exp(-(off / .25) ** 2)) * 255
+    return np.clip(plain + (there - plain) * strength + .5, 0, 255).astype(np.uint8)
 
 def _rgb_of_lab(lab: np.ndarray) -> np.ndarray: # (3,), 0 to 1
     import cv2
@@ -1140,7 +1142,8 @@ class Lid:
 def draw(
     puppet: Puppet,
     driver: Driver,
-    i: int # frame
+    i: int, # frame
+    relight: float = 1.0 # how much of the scene's light the person takes on, 0 to 1
 ) -> np.ndarray: # (h, w, 4) uint8 RGBA, straight: what is to be laid over the live frame, and where
     "One frame; depends on nothing but its arguments"
     h, w = driver.plate.shape[:2]
@@ -1152,7 +1155,7 @@ def draw(
     if box is None: return out
     person = _placed(person, corner, box)
     area = out[box[1]:box[3], box[0]:box[2]]
-    table = light_table(puppet.light, driver.light[i])
+    table = light_table(puppet.light, driver.light[i], relight)
     _compose(area, person, _placed(cover, at, box), scenery(driver, i, box), table)
     add_grain(area, driver.grain, i)
     _spare_hands(area, driver, i, box, person[..., 3])

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIDEO_RATE', 'MAX_VIDEO_BYTES', 'MAX_IMAGE_BYTES', 'MAX_IMAGE_SECONDS', 'driving_key', 'check_keys', 'room_needed',
-           'check_start', 'Inputs', 'take_image', 'take_video', 'fetch_inputs']
+           'check_start', 'check_variant', 'Inputs', 'take_image', 'take_video', 'fetch_inputs']
 
 # %% ../nbs/40_inputs.ipynb #1b23b5a4
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .comfy import graph_findings
 from .config import Settings
 from .files import check_room, sha256_of
 from .frames import SIZE
@@ -49,6 +50,12 @@ def check_start(job: Job, profile: Profile, settings: Settings) -> None:
     check_keys(job, settings)
     check_weights(profile, settings.models_dir)
     check_room(settings.work_dir, room_needed(job, profile), f'a job of at most {job.max_seconds:g} s')
+
+async def check_variant(run: JobRun) -> None:
+    "JobError `bad_input` when ComfyUI's nodes would not take the values, or the graph, of a job's variant"
+    if run.job.variant is None: return
+    if findings := await graph_findings(run.worker.comfy, run.setup.window):
+        raise JobError('bad_input', f'variant: {"; ".join(findings)}')
 
 # %% ../nbs/40_inputs.ipynb #ba2dc395
 MAX_VIDEO_BYTES = 2 * 10**9

@@ -197,6 +197,7 @@ _LOADING = threading.Lock() # held by one thread, while the others wait for what
 class DrawnFrames:
     "Frames of a window, each drawn when it is taken; the value of AVATAR_FRAMES links"
     window: WindowInputs
+    relight: float = 1.0 # how much of the scene's light the person takes on, of 1
 
     def __len__(self) -> int: return self.window.length
 
@@ -204,7 +205,7 @@ class DrawnFrames:
         if not 0 <= i < len(self): raise IndexError(i)
         window = self.window
         with _LOADING: puppet, driver = _load_puppet_and_driver(window.reference, window.reference_track, window.track)
-        frame = draw(puppet, driver, min(window.start + i, len(driver.present) - 1))
+        frame = draw(puppet, driver, min(window.start + i, len(driver.present) - 1), self.relight)
         area = window.area
         return area_picture(frame, area, (area.width, area.height))
 
@@ -226,10 +227,12 @@ class AvatarDraft:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {'required': {'segment': ('AVATAR_SEGMENT',)}, 'hidden': {'prompt': 'PROMPT', 'node': 'UNIQUE_ID'}}
+        strength = 'FLOAT', {'default': 1.0, 'min': 0.0, 'max': 1.0, 'tooltip': 'the scene\'s light on the person'}
+        return {'required': {'segment': ('AVATAR_SEGMENT',), 'relight_strength': strength},
+                'hidden': {'prompt': 'PROMPT', 'node': 'UNIQUE_ID'}}
 
-    def run(self, segment: WindowInputs, prompt: dict, node: str) -> tuple:
-        frames = DrawnFrames(segment)
+    def run(self, segment: WindowInputs, relight_strength: float, prompt: dict, node: str) -> tuple:
+        frames = DrawnFrames(segment, relight_strength)
         if not any(is_linked(prompt, node, output) for output in (1, 2)): return frames, None, None
         return frames, *_as_image_and_mask(frames, _progress(len(frames)))
 

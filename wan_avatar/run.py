@@ -28,12 +28,13 @@ from .apart import Apart
 from .comfy import Comfy, Restarts
 from .config import Settings
 from .files import room_on
-from .job import Job, JobError, ProgressUpdate, output_key
+from .job import Job, JobError, ProgressUpdate, Variant, output_key
 from .manifest import BootReport
 from .store import Store
 from .tasks import KeyedLock, start_in_thread
 from .timeline import Timeline
-from .workflow import PROFILES, Profile, RenderSetup, get_profile, prepare, with_sage, with_tracker
+from .variants import with_variant
+from .workflow import PROFILES, Profile, RenderSetup, get_profile, prepare, with_sage
 
 log = logging.getLogger(__name__)
 
@@ -179,11 +180,14 @@ class JobRun(Run):
 def profile_here(
     settings: Settings,
     name: str | None = None, # of a job; None: the worker's own
-    profiles: Mapping[str, Profile] = PROFILES # by name
+    profiles: Mapping[str, Profile] = PROFILES, # by name
+    variant: Variant | None = None # of a job
 ) -> Profile:
-    "A profile as this worker runs it; JobError `bad_input` when there is none of that name"
-    profile = with_tracker(get_profile(name or settings.profile, profiles), settings.tracker)
-    return with_sage(profile, settings.use_sage_attention)
+    "A profile as this worker runs it; JobError `bad_input` when there is none of that name, or it cannot be so"
+    if variant and not settings.allow_variants:
+        raise JobError('bad_input', 'variant: this worker takes none; ALLOW_VARIANTS=true in its environment allows it')
+    profile = with_sage(get_profile(name or settings.profile, profiles), settings.use_sage_attention)
+    return with_variant(profile, variant, settings.tracker)
 
 def seed_of(job: Job, job_id: str) -> int:
     "The job's seed, or one made from its id: a retried job renders the same video"
@@ -226,7 +230,7 @@ async def job_run(
     boot = boot_report(worker)
     key = output_key(job_id, job, settings.output_prefix)
     resolved: dict[str, Any] = {'job_id': job_id, 'job': job, 'key': key, 'seed': seed_of(job, job_id), 'boot': boot}
-    setup = prepare(profile_here(settings, job.profile, worker.profiles))
+    setup = prepare(profile_here(settings, job.profile, worker.profiles, job.variant))
     whole = deadline(settings.job_seconds, timeline, settings.work_dir)
     async with whole, worker.job_locks.hold(key), work_folder(settings.work_dir) as folder:
         yield JobRun(worker, setup, folder, timeline, Restarts(), report, **resolved)

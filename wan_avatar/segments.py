@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LENGTH', 'OVERLAP', 'WHOLE', 'LEFT_SOURCE', 'RIGHT_SOURCE', 'JOINTS', 'FACE_POINTS', 'LEFT_HAND', 'RIGHT_HAND',
-           'LIMBS', 'LIMB_COLOURS', 'FINGERS', 'DRAWN_CONFIDENCE', 'SHAPES', 'BLOCKS', 'Window', 'fit_length',
-           'plan_windows', 'even_length', 'body_joints', 'stick_width', 'draw_body', 'draw_hand', 'draw_pose',
-           'face_box', 'crop_face', 'MaskShape', 'grow_mask', 'background', 'letterbox', 'Pictures', 'hold_last',
-           'window_pictures', 'area_picture', 'sized']
+           'LIMBS', 'LIMB_COLOURS', 'FINGERS', 'DRAWN_CONFIDENCE', 'SHAPES', 'MOST_DILATION', 'BLOCKS', 'Window',
+           'fit_length', 'plan_windows', 'even_length', 'body_joints', 'stick_width', 'draw_body', 'draw_hand',
+           'draw_pose', 'face_box', 'crop_face', 'MaskShape', 'grow_mask', 'background', 'letterbox', 'Pictures',
+           'hold_last', 'window_pictures', 'area_picture', 'sized']
 
 # %% ../nbs/22_segments.ipynb #26bde03b
 import colorsys
@@ -188,6 +188,8 @@ def crop_face(
 # %% ../nbs/22_segments.ipynb #2c8f137f
 SHAPES = ('blocks', 'grid', 'rectangle', 'outline')
 
+MOST_DILATION = 128 # pixels; it costs their square
+
 @dataclass(frozen=True)
 class MaskShape:
     "The way from a person's outline to the area that is made anew"
@@ -198,8 +200,9 @@ class MaskShape:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f'mask shape {self.shape!r} does not exist; shapes are {", ".join(SHAPES)}')
-        if self.dilation < 0 or self.block < 1:
-            raise ValueError(f'mask dilation {self.dilation} must be 0 or more, block {self.block} 1 or more')
+        if not 0 <= self.dilation <= MOST_DILATION or not 1 <= self.block <= SIZE[1]:
+            raise ValueError(f'mask dilation {self.dilation} must be 0 to {MOST_DILATION} pixels, '
+                             f'block {self.block} 1 to {SIZE[1]}')
 
 BLOCKS = MaskShape()
 
