@@ -444,7 +444,8 @@ def identity_distances(
 ) -> dict[str, list[tuple[int, float]] | str]: # as MEASURES: frame and distance, or why there is none
     "How far a result's faces are from the picture's, and from the driver's"
     if not made: return dict.fromkeys(IDENTITY, picture if isinstance(picture, str) else 'the result shows no face')
-    def distances(to: np.ndarray) -> list[tuple[int, float]]: return [(i, float(np.linalg.norm(m - to))) for i, m in made]
+    def distances(to: np.ndarray) -> list[tuple[int, float]]:
+        return [(i, float(np.linalg.norm(m - to))) for i, m in made]
     near = picture if isinstance(picture, str) else distances(picture)
     far = distances(np.mean([d for _, d in driver], 0)) if driver else 'the driver shows no face'
     if isinstance(near, str): margin: list[tuple[int, float]] | str = near
@@ -479,7 +480,8 @@ def judgement_of(
     none = [name for name, value in figures.items() if value is None]
     reasons = {name: v if isinstance(v := found[name], str) else 'it came out as no finite number' for name in none}
     own = [name for name, m in MEASURES.items() if m.reader and tracker.startswith(m.reader) and name not in none]
-    course = {name: tuple(map(finite, by_second[name])) for name in MEASURES if by_second.get(name) and name not in none}
+    seen = [name for name in MEASURES if name not in none and by_second.get(name)]
+    course = {name: tuple(map(finite, by_second[name])) for name in seen}
     return Judgement(figures, reasons, tuple(own), course)
 
 def parse_judgement(
@@ -507,7 +509,8 @@ def worst_second(
     gates: Mapping[str, Gate] # by measure
 ) -> tuple[int, str] | None: # second, measure; None: no gate has a measure with seconds
     "Where to look first, and for what"
-    found = [(beyond(value, gates[name]), -second, name) for name, values in judgement.by_second.items() if name in gates
+    gated = {name: values for name, values in judgement.by_second.items() if name in gates}
+    found = [(beyond(value, gates[name]), -second, name) for name, values in gated.items()
              for second, value in enumerate(values) if value is not None]
     if not found: return None
     _, before, name = max(found)
