@@ -291,7 +291,7 @@ def made(tmp_path_factory):
     def inputs(of: int, frames: int = 24) -> Inputs:
         clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),
                                content=Rectangle(0, 0, 64, 64))
-        return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='')
+        return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='0' * 64)
     return inputs
 
 def delivery(service, key: str, inputs: Inputs, store: Store | None = None):

@@ -29,6 +29,7 @@ from .store import Replaced, Store
 from .tasks import in_thread, start_in_thread, together
 from .timeline import Timeline
 from .track import TRACKERS
+from .tracks import track_object
 from .workflow import Profile, needed_files
 
 log = logging.getLogger(__name__)
@@ -176,6 +177,7 @@ def manifest_of(
         notes=[*inputs.clip.notes, *notes] or None,
         worker=run.worker.identity | {'job_number': str(run.boot.job_number)}, timings=run.timeline.seconds(),
         job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=rendered.kernels, track=track,
+        track_object=track_object(run, inputs),
         rendered_with=render_settings(run.profile, run.prompt, rendered.scene.sampled), scene=rendered.scene,
         content=asdict(inputs.clip.content))
 

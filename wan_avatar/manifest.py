@@ -98,6 +98,7 @@ class Manifest(Result):
     kernels: KernelsRan | None = None # None: a graph that does not name them
     content: dict[str, int] | None = None # pixels of the frame that are no bars: left, top, width, height
     track: dict[str, int] = {} # frames, and in how many of them the tracker found a person and a face
+    track_object: str | None = None # key of the driving video's track in the bucket; None: not known
     scene: SceneReport | None = None
 
     def result(self) -> Result:

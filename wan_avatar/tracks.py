@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'MAX_TRACK_BYTES', 'track_file', 'load_cached_track', 'Tracks', 'track_reference', 'track_early',
-           'track_inputs', 'track_driving']
+           'track_inputs', 'track_object', 'track_driving']
 
 # %% ../nbs/40_tracks.ipynb #6821c903
 import asyncio
@@ -107,14 +107,19 @@ async def track_inputs(run: Run, inputs: Inputs) -> Tracks:
     video, driver = await track_driving(run, inputs)
     return Tracks(picture, video, driver)
 
+def track_object(run: Run, inputs: Inputs) -> str:
+    "Key in the bucket of the driving video's track, by this profile's tracker and networks"
+    clip = inputs.clip
+    detectors = detectors_digest(run.profile, run.worker.settings.models_dir)
+    return track_key(inputs.sha256, clip.size, clip.fps, run.profile.tracker, detectors)
+
 async def track_driving(
     run: Run,
     inputs: Inputs
 ) -> tuple[Path, Track]: # the file, and what it says
     "The driving video's track: from the bucket, or made and put there"
     profile, store, clip = run.profile, run.worker.store, inputs.clip
-    detectors = detectors_digest(profile, run.worker.settings.models_dir)
-    key = track_key(inputs.sha256, clip.size, clip.fps, profile.tracker, detectors)
+    key = track_object(run, inputs)
     target = clip.path.with_suffix('.track')
     with run.timeline.stage('track') as stage:
         progress = run.progress('track')
