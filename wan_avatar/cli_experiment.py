@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiments', 'ExperimentScreen']
 
-# %% ../nbs/60_cli_experiment.ipynb #d4a2d29f
+# %% ../nbs/60_cli_experiment.ipynb #61768e3b
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .experiment import ExperimentRun, read_experiment, read_trials
 from .reports import run_report
 from .terminal import BootWatch, Code, Endpoint, Folder, Screen, exit_on_error, time_in_words
 
-# %% ../nbs/60_cli_experiment.ipynb #197ed566
+# %% ../nbs/60_cli_experiment.ipynb #542a2fe4
 class ExperimentScreen(Screen):
     "The stages of an experiment, each with the time still to go"
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -39,7 +39,7 @@ class ExperimentScreen(Screen):
         eta = f'about {time_in_words(spent / done * (of - done))} to go' if 0 < done < of else ''
         self.show(stage, text, done, of, f'{done} of {of}', eta)
 
-# %% ../nbs/60_cli_experiment.ipynb #35b0999d
+# %% ../nbs/60_cli_experiment.ipynb #c29480c0
 experiments = typer.Typer()
 
 @experiments.command(name='experiment')
@@ -56,11 +56,12 @@ def _experiment(
         out = (out or Path('runs/experiments') / experiment.name).absolute()
         with ExperimentScreen() as screen:
             run = ExperimentRun(experiment, out, screen.told)
-            watch = BootWatch(screen, folder)
-            environment = {'PROFILE': experiment.profile}
-            with endpoint_or_local(endpoint, folder, watch.event, environment=environment) as access:
-                run.make(Client(access.endpoint, access.api_key, pause=watch.show), access.store())
-                run.judge(access.store())
+            if run.open() or run.unjudged():
+                watch = BootWatch(screen, folder)
+                environment = {'PROFILE': experiment.profile}
+                with endpoint_or_local(endpoint, folder, watch.event, environment=environment) as access:
+                    run.make(Client(access.endpoint, access.api_key, pause=watch.show), access.store())
+                    run.judge(access.store())
             screen.finish()
         if report: run_report('experiment', [f'folder={out}'], lambda text: print(text, file=sys.stderr, flush=True))
     failed = [t for t in read_trials(out).values() if not t.made]
