@@ -21,8 +21,8 @@ from rich.table import Table
 
 from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy, local_endpoint
 from .cli_checks import checks
-from .cli_experiment import experiments
 from .cli_deploy import endpoint_app, image_app
+from .cli_experiment import experiments
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .job import shorten
