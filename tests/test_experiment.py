@@ -12,7 +12,7 @@ from conftest import ROOT
 from wan_avatar.experiment import (
     Experiment,
     ExperimentError,
-    ExperimentRun,
+    TrialRunner,
     Trial,
     add_trial,
     kept_experiment,
@@ -97,7 +97,7 @@ def test_every_combination_once(tmp_path, samples):
     assert cells == [(p, 'talk', *s) for p in ('ana', 'himself') for s in seeds]
     assert [t.truth for t in plan_trials(found, tmp_path)] == [False] * 3 + [True] * 3
 
-def done(run: ExperimentRun, state: str = 'COMPLETED') -> None:
+def done(run: TrialRunner, state: str = 'COMPLETED') -> None:
     "Note all that is open as made"
     for t in run.open():
         record = JobRecord(job_id='1', group='x', at='', submitted_s=0, done_s=1, state=state)
@@ -124,14 +124,14 @@ AGAIN = [ # what is changed before the experiment is run again, how many of its 
 @pytest.mark.parametrize('change, again', [pytest.param(c, n, id=what) for what, c, n in AGAIN])
 def test_what_is_there_already_is_not_made_again(tmp_path, samples, change, again):
     first = experiment_of(tmp_path, samples)
-    run = ExperimentRun(first, tmp_path / 'out')
+    run = TrialRunner(first, tmp_path / 'out')
     assert len(run.open()) == 4
     done(run)
     told = change(first.model_dump(), tmp_path / 'out')
-    assert len(ExperimentRun(Experiment.model_validate(told), tmp_path / 'out').open()) == again
+    assert len(TrialRunner(Experiment.model_validate(told), tmp_path / 'out').open()) == again
 
 def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path, samples):
-    run = ExperimentRun(experiment_of(tmp_path, samples), tmp_path / 'out')
+    run = TrialRunner(experiment_of(tmp_path, samples), tmp_path / 'out')
     done(run, 'FAILED')
     assert len(run.open()) == 4
     done(run)
@@ -144,13 +144,13 @@ def test_a_driving_video_that_was_replaced_is_read_anew(tmp_path, samples):
     clip = tmp_path / 'clip.mp4'
     clip.write_bytes((samples / 'single_face.mp4').read_bytes())
     found = experiment_of(tmp_path, samples, driving={'talk': clip})
-    done(ExperimentRun(found, tmp_path / 'out'))
+    done(TrialRunner(found, tmp_path / 'out'))
     clip.write_bytes((samples / 'pexels.mp4').read_bytes())
-    assert len(ExperimentRun(found, tmp_path / 'out').open()) == 4
+    assert len(TrialRunner(found, tmp_path / 'out').open()) == 4
 
 def test_a_frame_that_is_not_there(tmp_path, samples):
     found = experiment_of(tmp_path, samples, pictures={'himself': 10**6})
-    with pytest.raises(ExperimentError, match='has no frame 1000000'): ExperimentRun(found, tmp_path / 'out')
+    with pytest.raises(ExperimentError, match='has no frame 1000000'): TrialRunner(found, tmp_path / 'out')
 
 # as its user runs it
 

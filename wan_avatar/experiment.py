@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST_DRIVER', 'Label', 'Seed', 'FrameNumber', 'Told', 'ExperimentError', 'VariantSettings', 'Experiment',
            'read_experiment', 'Trial', 'add_trial', 'read_trials', 'kept_experiment', 'driver_file', 'sent_file',
-           'picture_file', 'keep_inputs', 'PlannedTrial', 'plan_trials', 'ExperimentRun']
+           'picture_file', 'keep_inputs', 'PlannedTrial', 'plan_trials', 'TrialRunner']
 
-# %% ../nbs/57_experiment.ipynb #d1f13566
+# %% ../nbs/57_experiment.ipynb #13c45f98
 import hashlib
 import itertools
 import json
@@ -34,7 +34,7 @@ from .normalise import normalise_image, normalise_video
 from .quality import Judgement
 from .store import Store
 
-# %% ../nbs/57_experiment.ipynb #a982023b
+# %% ../nbs/57_experiment.ipynb #fb26df38
 class ExperimentError(ValueError):
     "An experiment that cannot be run"
 
@@ -80,7 +80,7 @@ class Experiment(BaseModel):
         "The variant that the others are compared with"
         return next(iter(self.variants))
 
-# %% ../nbs/57_experiment.ipynb #0081b7b5
+# %% ../nbs/57_experiment.ipynb #a047f8a4
 def read_experiment(
     file: Path # TOML
 ) -> Experiment: # its paths absolute
@@ -107,7 +107,7 @@ def _check_files(experiment: Experiment, file: Path) -> None:
         try: settings.fields()
         except ValidationError as e: raise ExperimentError(f'{file}: variants.{label}.{first_fault(e, "")}') from None
 
-# %% ../nbs/57_experiment.ipynb #82090e4f
+# %% ../nbs/57_experiment.ipynb #2b6ddfe0
 class Trial(BaseModel):
     "One job of an experiment"
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -166,7 +166,7 @@ def kept_experiment(
     except OSError as e: raise ExperimentError(f'{folder} holds no experiment: {e}') from None
     except ValidationError as e: raise ExperimentError(f'{path}: {first_fault(e, "the file")}') from None
 
-# %% ../nbs/57_experiment.ipynb #ad19011c
+# %% ../nbs/57_experiment.ipynb #bdf24d94
 def driver_file(folder: Path, driving: str) -> Path:
     "A driving video as the worker saw it: 1280x720, 24 frames a second"
     return folder / f'inputs/{driving}.mp4'
@@ -211,7 +211,7 @@ def _keep_picture(told: int | Path, driver: Path, target: Path) -> None:
         if frame is None: raise ExperimentError(f'{driver.name} has no frame {told}, which was to be the picture')
         with whole_file(target) as part: Image.fromarray(frame).save(part, 'PNG')
 
-# %% ../nbs/57_experiment.ipynb #6ea07e9a
+# %% ../nbs/57_experiment.ipynb #93c9808d
 @dataclass(frozen=True)
 class PlannedTrial:
     "A combination, and what its job asks for"
@@ -250,10 +250,10 @@ def plan_trials(
                 yield PlannedTrial(picture, driving, name, seeded, sent, sent_file(folder, driving, original),
                                    isinstance(told, int), of | columns[name] | {'seed': seeded})
 
-# %% ../nbs/57_experiment.ipynb #f01d35d9
+# %% ../nbs/57_experiment.ipynb #64493667
 Told = Callable[[str, int, int, str], None] # what is being done, done, of, which
 
-class ExperimentRun:
+class TrialRunner:
     "An experiment at work in its folder"
     def __init__(
         self,
@@ -357,7 +357,7 @@ class ExperimentRun:
         if not isinstance(found, Judgement): return {'note': found}
         return {'quality': dict(found.figures), 'circular': list(found.circular), 'note': ''}
 
-# %% ../nbs/57_experiment.ipynb #62ee0412
+# %% ../nbs/57_experiment.ipynb #c8e70862
 def _cancel(client: Client, job_id: str) -> None:
     try: client.cancel(job_id)
     except EndpointError: pass # it is gone, or does not know the job any more
