@@ -12,9 +12,10 @@ from conftest import ROOT
 from wan_avatar.experiment import (
     Experiment,
     ExperimentError,
-    TrialRunner,
     Trial,
+    TrialRunner,
     add_trial,
+    code_digest,
     kept_experiment,
     plan_trials,
     read_experiment,
@@ -105,7 +106,7 @@ def done(run: TrialRunner, state: str = 'COMPLETED') -> None:
         video = f'videos/{t.picture}-{t.variant}.mp4'
         (run.folder / video).touch()
         add_trial(run.folder, Trial(picture=t.picture, driving=t.driving, variant=t.variant, seed=t.seed, record=record,
-                                    digest=t.digest(run.hashes), video=video if state == 'COMPLETED' else None))
+                                    digest=t.digest(run.hashes, run.code), video=video if state == 'COMPLETED' else None))
 
 def relit(strength: float) -> dict: return {'relight_strength': strength}
 
@@ -129,6 +130,12 @@ def test_what_is_there_already_is_not_made_again(tmp_path, samples, change, agai
     done(run)
     told = change(first.model_dump(), tmp_path / 'out')
     assert len(TrialRunner(Experiment.model_validate(told), tmp_path / 'out').open()) == again
+
+def test_what_other_code_made_is_made_again(tmp_path, samples):
+    found = experiment_of(tmp_path, samples)
+    done(TrialRunner(found, tmp_path / 'out', code='before'))
+    assert [len(TrialRunner(found, tmp_path / 'out', code=c).open()) for c in ('before', 'after')] == [0, 4]
+    assert len(code_digest()) == 16
 
 def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path, samples):
     run = TrialRunner(experiment_of(tmp_path, samples), tmp_path / 'out')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiments', 'ExperimentScreen']
 
-# %% ../nbs/60_cli_experiment.ipynb #2ccf63c9
+# %% ../nbs/60_cli_experiment.ipynb #3a64ec8e
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from rich.console import Console
 
 from .access import LOCAL, endpoint_or_local, until_signal
 from .client import Client
-from .experiment import TrialRunner, read_experiment, read_trials
+from .experiment import TrialRunner, code_digest, read_experiment, read_trials
 from .reports import run_report
 from .terminal import BootWatch, Code, Endpoint, Folder, Screen, exit_on_error, time_in_words
 
-# %% ../nbs/60_cli_experiment.ipynb #48fd512a
+# %% ../nbs/60_cli_experiment.ipynb #9ec42f72
 class ExperimentScreen(Screen):
     "The stages of an experiment, each with the time still to go"
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -39,7 +39,7 @@ class ExperimentScreen(Screen):
         eta = f'about {time_in_words(spent / done * (of - done))} to go' if 0 < done < of else ''
         self.show(stage, text, done, of, f'{done} of {of}', eta)
 
-# %% ../nbs/60_cli_experiment.ipynb #111c1952
+# %% ../nbs/60_cli_experiment.ipynb #c6e7ef4d
 experiments = typer.Typer()
 
 @experiments.command(name='experiment')
@@ -55,7 +55,7 @@ def _experiment(
         experiment = read_experiment(file)
         out = (out or Path('runs/experiments') / experiment.name).absolute()
         with ExperimentScreen() as screen:
-            run = TrialRunner(experiment, out, screen.told)
+            run = TrialRunner(experiment, out, screen.told, '' if endpoint else code_digest())
             if run.open() or run.unjudged():
                 watch = BootWatch(screen, folder)
                 environment = {'PROFILE': experiment.profile}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST_DRIVER', 'Label', 'Seed', 'FrameNumber', 'Told', 'ExperimentError', 'VariantSettings', 'Experiment',
            'read_experiment', 'Trial', 'add_trial', 'read_trials', 'kept_experiment', 'driver_file', 'sent_file',
-           'picture_file', 'keep_inputs', 'PlannedTrial', 'plan_trials', 'TrialRunner']
+           'picture_file', 'keep_inputs', 'PlannedTrial', 'code_digest', 'plan_trials', 'TrialRunner']
 
-# %% ../nbs/57_experiment.ipynb #13c45f98
+# %% ../nbs/57_experiment.ipynb #91b4e452
 import hashlib
 import itertools
 import json
@@ -34,12 +34,12 @@ from .normalise import normalise_image, normalise_video
 from .quality import Judgement
 from .store import Store
 
-# %% ../nbs/57_experiment.ipynb #fb26df38
+# %% ../nbs/57_experiment.ipynb #30e6748e
 class ExperimentError(ValueError):
     "An experiment that cannot be run"
 
 LONGEST_DRIVER = 600.0 # seconds
-Label = Annotated[str, Field(pattern=r'^[\w.+ =%-]{1,48}$')] # shown in charts, and part of file names
+Label = Annotated[str, Field(pattern=r'^[\w.,+ =%-]{1,48}$')] # shown in charts, and part of file names
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 FrameNumber = Annotated[StrictInt, Field(ge=0)]
 
@@ -80,7 +80,7 @@ class Experiment(BaseModel):
         "The variant that the others are compared with"
         return next(iter(self.variants))
 
-# %% ../nbs/57_experiment.ipynb #a047f8a4
+# %% ../nbs/57_experiment.ipynb #9c44422f
 def read_experiment(
     file: Path # TOML
 ) -> Experiment: # its paths absolute
@@ -107,7 +107,7 @@ def _check_files(experiment: Experiment, file: Path) -> None:
         try: settings.fields()
         except ValidationError as e: raise ExperimentError(f'{file}: variants.{label}.{first_fault(e, "")}') from None
 
-# %% ../nbs/57_experiment.ipynb #2b6ddfe0
+# %% ../nbs/57_experiment.ipynb #6e859921
 class Trial(BaseModel):
     "One job of an experiment"
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -115,7 +115,7 @@ class Trial(BaseModel):
     driving: str
     variant: str
     seed: int
-    digest: str # of all that decides what comes out: files, profile, variant, seed
+    digest: str # of all that decides what comes out: files, profile, variant, seed, this machine's code
     record: JobRecord # its state and times
     video: str | None = None # path below the experiment's folder; None: nothing was made
     quality: dict[str, float | None] = {} # as `quality.MEASURES` names them; empty: not measured
@@ -166,7 +166,7 @@ def kept_experiment(
     except OSError as e: raise ExperimentError(f'{folder} holds no experiment: {e}') from None
     except ValidationError as e: raise ExperimentError(f'{path}: {first_fault(e, "the file")}') from None
 
-# %% ../nbs/57_experiment.ipynb #bdf24d94
+# %% ../nbs/57_experiment.ipynb #1608f0f9
 def driver_file(folder: Path, driving: str) -> Path:
     "A driving video as the worker saw it: 1280x720, 24 frames a second"
     return folder / f'inputs/{driving}.mp4'
@@ -211,7 +211,7 @@ def _keep_picture(told: int | Path, driver: Path, target: Path) -> None:
         if frame is None: raise ExperimentError(f'{driver.name} has no frame {told}, which was to be the picture')
         with whole_file(target) as part: Image.fromarray(frame).save(part, 'PNG')
 
-# %% ../nbs/57_experiment.ipynb #93c9808d
+# %% ../nbs/57_experiment.ipynb #c915768c
 @dataclass(frozen=True)
 class PlannedTrial:
     "A combination, and what its job asks for"
@@ -227,10 +227,17 @@ class PlannedTrial:
     @property
     def cell(self) -> tuple[str, str, str, int]: return self.picture, self.driving, self.variant, self.seed
 
-    def digest(self, hashes: dict[Path, str]) -> str: # of the files
+    def digest(self, hashes: dict[Path, str], code: str = '') -> str: # hashes of the files; `code_digest`
         "Of all that decides what comes out"
-        told = [hashes[self.picture_path], hashes[self.driving_path], self.fields]
+        told = [hashes[self.picture_path], hashes[self.driving_path], self.fields, code]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+def code_digest() -> str:
+    "Of this package: a worker of this machine runs what was just edited"
+    whole = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(p for p in folder.rglob('*') if p.suffix in ('.py', '.json')): whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
 
 def plan_trials(
     experiment: Experiment,
@@ -250,7 +257,7 @@ def plan_trials(
                 yield PlannedTrial(picture, driving, name, seeded, sent, sent_file(folder, driving, original),
                                    isinstance(told, int), of | columns[name] | {'seed': seeded})
 
-# %% ../nbs/57_experiment.ipynb #64493667
+# %% ../nbs/57_experiment.ipynb #08a41f71
 Told = Callable[[str, int, int, str], None] # what is being done, done, of, which
 
 class TrialRunner:
@@ -260,11 +267,13 @@ class TrialRunner:
         experiment: Experiment,
         folder: Path,
         tell: Told = lambda stage, done, of, which: None,
+        code: str = '', # `code_digest`, where the workers are this machine's
         clock: Callable[[], float] = time.monotonic
     ):
         self.experiment = experiment
         self.folder = folder
         self.tell = tell
+        self.code = code
         self.clock = clock
         self.began = clock()
         (folder / 'inputs').mkdir(parents=True, exist_ok=True)
@@ -292,7 +301,7 @@ class TrialRunner:
         def is_done(t: PlannedTrial) -> bool:
             old = there.get(t.cell)
             made = old is not None and old.made and (self.folder / str(old.video)).is_file()
-            return made and old is not None and old.digest == t.digest(self.hashes)
+            return made and old is not None and old.digest == t.digest(self.hashes, self.code)
         return [t for t in self.planned if not is_done(t)]
 
     def make(
@@ -322,7 +331,7 @@ class TrialRunner:
             if seen and not seen[0].over: _cancel(client, seen[0].id)
             raise
         told = {'picture': t.picture, 'driving': t.driving, 'variant': t.variant, 'seed': t.seed,
-                'digest': t.digest(self.hashes), 'record': record}
+                'digest': t.digest(self.hashes, self.code), 'record': record}
         if record.state != 'COMPLETED': return Trial(**told)
         place = self.folder / f'videos/{"@".join(map(str, t.cell))}'
         fetch_result(status.output, place, store)
@@ -357,7 +366,7 @@ class TrialRunner:
         if not isinstance(found, Judgement): return {'note': found}
         return {'quality': dict(found.figures), 'circular': list(found.circular), 'note': ''}
 
-# %% ../nbs/57_experiment.ipynb #c8e70862
+# %% ../nbs/57_experiment.ipynb #05e5e5d0
 def _cancel(client: Client, job_id: str) -> None:
     try: client.cancel(job_id)
     except EndpointError: pass # it is gone, or does not know the job any more
