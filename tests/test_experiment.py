@@ -105,8 +105,9 @@ def done(run: TrialRunner, state: str = 'COMPLETED') -> None:
         (run.folder / 'videos').mkdir(exist_ok=True)
         video = f'videos/{t.picture}-{t.variant}.mp4'
         (run.folder / video).touch()
+        made = {'video': video} if state == 'COMPLETED' else {}
         add_trial(run.folder, Trial(picture=t.picture, driving=t.driving, variant=t.variant, seed=t.seed, record=record,
-                                    digest=t.digest(run.hashes, run.code), video=video if state == 'COMPLETED' else None))
+                                    digest=t.digest(run.hashes, run.code), **made))
 
 def relit(strength: float) -> dict: return {'relight_strength': strength}
 

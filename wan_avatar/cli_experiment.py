@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['experiments', 'ExperimentScreen']
 
-# %% ../nbs/60_cli_experiment.ipynb #3a64ec8e
+# %% ../nbs/60_cli_experiment.ipynb #de012abe
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .experiment import TrialRunner, code_digest, read_experiment, read_trials
 from .reports import run_report
 from .terminal import BootWatch, Code, Endpoint, Folder, Screen, exit_on_error, time_in_words
 
-# %% ../nbs/60_cli_experiment.ipynb #9ec42f72
+# %% ../nbs/60_cli_experiment.ipynb #507a19fe
 class ExperimentScreen(Screen):
     "The stages of an experiment, each with the time still to go"
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -39,7 +39,7 @@ class ExperimentScreen(Screen):
         eta = f'about {time_in_words(spent / done * (of - done))} to go' if 0 < done < of else ''
         self.show(stage, text, done, of, f'{done} of {of}', eta)
 
-# %% ../nbs/60_cli_experiment.ipynb #c6e7ef4d
+# %% ../nbs/60_cli_experiment.ipynb #37277466
 experiments = typer.Typer()
 
 @experiments.command(name='experiment')

@@ -7,7 +7,7 @@ __all__ = ['LONGEST_DRIVER', 'Label', 'Seed', 'FrameNumber', 'Told', 'Experiment
            'read_experiment', 'Trial', 'add_trial', 'read_trials', 'kept_experiment', 'driver_file', 'sent_file',
            'picture_file', 'keep_inputs', 'PlannedTrial', 'code_digest', 'plan_trials', 'TrialRunner']
 
-# %% ../nbs/57_experiment.ipynb #91b4e452
+# %% ../nbs/57_experiment.ipynb #a16b25e6
 import hashlib
 import itertools
 import json
@@ -16,6 +16,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ from .normalise import normalise_image, normalise_video
 from .quality import Judgement
 from .store import Store
 
-# %% ../nbs/57_experiment.ipynb #30e6748e
+# %% ../nbs/57_experiment.ipynb #35b519a7
 class ExperimentError(ValueError):
     "An experiment that cannot be run"
 
@@ -80,7 +81,7 @@ class Experiment(BaseModel):
         "The variant that the others are compared with"
         return next(iter(self.variants))
 
-# %% ../nbs/57_experiment.ipynb #9c44422f
+# %% ../nbs/57_experiment.ipynb #7db0824b
 def read_experiment(
     file: Path # TOML
 ) -> Experiment: # its paths absolute
@@ -107,7 +108,7 @@ def _check_files(experiment: Experiment, file: Path) -> None:
         try: settings.fields()
         except ValidationError as e: raise ExperimentError(f'{file}: variants.{label}.{first_fault(e, "")}') from None
 
-# %% ../nbs/57_experiment.ipynb #6e859921
+# %% ../nbs/57_experiment.ipynb #b0a48cda
 class Trial(BaseModel):
     "One job of an experiment"
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -166,7 +167,7 @@ def kept_experiment(
     except OSError as e: raise ExperimentError(f'{folder} holds no experiment: {e}') from None
     except ValidationError as e: raise ExperimentError(f'{path}: {first_fault(e, "the file")}') from None
 
-# %% ../nbs/57_experiment.ipynb #1608f0f9
+# %% ../nbs/57_experiment.ipynb #93910b8f
 def driver_file(folder: Path, driving: str) -> Path:
     "A driving video as the worker saw it: 1280x720, 24 frames a second"
     return folder / f'inputs/{driving}.mp4'
@@ -211,7 +212,7 @@ def _keep_picture(told: int | Path, driver: Path, target: Path) -> None:
         if frame is None: raise ExperimentError(f'{driver.name} has no frame {told}, which was to be the picture')
         with whole_file(target) as part: Image.fromarray(frame).save(part, 'PNG')
 
-# %% ../nbs/57_experiment.ipynb #c915768c
+# %% ../nbs/57_experiment.ipynb #45f8aac8
 @dataclass(frozen=True)
 class PlannedTrial:
     "A combination, and what its job asks for"
@@ -235,7 +236,7 @@ class PlannedTrial:
 def code_digest() -> str:
     "Of this package: a worker of this machine runs what was just edited"
     whole = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(str(files('wan_avatar')))
     for path in sorted(p for p in folder.rglob('*') if p.suffix in ('.py', '.json')): whole.update(path.read_bytes())
     return whole.hexdigest()[:16]
 
@@ -257,7 +258,7 @@ def plan_trials(
                 yield PlannedTrial(picture, driving, name, seeded, sent, sent_file(folder, driving, original),
                                    isinstance(told, int), of | columns[name] | {'seed': seeded})
 
-# %% ../nbs/57_experiment.ipynb #08a41f71
+# %% ../nbs/57_experiment.ipynb #6e13ec17
 Told = Callable[[str, int, int, str], None] # what is being done, done, of, which
 
 class TrialRunner:
@@ -366,7 +367,7 @@ class TrialRunner:
         if not isinstance(found, Judgement): return {'note': found}
         return {'quality': dict(found.figures), 'circular': list(found.circular), 'note': ''}
 
-# %% ../nbs/57_experiment.ipynb #05e5e5d0
+# %% ../nbs/57_experiment.ipynb #e14ead55
 def _cancel(client: Client, job_id: str) -> None:
     try: client.cancel(job_id)
     except EndpointError: pass # it is gone, or does not know the job any more
