@@ -33,7 +33,7 @@ TAGS = ('close', 'half', 'whole', 'two', 'hands', 'turning', 'dark', 'shaky', 'p
 LICENCES = ('MIT', 'BSD-3-Clause', 'Apache-2.0', 'GPL-3.0-or-later', 'CC0-1.0', 'CC-BY-2.0', 'CC-BY-3.0', 'CC-BY-4.0',
             'LicenseRef-Public-Domain')
 PINS = {'pypi': r'[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!+]*', 'npm': r'[a-z0-9._-]+@[0-9]+\.[0-9]+\.[0-9]+'}
-CUT = 1 # of the recipe: a new number makes every file anew
+CUT = 2 # of the recipe: a new number makes every file anew
 LONGEST = 30 # seconds of a clip
 LARGEST = 64 << 20 # bytes of a file in a package
 WAIT = 1800 # longest download of one package, in seconds
@@ -237,9 +237,10 @@ def shaken(frame: Any, most: int, second: float) -> Any:
 
 
 def encoder(out: Any, frame: Any, rate: Fraction) -> Any:
-    "H.264 for frames like this one, at their own times; one thread, so that two runs give the same bytes"
+    """H.264 for frames like this one, at their own times.
+    One thread and no macroblock tree, with which x264 gives other bytes from run to run"""
     from av.video.reformatter import ColorRange
-    options = {'preset': 'veryfast', 'crf': '16', 'threads': '1'}
+    options = {'preset': 'veryfast', 'crf': '16', 'threads': '1', 'x264-params': 'mbtree=0'}
     size = {'width': frame.width // 2 * 2, 'height': frame.height // 2 * 2}
     track = out.add_stream('libx264', rate=rate, options=options, pix_fmt='yuv420p', **size)
     track.codec_context.time_base = frame.time_base
@@ -433,10 +434,10 @@ def measured(path: Path) -> tuple[str, str, str]:
 
 def table(samples: list[Sample], folder: Path) -> str:
     "A line for each sample that is there"
-    rows = [('name', 'shows', 'seconds', 'picture', 'MB', 'licence')]
+    rows = [('name', 'shows', 'seconds', 'picture', 'MB', 'licence', 'draft')]
     for s in samples:
         if not (folder / s.file).exists(): continue
-        rows.append((s.file, ' '.join(s.shows), *measured(folder / s.file), s.licence))
+        rows.append((s.file, ' '.join(s.shows), *measured(folder / s.file), s.licence, s.expect))
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows)
 
