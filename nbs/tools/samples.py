@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -115,7 +116,9 @@ def read_list(path: Path = LIST) -> list[Sample]:
     "Every sample of a list; raises SampleError that names the entry and the field"
     known = {f.name for f in fields(Sample)}
     found: list[Sample] = []
-    for package in tomllib.loads(path.read_text())['package']:
+    try: packages = tomllib.loads(path.read_text())['package']
+    except (tomllib.TOMLDecodeError, KeyError) as e: raise SampleError(f'{path} is no list of packages: {e}') from e
+    for package in packages:
         shared = {key: value for key, value in package.items() if key != 'sample'}
         for entry in package['sample']:
             values = shared | entry
@@ -157,9 +160,11 @@ def run_tool(command: list[str], log: Path, tick: Callable[[], None]) -> None:
     pipes = {'stdin': subprocess.DEVNULL, 'stderr': subprocess.STDOUT, 'cwd': log.parent}
     with log.open('wb') as out, subprocess.Popen(command, stdout=out, **pipes) as child:
         while child.poll() is None:
-            try: child.wait(5)
+            try: child.wait(min(5, max(end - time.monotonic(), 0.1)))
             except subprocess.TimeoutExpired: tick()
             if time.monotonic() > end: child.kill()
+    if child.returncode == -signal.SIGKILL:
+        raise SampleError(f'the package did not come within {WAIT} s; try again over a faster line')
     if child.returncode:
         said = ' | '.join(log.read_text(errors='replace').splitlines()[-3:])
         raise SampleError(f'the package could not be had: {said[-500:] or f"exit status {child.returncode}"}. Is the '
@@ -457,8 +462,8 @@ def main(argv: list[str], path: Path = LIST, folder: Path = FOLDER) -> None:
         samples = read_list(path)
         if tags is not None: return print(*(folder / s.file for s in showing(*tags, samples=samples)), sep='\n')
         failed = bring(samples, folder)
-    except SampleError as e: sys.exit(f'samples: {e}')
-    print(table(samples, folder), f'\n{folder / "SOURCES.md"} says where they are from')
+    except (SampleError, OSError) as e: sys.exit(f'samples: {e}')
+    print(f'{table(samples, folder)}\n{folder / "SOURCES.md"} says where they are from')
     skipped = [f for f in failed if isinstance(f[1], NoClient)]
     wrong = [f for f in failed if f not in skipped]
     for line in report(skipped): print(f'LEFT OUT {line}')
