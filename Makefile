@@ -12,6 +12,9 @@ setup: ## environments, ComfyUI and sample pictures; goes on where it was interr
 demo: setup ## make an avatar video here; IMAGE=me.jpg VIDEO=me.mp4 to use your own
 	@$(BIN)/wan-avatar demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(VIDEO),--driving "$(VIDEO)")
 
+samples: setup ## the public set of pictures and clips into runs/samples/public, out of packages of 170 MB; goes on where it was interrupted
+	@$(BIN)/python nbs/tools/samples.py
+
 test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests/test_store.py -x" for a part, COMFY_TREE=DIR for what depends on ComfyUI, on that one
 	@$(BIN)/ruff check wan_avatar tests nbs/tools
 	@$(BIN)/mypy wan_avatar
@@ -33,4 +36,4 @@ clean: ## remove what these made
 	rm -rf .venv .comfy _docs *.egg-info build .pytest_cache .ruff_cache runs/samples runs/demo runs/local
 	find wan_avatar tests nbs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test lab sync house docs clean
+.PHONY: help setup demo samples test lab sync house docs clean
