@@ -11,7 +11,9 @@ from conftest import ROOT, cut
 from wan_avatar.frames import SIZE, read_frames
 from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
+from wan_avatar.quality import MEASURES
 from wan_avatar.track import Track, pack_mask, save_track
+from wan_avatar.workflow import PROFILES
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 JUDGE = """
@@ -89,3 +91,12 @@ def test_the_command_says_the_same(judged, folder):
     asked.write_text(json.dumps({name: str(folder / file) for name, file in files.items()}))
     subprocess.run([PYTHON, '-m', 'wan_avatar.quality', asked, result], cwd=ROOT, check=True, timeout=120)
     assert json.loads(result.read_text())['figures'] == pytest.approx(judged['nobody'])
+
+def test_every_gate_names_a_measure_and_lets_something_through():
+    for name, profile in PROFILES.items():
+        assert profile.gates.keys() <= MEASURES.keys(), name
+        for measure, (least, most) in profile.gates.items():
+            assert (least, most) != (None, None), (name, measure)
+            assert least is None or most is None or least < most, (name, measure)
+    assert PROFILES['draft'].gates != PROFILES['wan22-animate'].gates
+    assert not PROFILES['wan22-animate-tiny'].gates, 'it paints noise'

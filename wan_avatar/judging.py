@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,7 +109,7 @@ def judge_result(
     with tempfile.TemporaryDirectory(dir=folder) as d:
         sample = _sample_here(manifest, video, picture, driving, store, Path(d))
         if isinstance(sample, str): return not_measured(sample)
-        said = judge_apart(sample, manifest.frames, comfy_dir, progress)
+        said = judge_apart(replace(sample, truth=truth), manifest.frames, comfy_dir, progress)
     if isinstance(said, Judgement):
         with whole_file(folder / 'judgement.json') as part: part.write_text(json.dumps(said.record(), indent=1) + '\n')
     return said

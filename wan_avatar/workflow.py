@@ -175,6 +175,8 @@ class Profile:
     vision_loader: str = 'CLIPVisionLoader' # the node that loads it
     carries: bool = False # a window goes on from the last frames of the one before
     needs_face: bool = False # it draws by the face alone and cannot use a body seen from behind
+    # measure of `29_quality` -> least, most that a result may have; None: no such limit
+    gates: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vision not in VISIONS:
@@ -265,7 +267,14 @@ def _wan(name: str, **values: Any) -> Profile:
         weights=listed(needs.renderer), detectors=listed(needs.tracker), carries=True,
         prompt=needs.prompt, negative_prompt=NEGATIVE, encoder=weight(encoder),
         encoder_sha256=_LOCKED[encoder].sha256 or '',
-        vision='clip', clip_vision=CLIP_VISION, values=_SHARED_VALUES | values)
+        vision='clip', clip_vision=CLIP_VISION, values=_SHARED_VALUES | values, gates=_GATES)
+
+# what tells good from bad where both were measured: see below
+_GATES: dict[str, tuple[float | None, float | None]] = {
+    'face_found': (0.9, None), 'id_distance': (None, 0.6), 'id_margin': (0.0, None), 'lip_correlation': (0.8, None),
+    'ghost': (None, 0.1), 'seam': (None, 2.0), 'skin_drift': (None, 5.0), 'flicker': (None, 2.5),
+    'sharpness': (0.5, None), 'background_psnr': (30.0, None), 'background_ssim': (0.95, None),
+}
 
 WAN = _wan('wan22-animate', steps=6, sampler='euler', shift=8.0, distill_strength=1.0)
 REFERENCE = _wan('wan22-animate-reference', steps=20, sampler='dpmpp_2m', shift=5.0, mask_shape='rectangle')
@@ -276,14 +285,16 @@ def _tiny(w: Weight) -> Weight: return replace(w, file=f'tiny-{w.slot}.safetenso
 TINY = replace(
     WAN, name='wan22-animate-tiny', tracker='mediapipe', other_trackers=('wholebody-sam2',), length=9, face=False,
     weights=tuple(map(_tiny, WAN.weights)), clip_vision=_tiny(CLIP_VISION), vision_loader='AvatarTinyVisionLoader',
-    encoder=_tiny(weight('text_encoder')), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody',
+    encoder=_tiny(weight('text_encoder')), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody', gates={},
     values={**WAN.values, 'scale': 0.056, 'steps': 2}) # a whole frame is sampled at 64x48
 
 # the draft carries nothing from window to window, but is rendered in the same windows as production; what it draws
 # has soft edges of its own, and colours that do not drift
 _DRAWN = {'rectangle': False, 'feather': 0, 'match_drift': False}
 _DRAFT = Profile('draft', graph='draft', tracker='mediapipe', needs_face=True,
-                 values=asdict(PlanRules()) | asdict(ComposeRules()) | _DRAWN | {'relight_strength': 1.0})
+                 values=asdict(PlanRules()) | asdict(ComposeRules()) | _DRAWN | {'relight_strength': 1.0},
+                 gates={k: v for k, v in _GATES.items() if k != 'background_psnr'} | {
+                     'seam': (None, 2.5), 'flicker': (None, 3.0), 'background_ssim': (0.85, None)})
 PROFILES = {p.name: p for p in (_DRAFT, WAN, REFERENCE, TINY)}
 
 def get_profile(
