@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'variant_of', 'Compared', 'compare']
 
-# %% ../nbs/60_compare.ipynb #11497057
+# %% ../nbs/60_compare.ipynb #52a00db9
 import io
 import os
 import tomllib
@@ -24,7 +24,7 @@ from .sheets import contact_sheet, grid_of
 from .variants import values_of
 from .workflow import Profile, get_profile
 
-# %% ../nbs/60_compare.ipynb #32ba6e1b
+# %% ../nbs/60_compare.ipynb #c2417326
 PLAIN = 'plain'
 
 def variant_of(
@@ -50,7 +50,7 @@ def _scalar_of(text: str) -> Any:
     try: return tomllib.loads(f'value = {text}')['value']
     except tomllib.TOMLDecodeError: return text
 
-# %% ../nbs/60_compare.ipynb #ba34162e
+# %% ../nbs/60_compare.ipynb #7dc20575
 @dataclass(frozen=True)
 class Compared:
     "A comparison; a notebook shows its sheet"
