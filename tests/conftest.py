@@ -197,7 +197,7 @@ class Service:
 
     def on_loop(self, work):
         "Run a coroutine where the service lives"
-        return self.background.submit(work).result(timeout=60)
+        return self.background.submit(work).result(timeout=180)
 
     def close(self) -> None: shut_down(self.background, self.booted)
 
