@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checks', 'AtOnce', 'Prefix', 'ResultFolder', 'report', 'Parameters', 'GPU', 'checks_table', 'spread_table',
-           'differences_table', 'bench', 'profiles']
+           'differences_table', 'variants_table', 'bench', 'profiles']
 
 # %% ../nbs/60_cli_checks.ipynb #64afa1a8
 import asyncio
@@ -25,11 +25,14 @@ from rich.table import Table
 from .access import LOCAL, endpoint_or_local, job_inputs, until_signal
 from .bench import BENCHES, run_bench
 from .client import Client, Status
+from .comparison import VariantDifference, is_experiment
+from .experiment import ExperimentError
+from .experiment_charts import VERDICT_COLOURS, verdicts_table
 from .gpu import Options, bench_gpu
 from .job import shorten
 from .measure import table
 from .metrics import RecordsError, RunDifference
-from .reports import ReportError, ReportFailed, compare_folders, run_report
+from .reports import ReportError, ReportFailed, compare_experiment_folders, compare_folders, run_report
 from .smoke import Outcome, Row, keep_summary, rows, run_smoke
 from wan_avatar.terminal import (
     AsJson,
@@ -136,6 +139,11 @@ def _report_cold_start(given: Parameters = None) -> None:
     "Measure cold and warm starts, phase B and phase A side by side."
     _report('cold-start', given)
 
+@report.command(name='experiment')
+def _report_experiment(given: Parameters = None) -> None:
+    "Show what an experiment says: sheets, differences beyond the noise, quality against seconds."
+    _report('experiment', given)
+
 # %% ../nbs/60_cli_checks.ipynb #5a0d0003
 def differences_table(found: list[RunDifference]) -> Table:
     "Two runs for people"
@@ -147,18 +155,28 @@ def differences_table(found: list[RunDifference]) -> Table:
         table.add_row(d.what, *figures, d.verdict, style=style)
     return table
 
+def variants_table(found: list[VariantDifference]) -> Table:
+    "Two experiments for people"
+    head, lines = verdicts_table(found)
+    table = Table(*head, box=None)
+    for line in lines: table.add_row(*line, style=None if line[-1] in VERDICT_COLOURS else 'dim')
+    return table
+
 @report.command(name='compare')
 def _compare(
-    a: Annotated[Path, typer.Argument(help='runs/<name>, or its records.jsonl')],
+    a: Annotated[Path, typer.Argument(help='runs/<name>, its records.jsonl; or an experiment\'s folder')],
     b: Annotated[Path, typer.Argument(help='the other')],
     out: Annotated[Path, typer.Option(help='where picture and summary go')] = Path('runs/compare'),
     as_json: AsJson = False
 ) -> None:
-    "Put two runs side by side: ratios, and which differences exceed the noise."
-    try: found = compare_folders(a, b, out)
-    except (ReportError, RecordsError) as e: exit_with(str(e), Code.USAGE)
+    "Put two runs, or two experiments, side by side, and tell which differences exceed the noise."
+    both = is_experiment(a) and is_experiment(b)
+    try:
+        table = (variants_table(compare_experiment_folders(a, b, out)) if both
+                 else differences_table(compare_folders(a, b, out)))
+    except (ReportError, RecordsError, ExperimentError) as e: exit_with(str(e), Code.USAGE)
     if as_json: print((out / 'summary.json').read_text())
-    else: wide_console(140).print(differences_table(found), str(out / 'compare.png'))
+    else: wide_console(140).print(table, str(out / 'compare.png'))
 
 # %% ../nbs/60_cli_checks.ipynb #335e065d
 GPU = 'gpu' # a bench of its own, which no other machine's figures stand beside

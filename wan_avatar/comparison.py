@@ -7,7 +7,8 @@ __all__ = ['CaseName', 'Cell', 'TIMES', 'Values', 'LEVEL', 'case_label', 'Experi
            'figures_of_trial', 'values_of', 'measures_of', 't_interval', 'MeasureMean', 'measure_mean', 'of_measure',
            'best_value', 'paired_p', 'holm', 'VariantDifference', 'paired_difference', 'corrected', 'differences_of',
            'share_beaten', 'Point', 'TradeOff', 'trade_off', 'money_of', 'circular_of', 'summarise_experiment',
-           'compare_experiments', 'is_experiment', 'experiment_summary']
+           'measures_in', 'differences_in', 'trade_off_in', 'compare_experiments', 'is_experiment',
+           'experiment_summary']
 
 # %% ../nbs/57_comparison.ipynb #98b54f49
 import itertools
@@ -398,6 +399,20 @@ def _variant_summary(
         'means': {name: asdict(mean) for name, mean in means.items() if mean},
         'money': money_of(trials),
         'values': values}
+
+# %% ../nbs/57_comparison.ipynb #c9e13d37
+def measures_in(summary: Mapping[str, Any]) -> dict[str, Measure]:
+    "What was measured"
+    return {name: Measure(**m) for name, m in summary['measures'].items()}
+
+def differences_in(summary: Mapping[str, Any]) -> list[VariantDifference]:
+    "Every variant against the baseline"
+    return [VariantDifference(**{k: v for k, v in d.items() if k != 'verdict'}) for d in summary['differences']]
+
+def trade_off_in(summary: Mapping[str, Any]) -> TradeOff:
+    "Quality against seconds"
+    kept = {k: v for k, v in summary['trade_off'].items() if k != 'front'}
+    return TradeOff(**kept | {'points': tuple(Point(**p) for p in kept['points'])})
 
 # %% ../nbs/57_comparison.ipynb #95577271
 def compare_experiments(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ReportError', 'project_root', 'report_path', 'report_parameters', 'read_parameters', 'ReportFailed', 'run_report',
            'write_summary', 'endpoint_figures_of', 'markdown_table', 'Phase', 'read_phases', 'tiny_phases',
-           'local_phases', 'until_no_worker', 'empty', 'measure_phase', 'wrong_starts', 'compare_folders']
+           'local_phases', 'until_no_worker', 'empty', 'measure_phase', 'wrong_starts', 'compare_folders',
+           'compare_experiment_folders']
 
 # %% ../nbs/59_reports.ipynb #4522e3d4
 import ast
@@ -23,6 +24,8 @@ from typing import Any
 
 from .charts import draw_compare
 from .client import Client, EndpointError
+from .comparison import VariantDifference, compare_experiments, experiment_summary, is_experiment, measures_in
+from .experiment_charts import draw_differences
 from .files import whole_file
 from .hub import ModelHub, model_hub
 from .metrics import JobRecord, RunDifference, compare_runs, measured_job, read_records, start_of
@@ -79,7 +82,7 @@ class ReportFailed(Exception):
     "A cell of a report raised: an assert that does not hold, most of the time"
 
 def run_report(
-    name: str, # smoke, cold-start
+    name: str, # smoke, cold-start, experiment
     given: Iterable[str] = (), # each `name=value`
     say: Callable[[str], None] = print, # told how far it is
     timeout_s: int = 7200 # longest a cell may take
@@ -89,7 +92,10 @@ def run_report(
     from traitlets.config import Config
     path = report_path(name)
     values = report_parameters(path) | read_parameters(path, given)
-    out = Path(values['out']).absolute()
+    folder = values.get('folder')
+    if folder is not None and not is_experiment(Path(folder)):
+        raise ReportError(f'folder={folder}: there is no experiment; wan-avatar experiment makes one')
+    out = Path(values['out'] or folder or '.').absolute() # empty: into the folder that it is about
     values['out'] = str(out)
     out.mkdir(parents=True, exist_ok=True)
     target = out / path.name
@@ -276,4 +282,22 @@ def compare_folders(
     differences = [asdict(d) | {'verdict': d.verdict} for d in found]
     summary = {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': differences}
     write_summary(out, summary)
+    return found
+
+# %% ../nbs/59_reports.ipynb #f9d6c3e6
+def compare_experiment_folders(
+    a: Path, # `runs/experiments/<name>`, or its summary.json
+    b: Path,
+    out: Path
+) -> list[VariantDifference]: # `baseline` is the name of `a`
+    "Two experiments side by side: compare.png and summary.json in `out`"
+    first, second = experiment_summary(a), experiment_summary(b)
+    found = compare_experiments(first, second)
+    if not found:
+        raise ReportError(f'{a} and {b} have no variant with a number for the same picture and driving video')
+    out.mkdir(parents=True, exist_ok=True)
+    draw_differences(found, measures_in(first), out / 'compare.png')
+    differences = [asdict(d) | {'verdict': d.verdict} for d in found]
+    write_summary(out, {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b),
+                        'differences': differences})
     return found
