@@ -16,6 +16,7 @@ from wan_avatar.cli import app
 from wan_avatar.forecast import render_time
 from wan_avatar.metrics import JobRecord, costs, estimates, read_records, start_of, without_price, write_records
 from wan_avatar.prices import POOLS
+from wan_avatar.quality import MEASURES
 from wan_avatar.reports import Phase, ReportError, read_phases, report_parameters, report_path
 
 ENV = (
@@ -61,9 +62,12 @@ def test_smoke(smoke):
     summary = json.loads((smoke / 'summary.json').read_text())
     (record,) = read_records(smoke / 'records.jsonl')
     assert summary['ok']
-    assert len(summary['checks']) == 13
+    form = [c for c in summary['checks'] if not c['name'].startswith('quality:')]
+    assert len(form) == 13
+    measured = {f'quality: {name}' for name in MEASURES} | {'quality: worst second'}
+    assert {c['name'] for c in summary['checks'] if c not in form} == measured
     assert all(c['ok'] for c in summary['checks'])
-    assert pictures(smoke) == {'filmstrip', 'gantt-1', 'jobs'}
+    assert pictures(smoke) == {'filmstrip', 'gantt-1', 'jobs', 'worst_second'}
     assert start_of(record) == 'cold'
     assert record.gpu == 'cpu'
     assert record.frames == 24

@@ -91,7 +91,11 @@ def _smoke(
             job = job_inputs(image, driving, store) | {'user_id': 'smoke', 'avatar_id': stamp}
             if profile: job['profile'] = profile
             on_status, on_done = _gate_progress(screen, jobs, concurrency)
-            outcomes = run_smoke(client, store, job, Path(driving), out, jobs, concurrency, prefix, on_status, on_done)
+            def on_judging(done: int, total: int) -> None:
+                screen.show('quality', 'judging what was made', done, total, f'{done} of {total} frames')
+            comfy = Path(os.environ.get('COMFY_DIR', '.comfy'))
+            outcomes = run_smoke(client, store, job, Path(driving), out, jobs, concurrency, prefix, on_status, on_done,
+                                 comfy, on_judging)
             summary = keep_summary(out, outcomes, access.endpoint)
     if as_json: print(json.dumps(summary))
     else: _show_gate(outcomes, summary, out)

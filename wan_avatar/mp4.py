@@ -221,11 +221,12 @@ def filmstrip(
     driving: Path | str, # any video
     avatar: Path | str, # the result
     target: Path | str, # PNG
-    columns: int = 6
+    columns: int = 6,
+    between: tuple[float, float] | None = None # seconds; None: all of both
 ) -> Path: # `target`
     "Both videos at the same seconds, one above the other"
-    length = min(probe(driving).duration_s, probe(avatar).duration_s)
-    seconds = [length * (i + 0.5) / columns for i in range(columns)]
+    begin, end = between or (0.0, min(probe(driving).duration_s, probe(avatar).duration_s))
+    seconds = [begin + (end - begin) * (i + 0.5) / columns for i in range(columns)]
     width = columns * (STRIP_SIZE[0] + STRIP_GAP) + STRIP_GAP
     height = STRIP_TOP + 2 * (STRIP_SIZE[1] + STRIP_GAP) + STRIP_GAP
     sheet = Image.new('RGB', (width, height), STRIP_GROUND)

@@ -433,7 +433,7 @@ MEASURES |= {
     'hands_kept': Measure('share', 'higher', 'hands of the driver that the result has too, at about the same place',
                           'fingers; hands of the driver that were passed on', MEDIAPIPE)}
 BODY_EVERY = 6 # frames
-BODY = (0, 7, 8, *range(11, 17), *range(23, 29)) # of MediaPipe's points: nose, ears, shoulders to wrists, hips to ankles
+BODY = (0, 7, 8, *range(11, 17), *range(23, 29)) # MediaPipe's nose, ears, shoulders to wrists, hips to ankles
 LEAST_SEEN = 0.5 # visibility of a point that counts
 LEAST_POINTS = 4 # of a body
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST_CHANGE', 'PRESIGN_S', 'Decoded', 'decode_result', 'change', 'get_url', 'until_refused', 'Evidence', 'Check',
-           'video_checks', 'answer_checks', 'link_checks', 'checks_of', 'Outcome', 'run_smoke', 'Row', 'rows',
-           'keep_summary']
+           'video_checks', 'answer_checks', 'link_checks', 'gates_of', 'quality_checks', 'checks_of', 'Outcome',
+           'run_smoke', 'Row', 'rows', 'keep_summary']
 
 # %% ../nbs/57_smoke.ipynb #f012482f
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,12 +25,16 @@ import numpy as np
 from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .files import sha256_of, whole_file
 from .frames import FPS, SIZE
+from .inputs import MAX_IMAGE_BYTES
 from .job import JobError, output_key, parse_job
+from .judging import COMFY, JudgingFailed, judge_result, not_measured
 from .manifest import Manifest, ManifestDamaged
 from .metrics import JobRecord, measured_job, summarise, write_records
 from .mp4 import filmstrip, pictures_at
-from .store import Store
+from .quality import MEASURES, Gate, Judgement, beyond, worst_second
+from .store import Store, fetch_image
 from .timeline import draw_timeline
+from .workflow import PROFILES
 
 # %% ../nbs/57_smoke.ipynb #e1ef26d4
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class Evidence:
     link: tuple[int, str, str] = (0, '', 'no presigned_url in the answer')
     after: int = 0 # HTTP status when the address should have expired
     manifest_trouble: str = 'there is no manifest' # why `manifest` is None
+    quality: Judgement | str | None = None # str: why it was not measured; None: nobody was asked
+    quality_trouble: str = '' # how judging failed
 
 @dataclass(frozen=True)
 class Check:
@@ -197,12 +203,41 @@ def link_checks(d: Evidence) -> list[Check]:
         Check('presigned address expires', d.after in (400, 401, 403), 'HTTP 403', after),
     ]
 
+# %% ../nbs/57_smoke.ipynb #4011cac9
+def gates_of(manifest: Manifest) -> Mapping[str, Gate]:
+    "The gates of the profile that made a video; a profile that is unknown here has none"
+    return PROFILES[manifest.profile].gates if manifest.profile in PROFILES else {}
+
+def quality_checks(d: Evidence) -> list[Check]:
+    "What was measured, held to the profile's gates"
+    if d.quality_trouble: return [Check('quality: judged', False, 'a judgement', d.quality_trouble)]
+    if isinstance(d.quality, str): return [Check('quality: not measured', True, 'measured where it can be', d.quality)]
+    if d.quality is None or d.manifest is None: return []
+    gates = gates_of(d.manifest)
+    found = [_quality_check(name, d.quality, gates.get(name)) for name in MEASURES]
+    if not (worst := worst_second(d.quality, gates)): return found
+    second, name = worst
+    value = d.quality.by_second[name][second]
+    where = f'from {second} s on, by {name}: {value:.2f}'
+    return [*found, Check('quality: worst second', True, 'looked at: worst_second.png', where)]
+
+def _quality_check(name: str, said: Judgement, gate: Gate | None) -> Check:
+    least, most = gate or (None, None)
+    limits = [f'{limit:g} or {word}' for limit, word in ((least, 'more'), (most, 'less')) if limit is not None]
+    unit = f' {MEASURES[name].unit}'.removesuffix(' 1')
+    value = said.figures[name]
+    ok = value is None or gate is None or beyond(value, gate) <= 0
+    own = ', by the tracker that drove it' if name in said.circular else ''
+    found = f'not measured: {said.reasons[name]}' if value is None else f'{value:.2f}{unit}{own}'
+    return Check(f'quality: {name}', ok, ' and '.join(limits) or 'shown, not judged', found)
+
+# %% ../nbs/57_smoke.ipynb #1f6852f5
 def checks_of(d: Evidence) -> list[Check]:
     "Everything; of a job that failed only that"
     state = d.status.state
     found = f'{state}: {d.status.error}' if d.status.error else state
     done = Check('job completed', state == 'COMPLETED', 'COMPLETED', found)
-    return [done, *answer_checks(d), *video_checks(d), *link_checks(d)] if done.ok else [done]
+    return [done, *answer_checks(d), *video_checks(d), *link_checks(d), *quality_checks(d)] if done.ok else [done]
 
 # %% ../nbs/57_smoke.ipynb #a7e4e5a0
 PRESIGN_S = 5 # long enough to begin a GET, short enough to wait for its end
@@ -239,12 +274,40 @@ def _keep(folder: Path, manifest: Manifest, driving: Path, video: Path, found: D
     draw_timeline(manifest.timeline, folder / 'timeline.png', title)
     if found.trouble is None: filmstrip(driving, video, folder / 'filmstrip.png')
 
+def _picture_of(job: Mapping[str, Any], store: Store, folder: Path) -> Path | str: # str: why there is none
+    "The picture of a job, from where its worker had it"
+    picture = folder / 'picture'
+    if key := job.get('input_image_minio_path'):
+        store.download(key, picture, 'input_image_minio_path', MAX_IMAGE_BYTES)
+        return picture
+    try: fetch_image(job['input_image_url'], picture, max_bytes=MAX_IMAGE_BYTES)
+    except JobError as e: return f'the picture could not be fetched here: {e}'
+    return picture
+
+def _with_quality(
+    d: Evidence, driving: Path, store: Store, folder: Path, comfy_dir: Path, progress: Callable[[int, int], None]
+) -> Evidence:
+    "Judge a delivered video, and keep the strip of its worst second"
+    if d.status.state != 'COMPLETED': return d
+    if d.manifest is None: return replace(d, quality=not_measured(d.manifest_trouble))
+    if d.video.trouble: return replace(d, quality=not_measured('the video is damaged'))
+    try:
+        picture = _picture_of(d.job, store, folder)
+        if isinstance(picture, str): return replace(d, quality=not_measured(picture))
+        video = folder / 'avatar.mp4'
+        said = judge_result(d.manifest, video, picture, driving, store, folder, comfy_dir, progress=progress)
+    except (JobError, JudgingFailed) as e: return replace(d, quality_trouble=str(e))
+    if isinstance(said, Judgement) and (worst := worst_second(said, gates_of(d.manifest))):
+        filmstrip(driving, video, folder / 'worst_second.png', between=(worst[0], min(worst[0] + 1, d.video.end_s)))
+    return replace(d, quality=said)
+
 @dataclass(frozen=True)
 class Outcome:
     "One job of a smoke run"
     record: JobRecord
     checks: list[Check]
     folder: Path
+    quality: Judgement | None = None # None: not measured
 
 # %% ../nbs/57_smoke.ipynb #d7255778
 class _Run:
@@ -262,12 +325,14 @@ class _Run:
         if self.stop.is_set(): raise EndpointError('this run was stopped')
         self.on_status(status)
 
-    def job(self, job: dict[str, Any], driving: Path, wanted: Decoded, prefix: str, folder: Path) -> Outcome:
+    def job(
+        self, job: dict[str, Any], driving: Path, wanted: Decoded, prefix: str, folder: Path
+    ) -> tuple[JobRecord, Evidence]:
         def clock() -> float: return time.monotonic() - self.began
         record, status = measured_job(self.client, self.store, job, 'smoke', clock, self.saw)
         evidence = Evidence(job, prefix, status, wanted)
         if status.state == 'COMPLETED': evidence = _judged(status, job, prefix, driving, wanted, self.store, folder)
-        return Outcome(record, checks_of(evidence), folder)
+        return record, evidence
 
     def abandon(self) -> None:
         "Cancel the jobs that are not over: they would only be billed"
@@ -287,7 +352,9 @@ def run_smoke(
     concurrency: int = 1,
     prefix: str = 'avatars/', # OUTPUT_PREFIX of the workers
     on_status: Callable[[Status], None] = lambda status: None,
-    on_done: Callable[[int], None] = lambda done: None # told how many jobs are over
+    on_done: Callable[[int], None] = lambda done: None, # told how many jobs are over
+    comfy_dir: Path = COMFY, # COMFY_DIR, whose environment judges
+    on_judging: Callable[[int, int], None] = lambda done, total: None # frames of one video
 ) -> list[Outcome]: # in the order of submission
     "Run jobs, judge each; a job that is interrupted is cancelled"
     run = _Run(client, store, on_status)
@@ -304,7 +371,13 @@ def run_smoke(
             pool.shutdown(wait=False, cancel_futures=True)
             run.abandon()
             raise
-    return [f.result() for f in futures]
+    outcomes = []
+    for future, own in zip(futures, folders, strict=True):
+        record, evidence = future.result()
+        evidence = _with_quality(evidence, driving, store, own, comfy_dir, on_judging)
+        quality = evidence.quality if isinstance(evidence.quality, Judgement) else None
+        outcomes.append(Outcome(record, checks_of(evidence), own, quality))
+    return outcomes
 
 # %% ../nbs/57_smoke.ipynb #2dda06f3
 @dataclass(frozen=True)
@@ -335,7 +408,9 @@ def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict[s
     records = [o.record for o in outcomes]
     found = rows(outcomes)
     checks = [asdict(r) | {'ok': r.ok} for r in found]
+    quality = [o.quality.record() if o.quality else None for o in outcomes]
     summary = {'report': 'smoke', 'endpoint': endpoint, 'ok': all(r.ok for r in found), 'checks': checks}
+    summary |= {'quality': quality}
     summary |= summarise(records)
     write_records(folder / 'records.jsonl', records)
     with whole_file(folder / 'summary.json') as part: part.write_text(json.dumps(summary, indent=1) + '\n')
