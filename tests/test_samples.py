@@ -210,6 +210,7 @@ CHANGES = [
     ('is cut off', lambda f: (f / 'still.png').write_bytes(b'half')),
     ('has no note', lambda f: (f / '.made.json').unlink()),
     ('has a damaged note', lambda f: (f / '.made.json').write_text('{')),
+    ('has another note', lambda f: (f / '.made.json').write_text('5')),
     ('was fetched by a killed run', lambda f: (f / 'still.png').rename((f / '.download').mkdir() or f / '.download/a')),
 ]
 
@@ -263,6 +264,8 @@ def test_a_wrong_package_is_named_and_the_others_are_there(made, chosen, tmp_pat
         if sample.pin == 'other==1.0': return good(sample, folder, tick)
         return package(folder, made['pack/a.mp4'])
     target = tmp_path / 'in/set'
+    target.mkdir(parents=True)
+    (target / 'still.png').write_bytes(b'by another recipe')
     failed = public.bring([chosen[2], chosen[4]], target, fetch, say=lambda text: None)
     line, = public.report(failed)
     assert line.startswith('still.png: pack==1.0: ') and words in line

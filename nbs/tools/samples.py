@@ -299,7 +299,7 @@ class Made:
     def __init__(self, folder: Path):
         self.folder, self.note = folder, folder / '.made.json'
         try: self.known = dict(json.loads(self.note.read_text()))
-        except (FileNotFoundError, ValueError): self.known = {}
+        except (FileNotFoundError, ValueError, TypeError): self.known = {}
 
     def ready(self, sample: Sample) -> bool:
         "Is it there, by its recipe and unharmed?"
@@ -381,6 +381,7 @@ def bring(samples: list[Sample], folder: Path = FOLDER, fetch: Callable[..., Pat
         made = Made(folder)
         made.keep_only({s.file for s in samples})
         todo = [s for s in samples if not made.ready(s)]
+        for s in todo: (folder / s.file).unlink(missing_ok=True) # of another recipe: it would pass for this one
         progress = Progress(todo, say)
         for pin in dict.fromkeys(s.pin for s in todo):
             of_package = [s for s in todo if s.pin == pin]
