@@ -34,7 +34,7 @@ def span_text(low: float | None, high: float | None) -> str: # empty: no interva
 def direction(better: str) -> str:
     "Which way a measure is better, in words"
     best = best_value(better)
-    if best is not None: return f'distance to {best:g}'
+    if best is not None: return f'distance to {best:g}, lower is better'
     return f'{better} is better' if better else 'no known direction'
 
 def means_table(summary: Mapping[str, Any]) -> Rows:
@@ -94,8 +94,9 @@ def time_table(summary: Mapping[str, Any]) -> Rows:
 
 def blind_table(summary: Mapping[str, Any]) -> Rows:
     "What each number is, what it cannot see, and for which variants it is circular"
-    lines = [(name, m['source'], m['blind'], ', '.join(summary['circular'].get(name, ())) or NO_NUMBER)
-             for name, m in summary['measures'].items()]
+    def line(name: str, m: Mapping[str, str]) -> tuple[str, ...]:
+        return name, m['source'], m['blind'], ', '.join(summary['circular'].get(name, ())) or NO_NUMBER
+    lines = [line(name, m) for name, m in summary['measures'].items()]
     return ('measure', 'how', 'cannot see', 'circular for'), lines
 
 # %% ../nbs/58_experiment_charts.ipynb #24df7bfa
@@ -107,7 +108,7 @@ def draw_differences(
     path: Path | str # PNG
 ) -> Path: # `path`
     "Every variant against the baseline, measure by measure"
-    if not found: return save(canvas(6, 1, 'No variant has a case in common with the baseline')[0], path)
+    if not found: return _nothing('Differences', 'no variant has a number for a case of the baseline', path)
     from matplotlib.figure import Figure
     names = [m for m in measures if any(d.measure == m for d in found)]
     variants = list(dict.fromkeys(d.variant for d in found))
@@ -122,6 +123,12 @@ def draw_differences(
         else: _panel(axes, measures[names[n]], [d for d in found if d.measure == names[n]], variants, n % PANELS == 0)
     figure.supxlabel('green: the better side; filled: exceeds the noise (Holm); hollow: does not, or too few cases',
                      fontsize=10)
+    return save(figure, path)
+
+def _nothing(title: str, why: str, path: Path | str) -> Path:
+    figure, axes = canvas(9, 1.5, title)
+    axes.axis('off')
+    axes.text(0.5, 0.5, why, ha='center', va='center', fontsize=13, color='#555555', transform=axes.transAxes)
     return save(figure, path)
 
 def _panel(
@@ -144,7 +151,7 @@ def _panel(
     axes.text(0, 1.03, f'{direction(measure.better)}, n = {n}', transform=axes.transAxes, fontsize=9, color='#444444')
     axes.set(xlim=(-reach, reach), ylim=(len(variants) - 0.5, -0.5), yticks=range(len(variants)))
     axes.set_yticklabels(variants if labelled else [''] * len(variants), fontsize=10)
-    axes.locator_params(axis='x', nbins=5)
+    axes.locator_params(axis='x', nbins=5, prune='both')
     axes.tick_params(axis='x', labelsize=9)
     axes.spines[['top', 'right', 'left']].set_visible(False)
     axes.tick_params(axis='y', length=0)
@@ -155,12 +162,9 @@ def pareto_chart(
     path: Path | str # PNG
 ) -> Path: # `path`
     "Quality against seconds, with the front"
-    figure, axes = canvas(9, 5.2, 'What quality costs in seconds')
-    if not chart.points:
-        axes.axis('off')
-        nothing = 'no case was measured in two variants or more'
-        axes.text(0.5, 0.5, nothing, ha='center', fontsize=13, color='#555555', transform=axes.transAxes)
-        return save(figure, path)
+    title = 'What quality costs in seconds'
+    if not chart.points: return _nothing(title, 'no case was measured in two variants or more', path)
+    figure, axes = canvas(9, 5.2, title)
     front = chart.front
     axes.step([p.seconds for p in front], [p.quality for p in front], where='post', color='#999999', lw=1.5, zorder=1)
     for n, p in enumerate(chart.points):
@@ -211,6 +215,9 @@ def _name_points(figure: Any, axes: Any, chart: TradeOff) -> None:
     def boxes(places: Sequence[tuple[float, float]], side: float) -> list[Any]:
         return [Bbox.from_bounds(x - side / 2, y - side / 2, side, side) for x, y in axes.transData.transform(places)]
     taken = boxes([(p.seconds, p.quality) for p in chart.points], 22) + boxes(_stairs(chart.front), 3)
+    spans = [[(p.seconds, p.low + (p.high - p.low) * i / 60) for i in range(61)]
+             for p in chart.points if p.low is not None and p.high is not None]
+    for span in spans: taken += boxes(span, 4)
     for p in chart.points:
         name = axes.annotate(p.variant, (p.seconds, p.quality), (0, 0), textcoords='offset points', fontsize=10.5)
         def misfit(place: tuple[float, float, str, str], name: Any = name) -> float:
