@@ -276,6 +276,13 @@ def test_the_newest_line_counts_and_variants_that_are_gone_do_not(tmp_path):
     assert summarise_experiment(run)['not_run'] == [
         {'picture': 'ana', 'driving': 'dance', 'variant': 'strong', 'seed': 1}]
 
+def test_a_line_that_was_being_written_is_not_counted(tmp_path):
+    keep(tmp_path, plan(), [trial(('ana', 'dance', v, 1)) for v in ('plain', 'strong')])
+    whole = (tmp_path / 'trials.jsonl').read_text()
+    for end in (whole, whole[:-1], whole[:-40]):
+        (tmp_path / 'trials.jsonl').write_text(end)
+        assert len(open_experiment(tmp_path).trials) == (2 if end == whole else 1)
+
 def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
     variants = {'plain': {}, 'other': {'seed': 9}}
     run = keep(tmp_path / 'x', plan(seeds=[1, 2]) | {'variants': variants}, [])
@@ -283,7 +290,7 @@ def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
 
 @pytest.mark.parametrize('name, text, words', [
     ('trials.jsonl', '{"picture": "ana"}\n', 'trials.jsonl, line 1'),
-    ('trials.jsonl', '{half', 'trials.jsonl, line 1'),
+    ('trials.jsonl', '{half\n', 'trials.jsonl, line 1'),
     ('experiment.json', '{"name": 3}', 'experiment.json'),
     ('trials.jsonl', None, 'is no experiment'),
 ])
@@ -451,6 +458,20 @@ def test_the_report_shows_everything_and_fails_at_its_end(experiment, shown):
     assert page.count('data:image/png;base64') >= 3
     for words in ('out_of_memory', 'relight 0.5, against relight 1.0', 'p after Holm', 'Circular:', 'cannot see',
                   'not measured on a GPU'): assert words in page
+
+def test_one_variant_has_a_report_and_nothing_to_compare(clips, tmp_path):
+    inputs = tmp_path / 'one/inputs'
+    inputs.mkdir(parents=True)
+    for source, name in (('short.mp4', 'dance.mp4'), ('ana.png', 'ana.png')):
+        (inputs / name).write_bytes((clips / source).read_bytes())
+    keep(tmp_path / 'one', plan(variants=('plain',)),
+         [trial(('ana', 'dance', 'plain', 1), note='no network', video='inputs/dance.mp4')])
+    done = report(tmp_path, 'experiment', '-p', 'folder=one', '-p', 'out=shown')
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / 'shown/experiment.html').read_text()
+    assert 'There is nothing to compare' in page
+    assert 'no network' in page
+    assert 'summary.json' not in {p.name for p in (tmp_path / 'one').iterdir()}
 
 def test_the_notebook_reads_well_un_run():
     notebook = nbformat.read(report_path('experiment'), 4)
