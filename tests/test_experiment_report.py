@@ -3,6 +3,7 @@ import json
 import math
 
 import av
+import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -43,6 +44,7 @@ from wan_avatar.manifest import BootReport
 from wan_avatar.metrics import JobRecord
 from wan_avatar.mp4 import Encoder, check_mp4, pictures_at
 from wan_avatar.quality import MEASURES, Measure
+from wan_avatar.reports import report_parameters, report_path
 from wan_avatar.samples import draw_test_picture, draw_test_video, read_test_picture
 from wan_avatar.sheets import (
     NOT_RUN,
@@ -55,6 +57,7 @@ from wan_avatar.sheets import (
     video_layout,
 )
 from wan_avatar.timeline import Stage
+
 
 # %% An experiment that no worker ran
 def trial(place, seconds=5.0, quality=None, error=None, **values) -> Trial:
@@ -210,7 +213,7 @@ def test_measures_are_corrected_together_and_times_alone():
     found = {d.measure: d for d in differences_of(values, 'old', known)}
     p = found['render_s'].p
     assert list(found) == ['ghost', 'id_distance', 'render_s']
-    assert (found['ghost'].p_holm, found['id_distance'].p_holm, found['render_s'].p_holm) == pytest.approx((2*p, 2*p, p))
+    assert [d.p_holm for d in found.values()] == pytest.approx([2 * p, 2 * p, p])
     assert corrected([]) == []
 
 @pytest.mark.parametrize('value, kept', [
@@ -273,6 +276,13 @@ def test_the_newest_line_counts_and_variants_that_are_gone_do_not(tmp_path):
     assert summarise_experiment(run)['not_run'] == [
         {'picture': 'ana', 'driving': 'dance', 'variant': 'strong', 'seed': 1}]
 
+def test_a_line_that_was_being_written_is_not_counted(tmp_path):
+    keep(tmp_path, plan(), [trial(('ana', 'dance', v, 1)) for v in ('plain', 'strong')])
+    whole = (tmp_path / 'trials.jsonl').read_text()
+    for end in (whole, whole[:-1], whole[:-40]):
+        (tmp_path / 'trials.jsonl').write_text(end)
+        assert len(open_experiment(tmp_path).trials) == (2 if end == whole else 1)
+
 def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
     variants = {'plain': {}, 'other': {'seed': 9}}
     run = keep(tmp_path / 'x', plan(seeds=[1, 2]) | {'variants': variants}, [])
@@ -280,7 +290,7 @@ def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
 
 @pytest.mark.parametrize('name, text, words', [
     ('trials.jsonl', '{"picture": "ana"}\n', 'trials.jsonl, line 1'),
-    ('trials.jsonl', '{half', 'trials.jsonl, line 1'),
+    ('trials.jsonl', '{half\n', 'trials.jsonl, line 1'),
     ('experiment.json', '{"name": 3}', 'experiment.json'),
     ('trials.jsonl', None, 'is no experiment'),
 ])
@@ -332,7 +342,7 @@ def clips(tmp_path_factory):
     "Videos with numbered frames, and a picture"
     folder = tmp_path_factory.mktemp('clips')
     Image.fromarray(draw_test_picture(7, (120, 160))).save(folder / 'ana.png')
-    for name, seconds in (('long', 2), ('short', 0.5)): draw_test_video(folder / f'{name}.mp4', seconds, size=(320, 180))
+    for name, length in (('long', 2), ('short', 0.5)): draw_test_video(folder / f'{name}.mp4', length, size=(320, 180))
     return folder
 
 def grid(clips, cases, columns, words=()):
@@ -402,17 +412,17 @@ def test_tiles_fit_into_a_video_and_do_not_overlap(tiles):
 def test_variants_play_in_step_and_no_longer_than_asked(clips, tmp_path):
     told = []
     def tell(done, total): told.append((done, total))
-    made = side_by_side(grid(clips, 2, 2, {(0, 1): NOT_RUN}), tmp_path / 'v.mp4', 1.5, tell)
+    made = side_by_side(grid(clips, 2, 2, {(0, 1): NOT_RUN}), tmp_path / 'v.mp4', 2.4, tell)
     layout = video_layout(4)
-    assert check_mp4(made, frames=18 + 12, size=layout.size, has_audio=False).fps == 24 # half of it, the short one whole
-    assert told == [(n, 30) for n in range(1, 31)]
+    assert check_mp4(made, frames=28 + 12, size=layout.size, has_audio=False).fps == 24 # half of the time each, at most
+    assert told == [(n, 40) for n in range(1, 41)]
     frames = list(read_frames(made))
     def numbers(tile): return [number_at(f, layout.place(tile), layout.tile) for f in frames]
-    wanted = [*range(18), *range(12)]
+    wanted = [*range(28), *range(12)]
     assert numbers(1) == numbers(2) == wanted
-    assert numbers(3)[18:] == wanted[18:]
+    assert numbers(3)[28:] == wanted[28:]
     left, top = layout.place(3)
-    still = np.stack([f[top:top + layout.tile[1], left:left + layout.tile[0]] for f in frames[:18]]).astype(int)
+    still = np.stack([f[top:top + layout.tile[1], left:left + layout.tile[0]] for f in frames[:28]]).astype(int)
     assert np.abs(still - still[0]).max() < 12, 'a word stands still'
 
 def test_a_cell_without_a_video_has_a_word(tmp_path):
@@ -448,6 +458,26 @@ def test_the_report_shows_everything_and_fails_at_its_end(experiment, shown):
     assert page.count('data:image/png;base64') >= 3
     for words in ('out_of_memory', 'relight 0.5, against relight 1.0', 'p after Holm', 'Circular:', 'cannot see',
                   'not measured on a GPU'): assert words in page
+
+def test_one_variant_has_a_report_and_nothing_to_compare(clips, tmp_path):
+    inputs = tmp_path / 'one/inputs'
+    inputs.mkdir(parents=True)
+    for source, name in (('short.mp4', 'dance.mp4'), ('ana.png', 'ana.png')):
+        (inputs / name).write_bytes((clips / source).read_bytes())
+    keep(tmp_path / 'one', plan(variants=('plain',)),
+         [trial(('ana', 'dance', 'plain', 1), note='no network', video='inputs/dance.mp4')])
+    done = report(tmp_path, 'experiment', '-p', 'folder=one', '-p', 'out=shown')
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / 'shown/experiment.html').read_text()
+    assert 'There is nothing to compare' in page
+    assert 'no network' in page
+    assert 'summary.json' not in {p.name for p in (tmp_path / 'one').iterdir()}
+
+def test_the_notebook_reads_well_un_run():
+    notebook = nbformat.read(report_path('experiment'), 4)
+    assert list(report_parameters(report_path('experiment'))) == ['folder', 'out', 'quality', 'seconds']
+    assert all(not c.get('outputs') for c in notebook.cells)
+    assert sum(c.cell_type == 'markdown' for c in notebook.cells) >= 5
 
 def test_a_report_without_an_experiment_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -74,7 +74,7 @@ def open_experiment(
     "Read a folder; ExperimentError names the file and the line that is wrong"
     try:
         experiment = Experiment.model_validate_json((folder / 'experiment.json').read_text())
-        lines = (folder / 'trials.jsonl').read_text().splitlines()
+        lines = (folder / 'trials.jsonl').read_text().split('\n')[:-1] # after the last line's end there is half a line
     except OSError as e: raise ExperimentError(f'{folder} is no experiment: {e.strerror}: {e.filename}') from None
     except ValidationError as e:
         raise ExperimentError(f'{folder / "experiment.json"}: {first_fault(e, "the experiment")}') from None
@@ -337,7 +337,9 @@ def _point(variant: str, values: Values, seconds: str, quality: str, share: floa
     return Point(variant, time.value, share) if time and share is not None else None
 
 # %% ../nbs/57_comparison.ipynb #fa138cd7
-def money_of(trials: Sequence[Trial]) -> dict[str, Any]: # costs: those of `metrics.costs`; said: why some jobs have none
+def money_of(
+    trials: Sequence[Trial]
+) -> dict[str, Any]: # costs: those of `metrics.costs`; said: why some jobs have none
     "What the jobs of a variant cost"
     records = [t.record for t in trials]
     unknown = sum(r.state == 'COMPLETED' and start_of(r) not in ('cold', 'warm') for r in records)
@@ -384,7 +386,8 @@ def summarise_experiment(
     return plain
 
 # %% ../nbs/57_comparison.ipynb #6b5192f5
-def _cell_place(cell: Cell) -> dict[str, Any]: return dict(zip(('picture', 'driving', 'variant', 'seed'), cell, strict=True))
+def _cell_place(cell: Cell) -> dict[str, Any]:
+    return dict(zip(('picture', 'driving', 'variant', 'seed'), cell, strict=True))
 
 def _variant_summary(
     run: ExperimentRun, variant: str, values: Values, measures: Mapping[str, Measure]
