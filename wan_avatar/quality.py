@@ -43,6 +43,12 @@ class Measure:
     blind: str # what it cannot see
     reader: str = '' # the tracker that reads it off both videos; empty: it is no tracker's
 
+    @property
+    def best(self) -> float:
+        "The value of a result that could not be better; of decibels, what an encoder leaves of an untouched scene"
+        if self.unit == 'dB': return 40.0
+        return 0.0 if self.better == 'lower' else 1.0
+
 Found = float | str # a number, or one sentence that says why there is none
 
 MEASURES = {
@@ -583,13 +589,15 @@ def parse_judgement(
 Gate = tuple[float | None, float | None] # least, most; None: no such limit
 
 def beyond(
+    name: str, # of a measure
     value: float,
     gate: Gate
-) -> float: # in units of the limit; 0 or less: inside
+) -> float: # -1: the best there can be; 0 or less: inside
     "How far a value lies outside its gate"
     least, most = gate
-    below = -math.inf if least is None else (least - value) / (abs(least) or 1)
-    above = -math.inf if most is None else (value - most) / (abs(most) or 1)
+    def room(limit: float) -> float: return abs(MEASURES[name].best - limit) or 1.0
+    below = -math.inf if least is None else (least - value) / room(least)
+    above = -math.inf if most is None else (value - most) / room(most)
     return max(below, above)
 
 def worst_second(
@@ -598,7 +606,7 @@ def worst_second(
 ) -> tuple[int, str] | None: # second, measure; None: no gate has a measure with seconds
     "Where to look first, and for what"
     gated = {name: values for name, values in judgement.by_second.items() if name in gates}
-    found = [(beyond(value, gates[name]), -second, name) for name, values in gated.items()
+    found = [(beyond(name, value, gates[name]), -second, name) for name, values in gated.items()
              for second, value in enumerate(values) if value is not None]
     if not found: return None
     _, before, name = max(found)

@@ -226,7 +226,7 @@ def _quality_check(name: str, said: Judgement, gate: Gate | None) -> Check:
     limits = [f'{limit:g} or {word}' for limit, word in ((least, 'more'), (most, 'less')) if limit is not None]
     unit = f' {MEASURES[name].unit}'.removesuffix(' 1')
     value = said.figures[name]
-    ok = value is None or gate is None or beyond(value, gate) <= 0
+    ok = value is None or gate is None or beyond(name, value, gate) <= 0
     own = ', by the tracker that drove it' if name in said.circular else ''
     found = f'not measured: {said.reasons[name]}' if value is None else f'{value:.2f}{unit}{own}'
     return Check(f'quality: {name}', ok, ' and '.join(limits) or 'shown, not judged', found)
