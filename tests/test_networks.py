@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from wan_avatar.models import load_lock
-from wan_avatar.networks import TRIALS, measure_networks, timed
+from wan_avatar.networks import NETWORK_CASES, measure_networks, timed
 
 PYTHON = ROOT / '.comfy/env/bin/python'
 COUNT_THEN_RUN = """
@@ -31,7 +31,7 @@ print(json.dumps(counted))
 def broken(place, found):
     found['times']['before'] = {'ms': 1.0}
     raise ValueError('on purpose')
-networks.TRIALS = {'broken': networks.Trial('one that fails', broken, 0.5, 0)} | networks.TRIALS
+networks.NETWORK_CASES = {'broken': networks.NetworkCase('one that fails', broken, 0.5, 0)} | networks.NETWORK_CASES
 networks.main()
 """
 
@@ -59,7 +59,7 @@ def test_a_dry_run_times_every_network_and_a_broken_one_says_why(ran):
     broken = found.pop('broken')
     assert broken['failed'] == 'ValueError: on purpose'
     assert broken['times'] == {'before': {'ms': 1.0}}
-    assert list(found) == list(TRIALS)
+    assert list(found) == list(NETWORK_CASES)
     assert {k: v for k, v in found.items() if 'failed' in v or 'left_out' in v} == {}
     assert all(v['times'] for v in found.values())
     assert all(t['ms'] > 0 for v in found.values() for t in v['times'].values())
@@ -67,11 +67,11 @@ def test_a_dry_run_times_every_network_and_a_broken_one_says_why(ran):
 
 def test_without_torch_each_says_so_and_without_time_it_is_left_out():
     kept = []
-    least = max(t.least_s for t in TRIALS.values())
+    least = max(t.least_s for t in NETWORK_CASES.values())
     def keep(found: dict) -> None: kept.append(len(found))
     found = measure_networks(least - 0.5, False, lambda line: None, keep) # here is no torch
-    late = {k for k, t in TRIALS.items() if t.least_s == least}
-    assert kept == list(range(1, len(TRIALS) + 1))
+    late = {k for k, t in NETWORK_CASES.items() if t.least_s == least}
+    assert kept == list(range(1, len(NETWORK_CASES) + 1))
     assert late
     for name, result in found.items():
         if name in late: assert result['left_out'].endswith(f'and it may take {least:g} s')

@@ -21,7 +21,7 @@ from .comparison import ExperimentRun, open_experiment
 from .experiment import Experiment, ExperimentError, TrialRunner, VariantSettings, code_digest
 from .reports import markdown_table, project_root
 from .sheets import contact_sheet, grid_of
-from .variants import values_of
+from .variants import changeable_values
 from .workflow import Profile, get_profile
 
 # %% ../nbs/60_compare.ipynb #c2417326
@@ -39,7 +39,7 @@ def variant_of(
     return VariantSettings(**{_name_of(name, profile): _scalar_of(value) for name, value in changes})
 
 def _name_of(start: str, profile: Profile) -> str:
-    known = [*values_of(profile), 'tracker', 'prompt', 'seed', 'graph']
+    known = [*changeable_values(profile), 'tracker', 'prompt', 'seed', 'graph']
     found = [start] if start in known else [name for name in known if name.startswith(start)]
     if len(found) == 1: return found[0]
     there = f'it may be {", ".join(found)}' if found else f'there are {", ".join(known)}'

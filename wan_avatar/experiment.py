@@ -329,14 +329,14 @@ class TrialRunner:
             on_status(status)
         try: record, status = measured_job(client, store, files | t.fields, t.variant, self._seconds, watch)
         except BaseException:
-            if seen and not seen[0].over: _cancel(client, seen[0].id)
+            if seen and not seen[0].over: _give_up(client, seen[0].id)
             raise
         told = {'picture': t.picture, 'driving': t.driving, 'variant': t.variant, 'seed': t.seed,
                 'digest': t.digest(self.hashes, self.code), 'record': record}
         if record.state != 'COMPLETED': return Trial(**told)
         place = self.folder / f'videos/{"@".join(map(str, t.cell))}'
         fetch_result(status.output, place, store)
-        manifest = _manifest_of(store, status.output['minio_key'])
+        manifest = _left_manifest(store, status.output['minio_key'])
         with whole_file(place / 'manifest.json') as part:
             part.write_text(json.dumps(manifest.record() if manifest else {}, indent=1) + '\n')
         return Trial(**told, video=str((place / 'avatar.mp4').relative_to(self.folder)), made_by=_versions(manifest))
@@ -368,11 +368,11 @@ class TrialRunner:
         return {'quality': dict(found.figures), 'circular': list(found.circular), 'note': ''}
 
 # %% ../nbs/57_experiment.ipynb #e14ead55
-def _cancel(client: Client, job_id: str) -> None:
+def _give_up(client: Client, job_id: str) -> None:
     try: client.cancel(job_id)
     except EndpointError: pass # it is gone, or does not know the job any more
 
-def _manifest_of(store: Store, key: str) -> Manifest | None:
+def _left_manifest(store: Store, key: str) -> Manifest | None:
     try: return read_manifest(store, key)
     except ManifestDamaged: return None
 
