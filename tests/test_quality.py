@@ -160,8 +160,8 @@ def test_there_is_no_seam_and_no_drift_in_one_window(judged):
     assert [judged['body'][n] for n in ('seam', 'skin_drift', 'scene_drift')] == [None] * 3
 
 WHY = [ # result, measure, what the reason says
-    ('itself', 'truth_psnr', 'no frame of the driving video'), ('itself', 'lpips', 'no package'),
-    ('true', 'lpips', 'no package'), ('true', 'ghost', 'the driver himself'),
+    ('itself', 'truth_psnr', 'no frame of the driving video'), ('itself', 'lpips', 'no pinned package'),
+    ('true', 'lpips', 'no pinned package'), ('true', 'ghost', 'the driver himself'),
     ('true', 'id_margin', 'the driver himself'), ('true', 'driver_distance', 'the driver himself'),
     ('nobody', 'pose_error', 'no frame shows both faces'), ('nobody', 'lip_correlation', 'fewer than 8'),
     ('nobody', 'id_distance', 'the result shows no face'), ('itself', 'hands_kept', 'shows no hand'),

@@ -11,6 +11,8 @@ import av
 import numpy as np
 import pytest
 from conftest import ROOT, cut
+from PIL import Image
+from test_judging import comfy_that, comfy_that_says, judged_job
 
 from wan_avatar.client import Status
 from wan_avatar.frames import read_frames
@@ -19,18 +21,22 @@ from wan_avatar.local import up
 from wan_avatar.manifest import BootReport, Manifest
 from wan_avatar.mp4 import Encoder, check_mp4
 from wan_avatar.normalise import normalise_video
+from wan_avatar.quality import MEASURES, judgement_of
 from wan_avatar.smoke import (
     LEAST_CHANGE,
     Decoded,
     Evidence,
     _judged,
+    _with_quality,
     change,
     checks_of,
     decode_result,
+    quality_checks,
     run_smoke,
     until_refused,
 )
 from wan_avatar.timeline import Stage
+from wan_avatar.workflow import PROFILES
 
 ANSWER = {
     'minio_key': 'avatars/smoke/now/j1.mp4',
@@ -269,3 +275,78 @@ def test_a_bucket_that_fails_between_video_and_manifest_fails_the_gate(tmp_path)
     found = _judged(status, GOOD.job, GOOD.prefix, tmp_path / 'driving.mp4', GOOD.driving, Unwell(), tmp_path)
     assert found.video.trouble == 'storage_failed: the bucket was gone'
     assert {c.name: c.found for c in checks_of(found)}['every frame decodes'] == found.video.trouble
+
+# %% Is it any good?
+BEST = {name: m.best for name, m in MEASURES.items()} # no result could be better
+
+def judged_as(profile: str = 'draft', **found) -> Evidence:
+    "A good delivery with these numbers, the others being the best"
+    return replace(GOOD, quality=judgement_of(BEST | found, {}, 'mediapipe-4'), manifest=written(profile=profile))
+
+def failed_of(d: Evidence) -> set[str]: return {c.name for c in checks_of(d) if not c.ok}
+
+GATED = ('draft', 'wan22-animate')
+GATES = [(profile, name, gate) for profile in GATED for name, gate in PROFILES[profile].gates.items()]
+
+@pytest.mark.parametrize('profile, name, gate', GATES, ids=[f'{p}: {n}' for p, n, _ in GATES])
+def test_every_gate_of_a_profile_can_fail(profile, name, gate):
+    least, most = gate
+    outside = least - 0.01 if least is not None else most + 0.01
+    assert failed_of(judged_as(profile)) == set()
+    assert failed_of(judged_as(profile, **{name: outside})) == {f'quality: {name}'}
+    assert failed_of(judged_as(profile, **{name: least if least is not None else most})) == set()
+
+def test_what_has_no_gate_or_no_number_is_shown_and_does_not_fail():
+    ungated = judged_as(eye_correlation=-1.0, lip_correlation='the driver neither opens nor closes them')
+    rows = {c.name.removeprefix('quality: '): c for c in quality_checks(ungated)}
+    assert rows.keys() == MEASURES.keys()
+    assert all(c.ok for c in rows.values())
+    assert rows['eye_correlation'].wanted == 'shown, not judged'
+    assert rows['lip_correlation'].found == 'not measured: the driver neither opens nor closes them'
+    assert 'by the tracker that drove it' in rows['pose_error'].found
+    assert failed_of(judged_as('wan22-animate-tiny', lip_correlation=-1.0, face_found=0.0)) == set(), 'it has no gates'
+
+@pytest.fixture(scope='module')
+def delivered(samples, tmp_path_factory):
+    "A job's files, and its delivery in a folder: a copy of the driving video, which judges do not mind"
+    folder = tmp_path_factory.mktemp('delivered')
+    job = judged_job(samples, folder)
+    evidence = replace(GOOD, job={'input_image_minio_path': 'in/ana.png'}, manifest=job.manifest,
+                       video=replace(GOOD.video, frames=24, end_s=1.0))
+    (folder / 'avatar.mp4').write_bytes(job.driving.read_bytes())
+    return folder, job, evidence
+
+def quality_of(delivered, comfy, folder, **changed) -> list:
+    "The rows of a delivery that is judged by this ComfyUI's Python"
+    made, job, evidence = delivered
+    (folder / 'avatar.mp4').write_bytes((made / 'avatar.mp4').read_bytes())
+    def ignore(done: int, total: int) -> None: pass
+    found = _with_quality(replace(evidence, **changed), job.driving, job.store, folder, comfy, ignore)
+    return quality_checks(found)
+
+def test_the_worst_second_is_named_and_its_frames_are_kept(delivered, tmp_path):
+    course = {'ghost': [0.3], 'background_ssim': [0.99], 'lip_correlation': [None]}
+    said = judgement_of(BEST | {'ghost': 0.05}, course, 'mediapipe-4')
+    rows = quality_of(delivered, comfy_that_says(tmp_path, said.record()), tmp_path)
+    assert rows[-1].name == 'quality: worst second'
+    assert rows[-1].found == 'from 0 s on, by ghost: 0.30'
+    assert all(c.ok for c in rows), 'a second is a place to look at, and no verdict'
+    with Image.open(tmp_path / 'worst_second.png') as strip: assert strip.width > strip.height > 300
+    assert json.loads((tmp_path / 'judgement.json').read_text()) == json.loads(json.dumps(said.record()))
+
+UNJUDGED = [ # what is so, what the one row says
+    ({}, 'no ComfyUI environment in '),
+    ({'manifest': None, 'manifest_trouble': 'j1.mp4.json is no manifest'}, 'j1.mp4.json is no manifest'),
+    ({'video': Decoded(trouble='InvalidDataError')}, 'the video is damaged'),
+    ({'job': {'input_image_url': 'http://127.0.0.1/ana.png'}}, 'the picture could not be fetched here: bad_input')]
+
+@pytest.mark.parametrize('changed, why', UNJUDGED, ids=[why for _, why in UNJUDGED])
+def test_what_is_not_judged_says_so_and_does_not_fail(delivered, tmp_path, changed, why):
+    (row,) = quality_of(delivered, tmp_path / 'none', tmp_path, **changed)
+    assert (row.name, row.ok) == ('quality: not measured', True)
+    assert row.found.startswith(why)
+
+def test_a_judge_that_fails_fails_the_gate(delivered, tmp_path):
+    (row,) = quality_of(delivered, comfy_that(tmp_path, 'echo out of memory >&2', 'exit 1'), tmp_path)
+    assert (row.name, row.ok) == ('quality: judged', False)
+    assert row.found.endswith('out of memory')

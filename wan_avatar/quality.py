@@ -73,8 +73,8 @@ MEASURES = {
     'lpips': Measure('1', 'lower', 'likewise, by the features of a network (Zhang et al. 2018)', 'likewise')}
 
 # %% ../nbs/29_quality.ipynb #54a23dfc
-NO_LPIPS = 'no package that is pinned here ships the weights of its backbone'
-NO_TRUTH = 'the picture is no frame of the driving video, so that nobody knows the true result'
+NO_LPIPS = 'no pinned package ships the weights of its backbone'
+NO_TRUTH = 'the picture is no frame of the driving video'
 IS_DRIVER = 'the picture shows the driver himself'
 OF_OTHERS = ('ghost', 'driver_distance', 'id_margin') # say nothing where he is
 

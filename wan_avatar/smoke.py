@@ -211,7 +211,8 @@ def gates_of(manifest: Manifest) -> Mapping[str, Gate]:
 def quality_checks(d: Evidence) -> list[Check]:
     "What was measured, held to the profile's gates"
     if d.quality_trouble: return [Check('quality: judged', False, 'a judgement', d.quality_trouble)]
-    if isinstance(d.quality, str): return [Check('quality: not measured', True, 'measured where it can be', d.quality)]
+    if isinstance(d.quality, str):
+        return [Check('quality: not measured', True, 'measured where it can be', d.quality.removeprefix(not_measured('')))]
     if d.quality is None or d.manifest is None: return []
     gates = gates_of(d.manifest)
     found = [_quality_check(name, d.quality, gates.get(name)) for name in MEASURES]
