@@ -143,10 +143,13 @@ def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path
     done(run, 'FAILED')
     assert len(run.open()) == 4
     done(run)
-    with (tmp_path / 'out/trials.jsonl').open('a') as f: f.write('{"picture": "ana", "dri')
+    lines = tmp_path / 'out/trials.jsonl'
+    with lines.open('a') as f: f.write('{"picture": "ana", "dri') # the power went
     assert len(read_trials(tmp_path / 'out')) == 4 and not run.open()
-    with (tmp_path / 'out/trials.jsonl').open('a') as f: f.write('\n{}\n')
-    with pytest.raises(ExperimentError, match='line 9'): read_trials(tmp_path / 'out')
+    add_trial(tmp_path / 'out', next(iter(read_trials(tmp_path / 'out').values())))
+    assert len(lines.read_text().splitlines()) == 9 and len(read_trials(tmp_path / 'out')) == 4
+    with lines.open('a') as f: f.write('{}\n')
+    with pytest.raises(ExperimentError, match='line 10'): read_trials(tmp_path / 'out')
 
 def test_a_driving_video_that_was_replaced_is_read_anew(tmp_path, samples):
     clip = tmp_path / 'clip.mp4'

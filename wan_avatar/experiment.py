@@ -140,20 +140,22 @@ class Trial(BaseModel):
         return self.record.state == 'COMPLETED' and self.video is not None
 
 def add_trial(folder: Path, trial: Trial) -> None:
-    "Put a line behind the others"
-    with (folder / 'trials.jsonl').open('a') as lines: lines.write(trial.model_dump_json(exclude_defaults=True) + '\n')
+    "Put a line behind the others; half a line that an interruption left gives way"
+    with (folder / 'trials.jsonl').open('a+b') as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b'\n') + 1)
+        file.write(trial.model_dump_json(exclude_defaults=True).encode() + b'\n')
 
 def read_trials(
     folder: Path # of an experiment
 ) -> dict[tuple[str, str, str, int], Trial]: # by cell; the newest of each
-    "What was done until now; a last line that was not written to its end is passed over"
+    "What was done until now; ExperimentError names the line that is wrong"
     path = folder / 'trials.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
+    text = path.read_text() if path.exists() else ''
     found = {}
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(text.split('\n')[:-1], 1): # after the last line's end there may be half a line
         try: trial = Trial.model_validate_json(line)
         except ValidationError as e:
-            if n == len(lines): break # it was interrupted there
             raise ExperimentError(f'{path}, line {n}: {first_fault(e, "the line")}') from None
         found[trial.cell] = trial
     return found
@@ -164,7 +166,7 @@ def kept_experiment(
     "The experiment that lies in a folder; ExperimentError when there is none"
     path = folder / 'experiment.json'
     try: return Experiment.model_validate_json(path.read_text())
-    except OSError as e: raise ExperimentError(f'{folder} holds no experiment: {e}') from None
+    except OSError as e: raise ExperimentError(f'{folder} is no experiment: {e.strerror}: {e.filename}') from None
     except ValidationError as e: raise ExperimentError(f'{path}: {first_fault(e, "the file")}') from None
 
 # %% ../nbs/57_experiment.ipynb #93910b8f
