@@ -31,7 +31,7 @@ from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
 from wan_avatar.render import Rendered
 from wan_avatar.run import JobRun, WorkerContext, deadline, work_folder
-from wan_avatar.store import Store, fetch_image
+from wan_avatar.store import Store, fetch_url
 from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.track import load_track, track_key
@@ -422,7 +422,7 @@ def from_the_web(service, disk, source):
         threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         url = f'http://127.0.0.1:{web.server_port}/a.png'
         try:
-            fetch_image(url, disk / 'x', allow_private=True, ports={web.server_port})
+            fetch_url(url, disk / 'x', allow_private=True, ports={web.server_port})
         finally: web.shutdown()
 def normalised(service, disk, source): normalise_video(source, disk / 'driving.mp4', disk / 'audio.m4a', 60)
 def tracked(service, disk, source):

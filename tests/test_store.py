@@ -31,7 +31,7 @@ from wan_avatar.store import (
     address,
     check_reach,
     check_url,
-    fetch_image,
+    fetch_url,
     is_public,
     ports_of,
 )
@@ -345,7 +345,7 @@ def ports(web: str) -> set[int]: return {urlsplit(web).port} # as URL_PORTS woul
 def test_pictures_that_do_not_come(web, tmp_path, path, code, words):
     began = time.monotonic()
     with pytest.raises(JobError) as e:
-        fetch_image(web + path, tmp_path / 'a.png', allow_private=True, deadline_s=1, ports=ports(web))
+        fetch_url(web + path, tmp_path / 'a.png', allow_private=True, deadline_s=1, ports=ports(web))
     assert e.value.code == code, e.value
     assert words in e.value.message, e.value
     assert list(tmp_path.iterdir()) == []
@@ -353,7 +353,7 @@ def test_pictures_that_do_not_come(web, tmp_path, path, code, words):
 
 @pytest.mark.parametrize('path', ['/good', '/hop/1', '/hop/3', '/umlaut'])
 def test_pictures_that_come(web, tmp_path, path):
-    assert fetch_image(web + path, tmp_path / 'a.png', allow_private=True, ports=ports(web)) == 7
+    assert fetch_url(web + path, tmp_path / 'a.png', allow_private=True, ports=ports(web)) == 7
     assert (tmp_path / 'a.png').read_bytes() == b'picture'
 
 INSIDE = [
@@ -385,7 +385,7 @@ def test_the_checked_address_is_the_one_connected_to(web, tmp_path):
     port = urlsplit(web).port
     url = f'http://rebind.example:{port}/hop/1'
     asks = {'allow_private': True, 'resolver': rebinding, 'ports': {port}}
-    assert fetch_image(url, tmp_path / 'a.png', **asks) == 7
+    assert fetch_url(url, tmp_path / 'a.png', **asks) == 7
     assert asked == ['rebind.example'] * 2
 
 @pytest.mark.parametrize('ip', [
@@ -507,7 +507,7 @@ def put_packed(store: Store, key: str, body: bytes) -> None:
 def picture_at(server, folder, **more) -> int:
     "Fetch a picture from a server on this machine"
     port = server.server_port
-    return fetch_image(f'http://127.0.0.1:{port}/a.png', folder / 'a', allow_private=True, ports={port}, **more)
+    return fetch_url(f'http://127.0.0.1:{port}/a.png', folder / 'a', allow_private=True, ports={port}, **more)
 
 @pytest.mark.parametrize('name', UNPACKED)
 def test_what_is_stored_compressed_is_unpacked(bucket, tmp_path, name):
@@ -968,7 +968,7 @@ def test_ports_of_a_worker():
 @pytest.mark.hostile('addresses')
 def test_a_redirect_to_another_port(web, tmp_path):
     with pytest.raises(JobError, match='bad_input: .*leads to port 6379'):
-        fetch_image(f'{web}/to/http://127.0.0.1:6379/', tmp_path / 'a.png', allow_private=True, ports=ports(web))
+        fetch_url(f'{web}/to/http://127.0.0.1:6379/', tmp_path / 'a.png', allow_private=True, ports=ports(web))
 
 # whose key
 
@@ -1056,7 +1056,7 @@ def test_no_message_shows_what_an_address_was_signed_with(store, tmp_path, url):
     works = (
         lambda: check_url(url, resolver),
         lambda: check_url(url, lambda host, port: ['10.0.0.1']),
-        lambda: fetch_image(url, tmp_path / 'a', resolver=resolver),
+        lambda: fetch_url(url, tmp_path / 'a', resolver=resolver),
         lambda: parse_job({'input_image_url': url, 'seed': url}),
         lambda: parse_job({'input_image_minio_path': url, url: 1}),
         lambda: parse_job({'input_image_url': {'a': [url]}}),
@@ -1071,7 +1071,7 @@ def test_no_message_shows_what_an_address_was_signed_with(store, tmp_path, url):
 @pytest.mark.hostile('secrets')
 def test_no_answer_of_a_server_brings_it_up(web, tmp_path, path):
     with pytest.raises(JobError) as e:
-        fetch_image(f'{web}{path}?{SECRET}', tmp_path / 'a', allow_private=True, deadline_s=0.5, ports=ports(web))
+        fetch_url(f'{web}{path}?{SECRET}', tmp_path / 'a', allow_private=True, deadline_s=0.5, ports=ports(web))
     assert 'hidden' not in str(e.value)
 
 @pytest.mark.parametrize('url', SIGNED)

@@ -34,7 +34,7 @@ from .store import Store
 from .tasks import KeyedLock, start_in_thread
 from .timeline import Timeline
 from .variants import with_variant
-from .workflow import PROFILES, Profile, RenderSetup, get_profile, prepare, with_sage
+from .workflow import PROFILES, Profile, RenderSetup, get_profile, prepare, with_quality, with_sage
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +181,14 @@ def profile_here(
     settings: Settings,
     name: str | None = None, # of a job; None: the worker's own
     profiles: Mapping[str, Profile] = PROFILES, # by name
-    variant: Variant | None = None # of a job
+    variant: Variant | None = None, # of a job
+    quality: str | None = None # of a job
 ) -> Profile:
     "A profile as this worker runs it; JobError `bad_input` when there is none of that name, or it cannot be so"
     if variant and not settings.allow_variants:
         raise JobError('bad_input', 'variant: this worker takes none; ALLOW_VARIANTS=true in its environment allows it')
-    profile = with_sage(get_profile(name or settings.profile, profiles), settings.use_sage_attention)
+    profile = with_quality(get_profile(name or settings.profile, profiles), quality)
+    profile = with_sage(profile, settings.use_sage_attention)
     return with_variant(profile, variant, settings.tracker)
 
 def seed_of(job: Job, job_id: str) -> int:
@@ -230,7 +232,7 @@ async def job_run(
     boot = boot_report(worker)
     key = output_key(job_id, job, settings.output_prefix)
     resolved: dict[str, Any] = {'job_id': job_id, 'job': job, 'key': key, 'seed': seed_of(job, job_id), 'boot': boot}
-    setup = prepare(profile_here(settings, job.profile, worker.profiles, job.variant))
+    setup = prepare(profile_here(settings, job.profile, worker.profiles, job.variant, job.quality))
     whole = deadline(settings.job_seconds, timeline, settings.work_dir)
     async with whole, worker.job_locks.hold(key), work_folder(settings.work_dir) as folder:
         yield JobRun(worker, setup, folder, timeline, Restarts(), report, **resolved)

@@ -32,7 +32,7 @@ from .manifest import Manifest, ManifestDamaged
 from .metrics import JobRecord, measured_job, summarise, write_records
 from .mp4 import filmstrip, pictures_at
 from .quality import MEASURES, Gate, Judgement, beyond, worst_second
-from .store import Store, fetch_image
+from .store import Store, fetch_url
 from .timeline import draw_timeline
 from .workflow import PROFILES
 
@@ -281,7 +281,7 @@ def _picture_of(job: Mapping[str, Any], store: Store, folder: Path) -> Path | st
     if key := job.get('input_image_minio_path'):
         store.download(key, picture, 'input_image_minio_path', MAX_IMAGE_BYTES)
         return picture
-    try: fetch_image(job['input_image_url'], picture, max_bytes=MAX_IMAGE_BYTES)
+    try: fetch_url(job['input_image_url'], picture, max_bytes=MAX_IMAGE_BYTES)
     except JobError as e: return f'the picture could not be fetched here: {e}'
     return picture
 

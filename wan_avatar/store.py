@@ -6,7 +6,7 @@
 __all__ = ['log', 'Cancelled', 'OnProgress', 'PART', 'CACHES', 'Resolve', 'WEB_PORTS', 'MAX_REDIRECTS', 'address', 'is_passing',
            'tls_trouble', 'region_named', 'clock_skew', 'check_size', 'copy_stream', 'encodings_of', 'unpacked',
            'unpack', 'unpack_file', 'Replaced', 'Store', 'check_reach', 'resolve', 'is_public', 'ports_of', 'check_url',
-           'content_length', 'fetch_image']
+           'content_length', 'fetch_url']
 
 # %% ../nbs/11_store.ipynb #9117b57e
 import http.client
@@ -612,21 +612,22 @@ def _is_ip(host: str) -> bool:
 WEB_PORTS = frozenset({80, 443})
 
 def ports_of(settings: Settings) -> frozenset[int]:
-    "Ports that a picture may come from: the web's, the bucket's and those of URL_PORTS"
+    "Ports that a file may come from by its address: the web's, the bucket's and those of URL_PORTS"
     endpoints = filter(None, (settings.minio_endpoint, settings.minio_public_endpoint))
     bucket = (urlsplit(e if '://' in e else f'//{e}').port for e in endpoints)
     return WEB_PORTS | set(filter(None, bucket)) | set(settings.url_ports)
 
-_INSIDE = 'leads to an address that is not public; put the picture into the bucket instead'
+_INSIDE = 'leads to an address that is not public; put the file into the bucket instead'
 
 def check_url(
     url: str,
     resolver: Resolve = resolve,
     allow_private: bool = False,
-    ports: Collection[int] = WEB_PORTS # that it may lead to
+    ports: Collection[int] = WEB_PORTS, # that it may lead to
+    field: str = 'input_image_url' # of the job
 ) -> tuple[str, str, int, str]: # scheme, host, port, address to connect to
     "JobError `bad_input` unless it is http(s) to a public address"
-    def refuse(why: str) -> NoReturn: raise JobError('bad_input', f'input_image_url {shorten(url)} {why}')
+    def refuse(why: str) -> NoReturn: raise JobError('bad_input', f'{field} {shorten(url)} {why}')
     try:
         parts = urlsplit(url)
         host = parts.hostname
@@ -641,7 +642,7 @@ def check_url(
         refuse(f'leads to port {port}; this worker asks ports {allowed} alone, and those that URL_PORTS names')
     try: found = resolver(host, port)
     except OSError:
-        raise JobError('input_missing', f'input_image_url {shorten(url)}: the host has no address') from None
+        raise JobError('input_missing', f'{field} {shorten(url)}: the host has no address') from None
     except ValueError: refuse('names no host') # IDNA cannot spell an empty or endless label
     if not found or not (allow_private or all(map(is_public, found))): refuse(_INSIDE)
     return parts.scheme, host, port, found[0]
@@ -678,12 +679,12 @@ def _chunks(response: http.client.HTTPResponse) -> Iterable[bytes]:
     while chunk := response.read1(1 << 16): yield chunk
 
 # %% ../nbs/11_store.ipynb #5a137393
-def _further(url: str, location: str) -> str:
+def _further(url: str, location: str, field: str) -> str:
     "Where a redirect leads, as plain ASCII"
     try: return quote(urljoin(url, location), safe="%/:=&?~#+!$,;'@()*[]")
     except ValueError:
         why = f'redirects to {shorten(location)}, which is no address'
-        raise JobError('bad_input', f'input_image_url {shorten(url)} {why}') from None
+        raise JobError('bad_input', f'{field} {shorten(url)} {why}') from None
 
 def _save(
     response: http.client.HTTPResponse, path: Path, name: str, max_bytes: int, cancelled: Cancelled | None
@@ -709,7 +710,7 @@ def content_length(
     return int(found) if len(found) < 19 else 10**18 # no file has so many: above every limit
 
 # %% ../nbs/11_store.ipynb #09d1db9a
-def fetch_image(
+def fetch_url(
     url: str,
     path: Path, # where it goes
     allow_private: bool = False, # ALLOW_PRIVATE_URLS
@@ -718,17 +719,18 @@ def fetch_image(
     cancelled: Cancelled | None = None,
     resolver: Resolve = resolve,
     clock: Callable[[], float] = time.monotonic,
-    ports: Collection[int] = WEB_PORTS # that it and its redirects may lead to
+    ports: Collection[int] = WEB_PORTS, # that it and its redirects may lead to
+    field: str = 'input_image_url' # of the job
 ) -> int: # bytes
-    "Fetch a picture from a public address; what it holds is checked by others"
+    "Fetch a file from a public address; what it holds is checked by others"
     until = clock() + deadline_s
-    name = f'input_image_url {shorten(url)}'
+    name = f'{field} {shorten(url)}'
     for _ in range(MAX_REDIRECTS + 1):
-        target = check_url(url, resolver, allow_private, ports)
+        target = check_url(url, resolver, allow_private, ports, field)
         try:
             with _request(target, url, max(until - clock(), 0.01)) as response:
                 if response.status in _REDIRECTS and (location := response.headers['Location']):
-                    url = _further(url, location)
+                    url = _further(url, location, field)
                     continue
                 with whole_file(path) as part:
                     packed = _save(response, part, name, max_bytes, cancelled)
