@@ -511,6 +511,7 @@ def test_two_experiments_side_by_side(tmp_path):
     done = CliRunner().invoke(app, ['report', 'compare', str(before.folder), str(tmp_path / 'tuesday/summary.json'),
                                     '--out', str(out), '--json'])
     assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)['not_compared'] == ['strong', 'third']
     kept = json.loads(done.stdout)['differences'][0]
     assert (kept['variant'], kept['measure'], round(kept['value'], 4), kept['n']) == ('plain', 'ghost', -0.1015, 4)
     assert pictures(out) == {'compare'}
