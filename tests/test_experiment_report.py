@@ -293,7 +293,6 @@ def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
     ('trials.jsonl', '{"picture": "ana"}\n', 'trials.jsonl, line 1'),
     ('trials.jsonl', '{half\n', 'trials.jsonl, line 1'),
     ('experiment.json', '{"name": 3}', 'experiment.json'),
-    ('trials.jsonl', None, 'is no experiment'),
 ])
 def test_a_folder_that_is_no_experiment_is_named(tmp_path, name, text, words):
     keep(tmp_path, plan(), [])

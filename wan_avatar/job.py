@@ -141,10 +141,10 @@ class Variant(BaseModel):
     "What one job changes about its profile"
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
     values: Annotated[dict[Word, Scalar], Field(
-        max_length=64, description='values of the profile by name, and its switches: length, overlap, face, vision')] = {}
+        max_length=64, description='values of the profile by name; also length, overlap, face and vision')] = {}
     tracker: Annotated[Name, Field(description='in place of the profile\'s')] | None = None
     graph: Annotated[dict[NodeId, VariantNode], Field(
-        min_length=1, max_length=100, description='in place of the profile\'s, its file inputs being slots')] | None = None
+        min_length=1, max_length=100, description='in place of the profile\'s; files stay slots')] | None = None
 
 # %% ../nbs/00_job.ipynb #8a0b3e34
 class Job(BaseModel):

@@ -325,11 +325,12 @@ class NetworkCase:
     share: float # of the seconds that are left
     least_s: float # at full size: with less it is not begun
 
-NETWORK_CASES = {'keypoints': NetworkCase('ViTPose-L, a twin in torch', _twin('vitpose', (3, 256, 192), (1, 16)), 0.3, 6),
-         'masks': NetworkCase('SAM 2.1 base-plus, the product\'s own code', _masks, 0.7, 12),
-         'person': NetworkCase('YOLOX-l, a twin in torch', _twin('yolox', (3, 640, 640), (1,)), 0.4, 4),
-         'person, onnxruntime': NetworkCase('YOLOX-l, the product\'s step', _person_step, 0.5, 10),
-         'keypoints, onnxruntime': NetworkCase('ViTPose-L, the product\'s step', _keypoint_step, 1, 20)}
+NETWORK_CASES = {
+    'keypoints': NetworkCase('ViTPose-L, a twin in torch', _twin('vitpose', (3, 256, 192), (1, 16)), 0.3, 6),
+    'masks': NetworkCase('SAM 2.1 base-plus, the product\'s own code', _masks, 0.7, 12),
+    'person': NetworkCase('YOLOX-l, a twin in torch', _twin('yolox', (3, 640, 640), (1,)), 0.4, 4),
+    'person, onnxruntime': NetworkCase('YOLOX-l, the product\'s step', _person_step, 0.5, 10),
+    'keypoints, onnxruntime': NetworkCase('ViTPose-L, the product\'s step', _keypoint_step, 1, 20)}
 
 def measure_networks(
     seconds: float = 60, # budget
