@@ -296,8 +296,7 @@ def test_a_variant_with_its_own_seed_has_one_job_a_case(tmp_path):
 ])
 def test_a_folder_that_is_no_experiment_is_named(tmp_path, name, text, words):
     keep(tmp_path, plan(), [])
-    if text is None: (tmp_path / name).unlink()
-    else: (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text)
     with pytest.raises(ExperimentError, match=words): open_experiment(tmp_path)
 
 @pytest.mark.parametrize('trials', [
