@@ -23,11 +23,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from pydantic import ValidationError
-
 from . import __version__
-from .experiment import Experiment, ExperimentError, Trial
-from .job import first_fault
+from .experiment import Experiment, ExperimentError, Trial, kept_experiment, read_trials
 from .metrics import costs, start_of, without_price
 from .quality import MEASURES, Measure
 
@@ -72,18 +69,7 @@ def open_experiment(
     folder: Path # runs/experiments/<name>
 ) -> ExperimentRun:
     "Read a folder; ExperimentError names the file and the line that is wrong"
-    try:
-        experiment = Experiment.model_validate_json((folder / 'experiment.json').read_text())
-        lines = (folder / 'trials.jsonl').read_text().split('\n')[:-1] # after the last line's end there is half a line
-    except OSError as e: raise ExperimentError(f'{folder} is no experiment: {e.strerror}: {e.filename}') from None
-    except ValidationError as e:
-        raise ExperimentError(f'{folder / "experiment.json"}: {first_fault(e, "the experiment")}') from None
-    found: dict[Cell, Trial] = {}
-    for n, line in enumerate(lines, 1):
-        try: t = Trial.model_validate_json(line)
-        except ValidationError as e:
-            raise ExperimentError(f'{folder / "trials.jsonl"}, line {n}: {first_fault(e, "the line")}') from None
-        found[t.picture, t.driving, t.variant, t.seed] = t
+    experiment, found = kept_experiment(folder), read_trials(folder)
     return ExperimentRun(folder, experiment, {c: found[c] for c in _cells_of(experiment) if c in found})
 
 def error_code(trial: Trial) -> str: # empty: it was completed

@@ -24,7 +24,13 @@ from typing import Any
 
 from .charts import draw_compare
 from .client import Client, EndpointError
-from .comparison import VariantDifference, compare_experiments, experiment_summary, is_experiment, measures_in
+from wan_avatar.comparison import (
+    VariantDifference,
+    compare_experiments,
+    experiment_summary,
+    is_experiment,
+    measures_in,
+)
 from .experiment_charts import draw_differences
 from .files import whole_file
 from .hub import ModelHub, model_hub
@@ -298,6 +304,7 @@ def compare_experiment_folders(
     out.mkdir(parents=True, exist_ok=True)
     draw_differences(found, measures_in(first), out / 'compare.png')
     differences = [asdict(d) | {'verdict': d.verdict} for d in found]
+    alone = set(first['variants']) ^ set(second['variants']) # no partner of this name
     write_summary(out, {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b),
-                        'differences': differences})
+                        'differences': differences, 'not_compared': sorted(alone)})
     return found

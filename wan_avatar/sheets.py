@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .comparison import ExperimentRun, case_label, error_code
+from .experiment import driver_file, picture_file
 from .files import whole_file
 from .frames import FPS, thread_count, to_rgb
 from .media import probe
@@ -48,12 +49,11 @@ class Grid:
 
 def grid_of(run: ExperimentRun) -> Grid:
     "The videos of an experiment"
-    inputs = run.folder / 'inputs'
     def row(picture: str, driving: str) -> GridRow:
         framed = isinstance(run.experiment.pictures[picture], int)
-        file = inputs / (f'{picture}-{driving}.png' if framed else f'{picture}.png')
+        file = picture_file(run.folder, picture, driving if framed else '')
         cells = tuple(_cell_of(run, (picture, driving, v)) for v in run.experiment.variants)
-        return GridRow(case_label((picture, driving)), file, inputs / f'{driving}.mp4', cells)
+        return GridRow(case_label((picture, driving)), file, driver_file(run.folder, driving), cells)
     return Grid(tuple(run.experiment.variants), tuple(row(*case) for case in run.cases))
 
 def _cell_of(run: ExperimentRun, place: tuple[str, str, str]) -> Path | str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def quality_checks(d: Evidence) -> list[Check]:
     "What was measured, held to the profile's gates"
     if d.quality_trouble: return [Check('quality: judged', False, 'a judgement', d.quality_trouble)]
     if isinstance(d.quality, str):
-        return [Check('quality: not measured', True, 'measured where it can be', d.quality.removeprefix(not_measured('')))]
+        why = d.quality.removeprefix(not_measured(''))
+        return [Check('quality: not measured', True, 'measured where it can be', why)]
     if d.quality is None or d.manifest is None: return []
     gates = gates_of(d.manifest)
     found = [_quality_check(name, d.quality, gates.get(name)) for name in MEASURES]
@@ -335,6 +337,22 @@ class _Run:
         if status.state == 'COMPLETED': evidence = _judged(status, job, prefix, driving, wanted, self.store, folder)
         return record, evidence
 
+    def all(
+        self, jobs: list[Callable[[], tuple[JobRecord, Evidence]]], concurrency: int, on_done: Callable[[int], None]
+    ) -> list[tuple[JobRecord, Evidence]]:
+        "Run them, so many at a time; when that is interrupted, those that are not over are cancelled"
+        with ThreadPoolExecutor(concurrency) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    on_done(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.abandon()
+                raise
+        return [future.result() for future in futures]
+
     def abandon(self) -> None:
         "Cancel the jobs that are not over: they would only be billed"
         self.stop.set()
@@ -359,26 +377,13 @@ def run_smoke(
 ) -> list[Outcome]: # in the order of submission
     "Run jobs, judge each; a job that is interrupted is cancelled"
     run = _Run(client, store, on_status)
-    wanted = decode_result(driving)
-    job = {'presign': PRESIGN_S} | job
-    with ThreadPoolExecutor(concurrency) as pool:
-        folders = [folder / f'job-{n + 1}' for n in range(jobs)]
-        futures = [pool.submit(run.job, job, driving, wanted, prefix, f) for f in folders]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                on_done(done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            run.abandon()
-            raise
-    outcomes = []
-    for future, own in zip(futures, folders, strict=True):
-        record, evidence = future.result()
-        evidence = _with_quality(evidence, driving, store, own, comfy_dir, on_judging)
-        quality = evidence.quality if isinstance(evidence.quality, Judgement) else None
-        outcomes.append(Outcome(record, checks_of(evidence), own, quality))
-    return outcomes
+    folders = [folder / f'job-{n + 1}' for n in range(jobs)]
+    one = partial(run.job, {'presign': PRESIGN_S} | job, driving, decode_result(driving), prefix)
+    over = run.all([partial(one, f) for f in folders], concurrency, on_done)
+    def outcome(record: JobRecord, evidence: Evidence, own: Path) -> Outcome:
+        seen = _with_quality(evidence, driving, store, own, comfy_dir, on_judging)
+        return Outcome(record, checks_of(seen), own, seen.quality if isinstance(seen.quality, Judgement) else None)
+    return [outcome(*ended, own) for ended, own in zip(over, folders, strict=True)]
 
 # %% ../nbs/57_smoke.ipynb #2dda06f3
 @dataclass(frozen=True)
