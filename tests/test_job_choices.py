@@ -1,13 +1,21 @@
-"What a job may choose beside picture and video: a video by its address, a quality"
+"What a job may choose beside picture and video: a video by its address, a stretch of it, a quality"
 import functools
+import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import av
+import numpy as np
 import pytest
 from conftest import SAMPLES, cut
 
+from wan_avatar.clocks import Stretch
+from wan_avatar.frames import read_frames
 from wan_avatar.job import JobError, Variant, parse_job
+from wan_avatar.normalise import normalise_video
 from wan_avatar.run import profile_here
+from wan_avatar.samples import draw_test_video, read_test_picture
+from wan_avatar.track import track_key
 from wan_avatar.workflow import PROFILES, TINY, WAN, profile_graph, with_quality
 
 IMAGE = {'input_image_minio_path': 'in/face.png'}
@@ -57,7 +65,10 @@ def test_an_address_is_guarded_as_the_pictures_is(service, url, code, says):
     said = answer['error']
     assert said.startswith(f'{code}: driving_video_url') and says in said and 'pw' not in said
 
-FETCHED = [('/page.html', 'input_unreadable', 'is text, not a video'), ('/none.mp4', 'input_missing', 'driving_video_url')]
+FETCHED = [
+    ('/page.html', 'input_unreadable', 'is text, not a video'),
+    ('/none.mp4', 'input_missing', 'driving_video_url'),
+]
 
 @pytest.mark.parametrize('path, code, says', FETCHED, ids=[f[0] for f in FETCHED])
 def test_what_an_address_gives_is_checked(open_service, web, path, code, says):
@@ -101,3 +112,73 @@ def test_a_variant_goes_on_from_the_quality(service):
     settings = service.settings.model_copy(update={'allow_variants': True, 'profile': WAN.name})
     made = profile_here(settings, variant=Variant(values={'relight_strength': 0.5}), quality='fast')
     assert (made.values['steps'], made.values['relight_strength']) == (4, 0.5)
+
+# a stretch of the driving video
+
+@pytest.fixture(scope='module')
+def long(tmp_path_factory):
+    "Four seconds with numbered frames, and a click in the sound at 2.5 s"
+    folder = tmp_path_factory.mktemp('long')
+    return draw_test_video(folder / 'long.mp4', 4, 24, (1280, 720), audio='aac', flash_at=2.5)
+
+STRETCHES = [ # start_seconds, duration_seconds, first frame of the source, frames
+    (0, None, 0, 96), (0, 1, 0, 24), (1, None, 24, 72), (1.5, 1, 36, 24), (3.5, 60, 84, 12), (0, 0.01, 0, 1),
+    (3.95, None, 95, 1), (2.02, 0.5, 48, 12)]
+
+@pytest.mark.parametrize('start, seconds, first, count', STRETCHES)
+def test_a_stretch_is_taken_frame_by_frame(long, tmp_path, start, seconds, first, count):
+    clip = normalise_video(long, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, stretch=Stretch(start, seconds))
+    seen = [read_test_picture(f) for f in read_frames(clip.path)]
+    assert seen == list(range(first, first + count)) and clip.frames == count
+
+def test_the_sound_goes_with_it(long, tmp_path):
+    clip = normalise_video(long, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, stretch=Stretch(2, 1))
+    with av.open(str(clip.audio)) as container:
+        sound = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    assert abs(np.abs(sound).argmax() / 48000 - 0.5) < 0.1 and abs(clip.audio_s - 1) < 0.05
+
+LIMITS = [ # max_seconds, start, duration, code
+    (3, 0, None, 'too_long'), (3, 0.5, None, 'too_long'), (3, 1, None, None), (3, 0, 3, None), (1, 2, 1, None),
+    (60, 4, None, 'bad_input'), (60, 9, 1, 'bad_input')]
+
+@pytest.mark.parametrize('most, start, seconds, code', LIMITS)
+def test_max_seconds_applies_to_the_stretch(long, tmp_path, most, start, seconds, code):
+    targets = tmp_path / 'v.mp4', tmp_path / 'a.m4a'
+    def take(): return normalise_video(long, *targets, most, stretch=Stretch(start, seconds))
+    if code is None: assert take().frames
+    else:
+        with pytest.raises(JobError) as e: take()
+        assert e.value.code == code
+
+def test_a_frame_that_stays_is_the_first_of_a_stretch(tmp_path):
+    "Pictures that came up before the stretch begins, and a rate that is not ours"
+    source = draw_test_video(tmp_path / 'slow.mkv', times=[0, 0.5, 2.0, 2.5])
+    clip = normalise_video(source, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, (320, 240), stretch=Stretch(1.0, 1.5))
+    seen = [read_test_picture(f) for f in read_frames(clip.path)]
+    assert seen == [1] * 24 + [2] * 12
+
+def test_a_job_takes_a_stretch_and_its_track_is_its_own(service, long):
+    service.store.upload(SAMPLES / 'pexels.mp4', 'in/whole.mp4', 'video/mp4')
+    job = IMAGE | {'driving_video_path': 'in/whole.mp4', 'seed': 1, 'start_seconds': 2, 'duration_seconds': 0.5}
+    one = service.run('stretch-1', **job)
+    other = service.run('stretch-2', **job | {'start_seconds': 5})
+    assert (one['frames'], other['frames']) == (12, 12) and one['sha256'] != other['sha256']
+    told = [json.loads(service.store.read_bytes(f'{a["minio_key"]}.json', 10**6)) for a in (one, other)]
+    assert [(m['start_s'], m['stretch_s']) for m in told] == [(2, 0.5), (5, 0.5)]
+    assert told[0]['track_object'].endswith('-from48-for12.track')
+    assert told[1]['track_object'].endswith('-from120-for12.track')
+    again = service.run('stretch-3', **job)
+    assert again['sha256'] == one['sha256'] and again['timings']['track'] < one['timings']['track']
+
+TIMES = [{'start_seconds': -1}, {'start_seconds': 3601}, {'start_seconds': float('nan')}, {'duration_seconds': 0},
+         {'duration_seconds': 90}, {'duration_seconds': 601, 'max_seconds': 600}, {'start_seconds': '1'}]
+
+@pytest.mark.parametrize('fields', TIMES, ids=str)
+def test_times_that_cannot_be(fields):
+    with pytest.raises(JobError, match='bad_input') as e: parse_job(IMAGE | {'driving_video_path': 'a.mp4'} | fields)
+    assert next(iter(fields)) in e.value.message
+
+def test_tracks_of_stretches_have_keys_of_their_own():
+    stretches = [Stretch(), Stretch(1), Stretch(0, 1), Stretch(1, 1), Stretch(2, 1)]
+    keys = {track_key('ab' * 32, (1280, 720), 24, stretch=s) for s in stretches}
+    assert len(keys) == 5 and all(key.startswith('tracks/') and '..' not in key for key in keys)

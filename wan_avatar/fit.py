@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SOURCE_FPS', 'HDR_TRANSFERS', 'UNSPECIFIED', 'WIDE_PRIMARIES', 'MATRICES', 'CURVES', 'resample', 'nearest_frame',
-           'timed_frames', 'check_length', 'fitted_size', 'centred', 'Fit', 'pixel_shape', 'deinterlaced']
+           'timed_frames', 'check_length', 'trimmed', 'fitted_size', 'centred', 'Fit', 'pixel_shape', 'deinterlaced']
 
 # %% ../nbs/20_fit.ipynb #aa3f9d2f
 import struct
@@ -65,7 +65,8 @@ def timed_frames(
     frames: Iterable[Any], # av.VideoFrame
     stream: Any, # av.VideoStream that they are of
     max_seconds: float, # of video that is accepted
-    name: str # of the file, for messages
+    name: str, # of the file, for messages
+    skipped_s: float = 0.0 # seconds at its beginning that do not count
 ) -> Iterator[tuple[Fraction, Fraction, Any]]:
     "(shown at, shown for, frame) from 0 on; bounded in time and number"
     usual = 1 / Fraction(stream.average_rate or FPS)
@@ -81,11 +82,11 @@ def timed_frames(
             at = before
             continue
         lasts = frame.duration * Fraction(frame.time_base) if frame.duration else usual
-        check_length(float(at), max_seconds, name)
-        if n > (max_seconds + 1) * MAX_SOURCE_FPS:
+        check_length(float(at) - skipped_s, max_seconds, name)
+        if n > (max_seconds + skipped_s + 1) * MAX_SOURCE_FPS:
             raise JobError('input_unreadable', f'{name} has more than {MAX_SOURCE_FPS} frames a second')
         yield at, lasts, frame
-        check_length(float(at + lasts), max_seconds, name)
+        check_length(float(at + lasts) - skipped_s, max_seconds, name)
 
 def check_length(
     seconds: float, # of video known so far
@@ -96,6 +97,35 @@ def check_length(
     if seconds > max_seconds + 0.05:
         raise JobError('too_long', f'{name} lasts {seconds:.1f} s or more; at most {max_seconds:g} s (max_seconds) '
                        'are accepted: cut it or raise max_seconds')
+
+# %% ../nbs/20_fit.ipynb #2a6eae73
+def trimmed(
+    items: Iterable[tuple[Fraction, Fraction, Any]], # (shown at, shown for, what) in seconds; times start at 0 and rise
+    begin: Fraction, # second that becomes 0
+    end: Fraction | None, # of the stretch; None: to the video's end
+    name: str # of the file, for messages
+) -> Iterator[tuple[Fraction, Fraction, Any]]: # likewise
+    "A stretch of a video; JobError `bad_input` when the video ends before it begins"
+    shown: tuple[Fraction, Fraction, Any] | None = None # the newest item, which the next one may end
+    until = Fraction(0)
+    for at, lasts, item in items:
+        until = at + lasts
+        if end is not None and at >= end:
+            if shown: shown = shown[0], at - shown[0], shown[2] # it stays until this one
+            break
+        if shown and at > begin: yield _within(shown, begin, end)
+        shown = at, lasts, item
+    if until <= begin or shown is None:
+        raise JobError('bad_input', f'start_seconds {float(begin):.2f}: {name} lasts {float(until):.2f} s')
+    yield _within(shown, begin, end)
+
+def _within(
+    shown: tuple[Fraction, Fraction, Any], begin: Fraction, end: Fraction | None
+) -> tuple[Fraction, Fraction, Any]:
+    at, lasts, item = shown
+    first = max(at, begin)
+    last = at + lasts if end is None else min(at + lasts, end)
+    return first - begin, max(last - first, Fraction(0)), item
 
 # %% ../nbs/20_fit.ipynb #cea25a67
 def fitted_size(

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .clocks import Stretch
 from .comfy import graph_findings
 from .config import Settings
 from .files import check_room, sha256_of
@@ -119,7 +120,8 @@ def take_video(
         stage.facts['bytes'] = got
     with run.timeline.stage('normalise'):
         clip = worker.reading.run(normalise_video, raw, folder / 'driving.mp4', folder / 'audio.m4a',
-                                  run.job.max_seconds, what='the driving video', progress=progress, cancelled=cancelled)
+                                  run.job.max_seconds, stretch=Stretch(run.job.start_seconds, run.job.duration_seconds),
+                                  what='the driving video', progress=progress, cancelled=cancelled)
         digest = sha256_of(raw)
     raw.unlink()
     return clip, digest

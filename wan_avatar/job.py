@@ -162,6 +162,10 @@ class Job(BaseModel):
     driving_video_url: Annotated[
         HttpUrl,
         Field(strict=False, description='http(s) address of that video, not its key; 2 GB at most')] | None = None
+    start_seconds: Annotated[
+        float, Field(ge=0, le=3600, description='second of the driving video to begin at')] = 0
+    duration_seconds: Annotated[
+        float, Field(gt=0, le=600, description='of the driving video; default: to its end')] | None = None
     user_id: Annotated[Name, Field(description='first part of the output key')] | None = None
     avatar_id: Annotated[Name, Field(description='second part of the output key')] | None = None
     profile: Annotated[Name, Field(description='how to render; default PROFILE')] | None = None
@@ -171,7 +175,8 @@ class Job(BaseModel):
     seed: Annotated[
         StrictInt,
         Field(ge=0, lt=2**63, description='same seed, same video; derived from the job id when absent')] | None = None
-    max_seconds: Annotated[float, Field(gt=0, le=600, description='a longer driving video is refused')] = 60
+    max_seconds: Annotated[
+        float, Field(gt=0, le=600, description='a longer driving video, or rest of it, is refused')] = 60
     presign: Annotated[StrictBool | Annotated[StrictInt, Field(ge=1, le=604800)],
                        Field(description='true, or a lifetime in seconds: adds presigned_url')] = False
     variant: Annotated[Variant, Field(
@@ -189,6 +194,12 @@ class Job(BaseModel):
         "One driving video at most; without any the worker's default is taken"
         if self.driving_video_path is None or self.driving_video_url is None: return self
         raise ValueError('give driving_video_path or driving_video_url, not both')
+
+    @model_validator(mode='after')
+    def short_enough(self) -> 'Job':
+        "What is taken may not be longer than what is accepted"
+        if self.duration_seconds is None or self.duration_seconds <= self.max_seconds: return self
+        raise ValueError(f'duration_seconds {self.duration_seconds:g} is more than max_seconds {self.max_seconds:g}')
 
     @property
     def presign_seconds(self) -> int: # 0: not asked for

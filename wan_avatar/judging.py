@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from .clocks import Stretch
 from .files import sha256_of, whole_file
 from .manifest import Manifest
 from .normalise import normalise_image, normalise_video
@@ -120,9 +121,11 @@ def _sample_here(
     "Bring together what is judged"
     key = manifest.track_object
     if key is None or manifest.rendered_with is None: return 'the manifest names no track; an older worker wrote it'
-    if Path(key).stem != sha256_of(driving): return f'{driving.name} is not the driving video of this job'
+    if not Path(key).stem.startswith(sha256_of(driving)): return f'{driving.name} is not the driving video of this job'
     size, most = (manifest.width, manifest.height), manifest.duration_s + 1
-    clip = normalise_video(driving, folder / 'driving.mp4', folder / 'driving.m4a', most, size, round(manifest.fps))
+    stretch = Stretch(manifest.start_s, manifest.stretch_s)
+    clip = normalise_video(driving, folder / 'driving.mp4', folder / 'driving.m4a', most, size, round(manifest.fps),
+                           stretch=stretch)
     if clip.frames != manifest.frames: return f'the video has {manifest.frames} frames, its driver {clip.frames}'
     track = folder / 'driving.track'
     if load_cached_track(store, key, track, clip, manifest.rendered_with.tracker) is None:

@@ -98,6 +98,8 @@ class Manifest(Result):
     kernels: KernelsRan | None = None # None: a graph that does not name them
     content: dict[str, int] | None = None # pixels of the frame that are no bars: left, top, width, height
     track: dict[str, int] = {} # frames, and in how many of them the tracker found a person and a face
+    start_s: float = 0.0 # of the driving video, where what was taken begins
+    stretch_s: float | None = None # of the driving video, that was asked for; None: to its end
     track_object: str | None = None # key of the driving video's track in the bucket; None: not known
     scene: SceneReport | None = None
 

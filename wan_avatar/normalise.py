@@ -16,10 +16,10 @@ from typing import Any
 import av
 from PIL import Image
 
-from .clocks import Reading, on_one_clock, packet_span
+from .clocks import EVERYTHING, Reading, Stretch, on_one_clock, packet_span
 from .containers import check_whole, may_be_joined, promised_end, stated_seconds
 from .files import whole_file
-from .fit import Fit, check_length, deinterlaced, pixel_shape, resample, timed_frames
+from .fit import Fit, check_length, deinterlaced, pixel_shape, resample, timed_frames, trimmed
 from .frames import FPS, SIZE, Rectangle, add_h264_stream, stamp_frame
 from .media import Probe, decode_frames, describe_video, open_video, video_stream
 from .pictures import read_image
@@ -58,6 +58,7 @@ class Clip:
     audio_s: float # where the sound ends
     content: Rectangle # where the source's own picture is; around it are black bars
     notes: tuple[str, ...] = () # parts of the source that were left out, for the caller
+    stretch: Stretch = EVERYTHING # of the source
 
     @property
     def size(self) -> tuple[int, int]: # width, height
@@ -68,14 +69,15 @@ def normalise_video(
     source: Path | str, # any video
     video: Path | str, # H.264 in MP4, cheap to decode, for this package's own use
     audio: Path | str, # its sound, AAC in MP4; not written when there is none
-    max_seconds: float, # a longer video is `too_long`
+    max_seconds: float, # a longer video, or stretch, is `too_long`
     size: tuple[int, int] = SIZE, # width, height
     fps: int = FPS, # frames a second
     progress: Callable[[int, int], None] | None = None, # (frames done, frames expected)
-    cancelled: Callable[[], bool] | None = None # asked at each packet and frame
+    cancelled: Callable[[], bool] | None = None, # asked at each packet and frame
+    stretch: Stretch = EVERYTHING # that is taken
 ) -> Clip:
     "Bring any video to a constant rate, one size and BT.709"
-    reading = Reading(Path(source).name, max_seconds, cancelled)
+    reading = Reading(Path(source).name, max_seconds, cancelled, stretch=stretch)
     notes: list[str] = []
     count, start, found, content = normalise_pictures(source, video, reading, size, fps, progress)
     audio_s = extract_audio(source, audio, start, count / fps, reading, notes) if found.has_audio else None
@@ -91,6 +93,7 @@ def normalise_video(
         audio_s=audio_s or 0.0,
         content=content,
         notes=tuple(notes),
+        stretch=stretch,
     )
 
 # %% ../nbs/20_normalise.ipynb #ea992508
@@ -115,17 +118,26 @@ def normalise_pictures(
         found = describe_video(container, stream, first, source)
         start = Fraction(first.pts or 0) * Fraction(first.time_base)
         wanted = _until_cancelled(chain([first], frames), reading)
-        timed = deinterlaced(timed_frames(wanted, stream, reading.max_seconds, reading.name))
+        timed = deinterlaced(_taken(wanted, stream, reading, fps))
         fit = Fit(size, pixel_shape(stream))
         def report(done: int) -> None:
             if progress: progress(done, max(done, round(promised * fps)))
         count = _write_h264(resample(timed, fps), fit, video, size, fps, options, report)
-    return count, start, found, fit.content
+    return count, start + Fraction(reading.stretch.frames(fps)[0], fps), found, fit.content
+
+def _taken(frames: Iterable[Any], stream: Any, reading: Reading, fps: int) -> Iterator[tuple[Fraction, Fraction, Any]]:
+    first, count = reading.stretch.frames(fps)
+    # of a stretch with an end the rest of the file is not read, and may be as long as it likes
+    accepted = reading.max_seconds if count is None else 86400
+    timed = timed_frames(frames, stream, accepted, reading.name, reading.stretch.start_s)
+    end = None if count is None else Fraction(first + count, fps)
+    return trimmed(timed, Fraction(first, fps), end, reading.name) if first or count else timed
 
 def _check_promise(source: Path | str, container: Any, index: int, promised: float, reading: Reading) -> None:
     "Raises JobError `too_long` when header and packets say so"
-    if promised <= reading.max_seconds + 0.05: return
-    alone = Reading(reading.name, reading.max_seconds, reading.cancelled)
+    skipped = reading.stretch.start_s
+    if reading.stretch.seconds is not None or promised - skipped <= reading.max_seconds + 0.05: return
+    alone = Reading(reading.name, reading.max_seconds, reading.cancelled, stretch=reading.stretch)
     begin = None
     with open_video(source) as again:
         stream = again.streams[index]
@@ -133,9 +145,9 @@ def _check_promise(source: Path | str, container: Any, index: int, promised: flo
             if packet.stream is not stream or (span := packet_span(packet)) is None: continue
             begin = span[0] if begin is None else begin
             read = float(span[0] - begin)
-            if read <= reading.max_seconds + 0.05: continue
+            if read - skipped <= reading.max_seconds + 0.05: continue
             longest = promised if promised_end(container, stream, source) else read
-            check_length(longest, reading.max_seconds, reading.name)
+            check_length(longest - skipped, reading.max_seconds, reading.name)
 
 def _until_cancelled(items: Iterable[Any], reading: Reading) -> Iterator[Any]:
     "The same items; raises JobError `cancelled` when the job is to stop"

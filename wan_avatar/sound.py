@@ -90,9 +90,9 @@ class _SoundPass:
             raise
         for frame in frames:
             self.seconds += frame.samples / max(1, frame.sample_rate)
-            if self.seconds > self.reading.max_seconds + 10:
+            if self.seconds > self.reading.until_s + 10:
                 raise JobError('input_unreadable', f'{self.reading.name} has more sound than '
-                               f'{self.reading.max_seconds:g} s of video can hold')
+                               f'{self.reading.until_s:g} s of video can hold')
         return frames
 
 # %% ../nbs/20_sound.ipynb #ae92cd23

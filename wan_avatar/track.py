@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .clocks import EVERYTHING, Stretch
 from .files import whole_file
 from .frames import FPS
 from .job import JobError
@@ -361,13 +362,16 @@ def track_key(
     size: tuple[int, int], # it was normalised to
     fps: int, # frames a second
     tracker: str = 'mediapipe', # one of TRACKERS
-    detectors: str = '' # digest of its networks, where they are files of their own
+    detectors: str = '', # digest of its networks, where they are files of their own
+    stretch: Stretch = EVERYTHING # of the video
 ) -> str: # key in the bucket
     "Where the track of a video is cached"
     if len(video_sha256) != 64 or set(video_sha256) - set('0123456789abcdef'):
         raise ValueError(f'{video_sha256!r} is not a SHA-256 in hex')
     version = '-'.join(filter(None, [TRACKERS[tracker], detectors]))
-    return f'tracks/{version}/{size[0]}x{size[1]}-{fps}/{video_sha256}.track'
+    first, count = stretch.frames(fps)
+    part = f'-from{first}' * bool(first) + f'-for{count}' * bool(count)
+    return f'tracks/{version}/{size[0]}x{size[1]}-{fps}/{video_sha256}{part}.track'
 
 # %% ../nbs/21_track.ipynb #6689d8a3
 FACE_CONFIDENCE = 0.3 # mean of the 68 face points; a head seen from behind has less

@@ -111,7 +111,7 @@ def track_object(run: Run, inputs: Inputs) -> str:
     "Key in the bucket of the driving video's track, by this profile's tracker and networks"
     clip = inputs.clip
     detectors = detectors_digest(run.profile, run.worker.settings.models_dir)
-    return track_key(inputs.sha256, clip.size, clip.fps, run.profile.tracker, detectors)
+    return track_key(inputs.sha256, clip.size, clip.fps, run.profile.tracker, detectors, clip.stretch)
 
 async def track_driving(
     run: Run,
