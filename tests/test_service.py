@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from wan_avatar.avatar import make_avatar
+from wan_avatar.clocks import EVERYTHING
 from wan_avatar.comfy import Child, Comfy, ComfyProcess, Restarts
 from wan_avatar.delivery import Outrun, deliver, find_result
 from wan_avatar.frames import Rectangle
@@ -289,7 +290,7 @@ def made(tmp_path_factory):
         with Encoder(folder / 'avatar.mp4', (64, 64)) as encoder:
             for n in range(24): encoder.write(np.full((64, 64, 3), n * shade, np.uint8))
     def inputs(of: int, frames: int = 24) -> Inputs:
-        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),
+        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(), stretch=EVERYTHING,
                                content=Rectangle(0, 0, 64, 64))
         return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='0' * 64)
     return inputs
