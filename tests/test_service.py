@@ -290,8 +290,8 @@ def made(tmp_path_factory):
         with Encoder(folder / 'avatar.mp4', (64, 64)) as encoder:
             for n in range(24): encoder.write(np.full((64, 64, 3), n * shade, np.uint8))
     def inputs(of: int, frames: int = 24) -> Inputs:
-        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(), stretch=EVERYTHING,
-                               content=Rectangle(0, 0, 64, 64))
+        clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),
+                               content=Rectangle(0, 0, 64, 64), stretch=EVERYTHING)
         return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='0' * 64)
     return inputs
 
