@@ -22,6 +22,7 @@ from rich.table import Table
 from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy, local_endpoint
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
+from .cli_estimate import estimates
 from .cli_experiment import experiments
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, fetch_result, read_manifest
@@ -36,6 +37,7 @@ from .timeline import draw_timeline
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Avatar videos: the person of a picture in place of the person of a video.')
 app.add_typer(checks) # without a name: its commands stand beside those of this notebook
+app.add_typer(estimates)
 app.add_typer(experiments)
 app.add_typer(models, name='models')
 app.add_typer(bundle, name='bundle')

@@ -14,7 +14,7 @@ from .frames import FPS, SIZE
 from .models import Lock, LockedFile, load_lock
 from .plan import PlanRules
 from .segments import plan_windows
-from .workflow import PROFILES, TINY, WAN, Profile, locked_files
+from .workflow import PROFILES, TINY, WAN, Profile, locked_files, with_quality
 
 # %% ../nbs/51_forecast.ipynb #0991cd05
 def start_files(
@@ -60,10 +60,11 @@ def render_time(
     video_s: float, # length of the driving video
     gpus: Iterable[str], # types it may meet
     profile: str = 'wan22-animate',
-    runs: Runs | None = None # default: those of this checkout
+    runs: Runs | None = None, # default: those of this checkout
+    quality: str | None = None # of a job
 ) -> RenderTime | None: # None: neither a run nor a datasheet says anything
     "The slowest of these cards that was measured; with none measured, the limit of the fastest"
-    chosen = PROFILES[profile]
+    chosen = with_quality(PROFILES[profile], quality)
     gpus = tuple(gpus)
     if chosen.graph != WAN.graph or chosen.name == TINY.name: return None
     lengths = [w.length for w in plan_windows(max(1, round(video_s * FPS)), chosen.length, chosen.overlap)]
