@@ -2,16 +2,20 @@
 import functools
 import json
 import threading
+from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
 import pytest
 from conftest import SAMPLES, cut
+from PIL import Image
 
 from wan_avatar.clocks import Stretch
 from wan_avatar.frames import read_frames
+from wan_avatar.inputs import SIZES
 from wan_avatar.job import JobError, Variant, parse_job
+from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
 from wan_avatar.run import profile_here
 from wan_avatar.samples import draw_test_video, read_test_picture
@@ -182,3 +186,43 @@ def test_tracks_of_stretches_have_keys_of_their_own():
     stretches = [Stretch(), Stretch(1), Stretch(0, 1), Stretch(1, 1), Stretch(2, 1)]
     keys = {track_key('ab' * 32, (1280, 720), 24, stretch=s) for s in stretches}
     assert len(keys) == 5 and all(key.startswith('tracks/') and '..' not in key for key in keys)
+
+# upright
+
+@pytest.fixture(scope='module')
+def upright(tmp_path_factory):
+    "A face in a video of 9:16, 12 frames"
+    path = tmp_path_factory.mktemp('upright') / 'upright.mp4'
+    with Encoder(path, size=(360, 640)) as encoder:
+        for frame in read_frames(SAMPLES / 'single_face.mp4', 0, 12):
+            encoder.write(np.asarray(Image.fromarray(frame).crop((219, 0, 421, 360)).resize((360, 640))))
+    return path
+
+SIZED = [ # source, size of the job, size of the result, content without bars
+    ('upright', '1280x720', (1280, 720), 405), ('upright', '720x1280', (720, 1280), 720),
+    ('upright', 'auto', (720, 1280), 720), ('long', 'auto', (1280, 720), 1280), ('long', '720x1280', (720, 1280), 720)]
+
+@pytest.mark.parametrize('source, asked, size, width', SIZED)
+def test_a_size_of_the_result(request, tmp_path, source, asked, size, width):
+    video = request.getfixturevalue(source)
+    clip = normalise_video(video, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, SIZES[asked], stretch=Stretch(0, 0.1))
+    assert clip.size == size and abs(clip.content.width - width) <= 2
+    assert next(read_frames(clip.path)).shape == (size[1], size[0], 3)
+
+TURNED = [(0, Fraction(1), (1280, 720)), (90, Fraction(1), (720, 1280)), (0, Fraction(1, 2), (720, 1280)),
+          (270, Fraction(1, 2), (1280, 720)), (0, Fraction(3, 4), (1280, 720)), (90, Fraction(3, 4), (1280, 720))]
+
+@pytest.mark.parametrize('rotation, sar, size', TURNED)
+def test_what_counts_is_how_it_is_shown(tmp_path, rotation, sar, size):
+    source = draw_test_video(tmp_path / 's.mp4', 0.2, rotation=rotation, sar=sar)
+    assert normalise_video(source, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, None).size == size
+
+def test_an_upright_job(service, upright):
+    service.store.upload(upright, 'in/upright.mp4', 'video/mp4')
+    job = IMAGE | {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/upright.mp4', 'seed': 1}
+    made = service.run('upright', **job, size='auto')
+    assert (made.get('width'), made.get('height'), made.get('frames')) == (720, 1280, 12), made
+    told = json.loads(service.store.read_bytes(f'{made["minio_key"]}.json', 10**6))
+    assert told['track_object'].startswith('tracks/mediapipe-4/720x1280-24/')
+    wide = service.run('wide', **job)
+    assert (wide['width'], wide['height']) == (1280, 720)
