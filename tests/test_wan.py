@@ -206,6 +206,7 @@ PRODUCTION_ALONE = { # fields in which production differs from the tiny profile,
     'face': 'seconds a frame on a CPU',
     'prompt': 'ASCII',
     'negative_prompt': 'ASCII',
+    'gates': 'it paints noise',
     'values': 'size and steps, below'}
 
 def test_every_value_in_which_tiny_differs_is_listed():
