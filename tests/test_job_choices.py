@@ -1,5 +1,6 @@
 "What a job may choose beside picture and video: a video by its address, a stretch of it, a quality"
 import functools
+import io
 import json
 import threading
 from fractions import Fraction
@@ -226,3 +227,29 @@ def test_an_upright_job(service, upright):
     assert told['track_object'].startswith('tracks/mediapipe-4/720x1280-24/')
     wide = service.run('wide', **job)
     assert (wide['width'], wide['height']) == (1280, 720)
+
+# a picture of the first window
+
+def test_a_preview_comes_with_the_first_window_and_goes_with_the_job(service):
+    wanted = IMAGE | {'driving_video_path': 'in/two windows.mp4', 'seed': 1, 'preview': True}
+    job = service.submit('peek', **wanted)
+    key = service.wait_report('peek', preview='avatars/peek.preview.jpg')['preview']
+    data = service.store.read_bytes(key, 10**6)
+    answer = job.result(timeout=180)
+    assert 'error' not in answer and service.store.stat(key) is None
+    if data is not None: assert Image.open(io.BytesIO(data)).size == (640, 360) # the second window may have been quick
+    updates = [u for i, u in service.reports if i == 'peek' and u.get('preview')]
+    assert {u['stage'] for u in updates} == {'render'}
+
+def test_nobody_asked_no_picture(service):
+    service.run('no-peek', **IMAGE, driving_video_path='in/brief.mp4', seed=1)
+    assert not [u for i, u in service.reports if i == 'no-peek' and u.get('preview')]
+
+def test_a_bucket_that_takes_no_preview_does_not_fail_the_job(service, monkeypatch):
+    real = service.store.write_bytes
+    def refused(key, *more):
+        if key.endswith('.preview.jpg'): raise JobError('storage_failed', 'the bucket is full')
+        return real(key, *more)
+    monkeypatch.setattr(service.store, 'write_bytes', refused)
+    answer = service.run('unseen', **IMAGE, driving_video_path='in/brief.mp4', seed=1, preview=True)
+    assert 'error' not in answer and not [u for i, u in service.reports if i == 'unseen' and u.get('preview')]

@@ -104,6 +104,12 @@ class Assembly:
     def _compose(self, frame: np.ndarray, made: np.ndarray, window: Window, tone: Tone) -> np.ndarray: # (h, w, 3)
         return compose_frame(frame, made, window.area, self.clip.content, self.rules, tone)
 
+    def sample(self, window: Window, made: RawFrames, tone: Tone) -> np.ndarray: # (h, w, 3) uint8 RGB
+        "The middle one of a window's new frames, as it will be delivered"
+        n = window.new // 2
+        frame, = read_frames(self.clip.path, window.start + window.overlap + n, 1)
+        return self._compose(frame, made.pixels()[n - window.new], window, tone)
+
     def append(self, window: Window, made: RawFrames, tone: Tone, cancelled: Callable[[], bool]) -> None:
         "Compose and encode all frames up to the window's last one, and remove its file"
         with self.timeline.stage('encode', frames=window.new):

@@ -6,7 +6,7 @@
 __all__ = ['ErrorCode', 'LONGEST', 'Key', 'Name', 'NodeId', 'Word', 'Scalar', 'NodeInput', 'Quality', 'VideoSize',
            'without_secrets', 'printable', 'without_middle', 'JobError', 'check_key', 'check_scalar',
            'check_node_input', 'VariantNode', 'Variant', 'Job', 'shorten', 'parse_job', 'first_fault', 'Result',
-           'ProgressUpdate', 'output_key', 'manifest_key', 'guard_key', 'schemas']
+           'ProgressUpdate', 'output_key', 'manifest_key', 'preview_key', 'guard_key', 'schemas']
 
 # %% ../nbs/00_job.ipynb #03bf8b56
 import re
@@ -180,6 +180,8 @@ class Job(BaseModel):
         Field(ge=0, lt=2**63, description='same seed, same video; derived from the job id when absent')] | None = None
     max_seconds: Annotated[
         float, Field(gt=0, le=600, description='a longer driving video, or rest of it, is refused')] = 60
+    preview: Annotated[StrictBool, Field(
+        description='put a small picture beside the result as soon as the first window is made')] = False
     presign: Annotated[StrictBool | Annotated[StrictInt, Field(ge=1, le=604800)],
                        Field(description='true, or a lifetime in seconds: adds presigned_url')] = False
     variant: Annotated[Variant, Field(
@@ -314,6 +316,8 @@ class ProgressUpdate(BaseModel):
     eta_s: float | None = Field(None, description='seconds the stage still takes at the pace it had so far')
     segment: int | None = Field(None, description='the window that is rendered, from 1')
     segments: int | None = Field(None, description='windows in all')
+    preview: str | None = Field(
+        None, description='key of a small picture of the first window, of a job that asked for one; until it is over')
 
     def answer(self) -> dict[str, Any]:
         "JSON for RunPod: what is known"
@@ -336,6 +340,12 @@ def manifest_key(
 ) -> str:
     "Where the manifest of a video lies"
     return f'{video_key}.json'
+
+def preview_key(
+    video_key: str # of the MP4 that is being made
+) -> str:
+    "Where the picture of the first window lies while a job runs"
+    return f'{video_key.removesuffix(".mp4")}.preview.jpg'
 
 def guard_key(
     video_key: str # of the MP4 that is not made

@@ -18,11 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .assembly import Assembly
 from .comfy import NodeProgress, run as run_graph
 from .compose import ComposeRules
 from .frames import RawFrames
 from .inputs import Inputs
+from .inspection import put_picture, small_jpeg
 from .job import JobError
 from .kernels import DEFAULT
 from .manifest import KernelsRan, SceneReport, WindowReport
@@ -59,6 +62,7 @@ class RenderPlan:
     tracks: Tracks
     scene: ScenePlan
     values: dict[str, Any] # slots of the job: seed, embeddings, vision; a graph takes those it has
+    preview: str | None = None # key of a picture of the first window; None: nobody asked for one
 
 def segment_seed(
     seed: int, # of the job
@@ -125,15 +129,14 @@ class Rendered:
 
 async def render(run: Run, shared: RenderPlan) -> Rendered:
     "Make every window in ComfyUI, put it into the driver's frames and encode them"
-    profile, clip, timeline = run.profile, shared.inputs.clip, run.timeline
-    length = profile.length
+    profile, clip, length = run.profile, shared.inputs.clip, run.profile.length
     scene, todo = shared.scene, list(shared.scene.windows)
     outputs: list[dict[str, Any]] = []
     done: list[tuple[Window, WindowReport]] = []
     progress = run.progress('render', segments=len(todo))
     encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
     assembly = _assembly(run, shared, encoder)
-    finishing = entered_in_thread(encoder, lambda: timeline.stage('finish'))
+    finishing = entered_in_thread(encoder, lambda: run.timeline.stage('finish'))
     with closing(assembly):
         async with finishing, one_at_a_time() as encode:
             while todo:
@@ -149,10 +152,19 @@ async def render(run: Run, shared: RenderPlan) -> Rendered:
                     continue
                 tone, report = await asyncio.to_thread(assembly.close_window, s, made)
                 done.append((s, report))
+                if len(done) == 1: await _preview(run, shared, partial(assembly.sample, s, made, tone), progress)
                 await encode(assembly.append, s, made, tone)
                 todo.pop(0)
             await encode(assembly.finish)
     return Rendered(kernels_that_ran(outputs, profile), scene_report(scene, done, profile))
+
+async def _preview(
+    run: Run, shared: RenderPlan, sample: Callable[[], np.ndarray], progress: StageProgress
+) -> None:
+    if shared.preview is None: return
+    def picture() -> bytes: return small_jpeg(sample())
+    there = await asyncio.to_thread(put_picture, run.worker.store, shared.preview, picture)
+    if there: progress.preview = shared.preview
 
 def _assembly(run: Run, shared: RenderPlan, encoder: Encoder) -> Assembly:
     carried = run.profile.overlap if run.profile.carries else 0

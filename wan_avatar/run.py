@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'WorkerContext', 'boot_report', 'work_folder', 'discard', 'remove_stale_job_folders', 'StageProgress',
-           'cache_file', 'cached_bytes', 'Run', 'JobRun', 'profile_here', 'seed_of', 'deadline', 'so_far', 'job_run']
+           'cache_file', 'cached_bytes', 'Run', 'JobRun', 'profile_here', 'seed_of', 'deadline', 'so_far', 'job_run',
+           'remove_preview']
 
 # %% ../nbs/40_run.ipynb #af5cc20a
 import asyncio
@@ -28,7 +29,7 @@ from .apart import Apart
 from .comfy import Comfy, Restarts
 from .config import Settings
 from .files import room_on
-from .job import Job, JobError, ProgressUpdate, Variant, output_key
+from .job import Job, JobError, ProgressUpdate, Variant, output_key, preview_key
 from .manifest import BootReport
 from .store import Store
 from .tasks import KeyedLock, start_in_thread
@@ -110,6 +111,7 @@ class StageProgress:
         self.stage = stage
         self.timeline = timeline
         self.segments = segments
+        self.preview: str | None = None # key of a picture of the first window, once there is one
         self.began = timeline.elapsed()
         report(ProgressUpdate(stage=stage, segments=segments))
 
@@ -118,7 +120,7 @@ class StageProgress:
         share = done / total if total else 0
         eta = round(spent * (1 - share) / share, 1) if share else None
         self.report(ProgressUpdate(stage=self.stage, done=done, total=total, percent=round(100 * share), eta_s=eta,
-                                   segment=segment, segments=self.segments))
+                                   segment=segment, segments=self.segments, preview=self.preview))
 
 # %% ../nbs/40_run.ipynb #30806f22
 def cache_file(store: Store, key: str, path: Path) -> None:
@@ -171,6 +173,11 @@ class JobRun(Run):
     key: str # of the MP4
     seed: int
     boot: BootReport # as this job met its worker
+
+    @property
+    def preview(self) -> str | None: # None: nobody asked for one
+        "Key of the picture of the first window"
+        return preview_key(self.key) if self.job.preview else None
 
     @property
     def prompt(self) -> str | None:
@@ -235,4 +242,12 @@ async def job_run(
     setup = prepare(profile_here(settings, job.profile, worker.profiles, job.variant, job.quality))
     whole = deadline(settings.job_seconds, timeline, settings.work_dir)
     async with whole, worker.job_locks.hold(key), work_folder(settings.work_dir) as folder:
-        yield JobRun(worker, setup, folder, timeline, Restarts(), report, **resolved)
+        run = JobRun(worker, setup, folder, timeline, Restarts(), report, **resolved)
+        try: yield run
+        finally:
+            if run.preview: await start_in_thread(remove_preview, worker.store, run.preview)
+
+def remove_preview(store: Store, key: str) -> None:
+    "Remove the picture of the first window; one that stays is small, and the job's own end counts"
+    try: store.remove(key)
+    except JobError as e: log.warning('%s may be left in the bucket: %s', key, e)
