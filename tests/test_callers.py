@@ -1,6 +1,7 @@
 """What callers do, on the command line and with RunPod's SDK: local endpoint, real bucket, a worker of a few lines"""
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import runpod
 async def handler(job):
     wish = job['input'].get('prompt')
     await asyncio.sleep({'wait': 60, 'nap': 2}.get(wish, 0))
+    runpod.serverless.progress_update(job, {'stage': 'render', 'segment': 1, 'segments': 2})
     if wish == 'fail': return {'error': 'no_person: nobody is to be seen'}
     return {'minio_key': f'avatars/{job["id"]}.mp4', 'presigned_url': 'http://127.0.0.1/signed'}
 runpod.serverless.start({'handler': handler, 'concurrency_modifier': lambda now: 4})
@@ -58,11 +60,12 @@ class Place:
         "A command in this process"
         return CliRunner().invoke(app, [*map(str, args)], env=environ)
 
-    def start(self, *args) -> subprocess.Popen:
+    def start(self, *args, stderr: int = subprocess.PIPE) -> subprocess.Popen:
         "A command in a process of its own, which heeds Ctrl-C"
         def heed() -> None: signal.signal(signal.SIGINT, signal.default_int_handler) # may be ignored here
         return subprocess.Popen([ROOT / '.venv/bin/wan-avatar', *args], cwd=self.folder, text=True, preexec_fn=heed,
-                                env=OTHERS | {'RUNPOD_API_KEY': 'k'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                env=OTHERS | {'RUNPOD_API_KEY': 'k', 'TERM': 'xterm'},
+                                stdout=subprocess.PIPE, stderr=stderr)
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -102,12 +105,14 @@ KEY = ('--image', 'people/ana')
     ((*KEY, '--max-seconds', '1e9'), 'max_seconds'),
     ((*KEY, '--presign', '0'), 'presign'),
     ((*KEY, '--out', 'empty.png'), '--out empty.png cannot be made'),
+    ((*KEY, '--out', 'mine', '--detach'), '--out waits for the result, --detach does not'),
+    ((*KEY, '--webhook', 'example.org'), '--webhook \'example.org\' must begin with http:// or https://'),
 ])
 def test_what_is_wrong_is_said_before_a_job_is_sent(place, args, words):
     (place.folder / 'folder').mkdir(exist_ok=True)
     (place.folder / 'empty.png').touch()
     before = set(place.jobs)
-    done = place.invoke('submit', *args, '--detach' if '--out' not in args else '--json')
+    done = place.invoke('submit', *args, '--ttl', '1')
     assert done.exit_code == Code.USAGE, done.stderr
     assert words in done.stderr
     assert set(place.jobs) == before
@@ -246,6 +251,23 @@ def test_a_job_whose_time_to_live_ends_is_not_waited_for(place):
     said = json.loads(done.stdout)
     assert (f'job {said["id"]}\n' in done.stderr, said['status']) == (True, 'UNKNOWN')
     assert 'may go on' not in done.stderr
+
+@pytest.mark.parametrize('prompt, code', [('show', Code.OK), ('fail', Code.JOB_FAILED), ('wait', Code.INTERRUPTED)])
+def test_the_object_goes_to_stdout_when_bars_are_on_the_terminal(place, prompt, code):
+    screen, terminal = pty.openpty()
+    child = place.start(*JOB, '--prompt', prompt, '--json', stderr=terminal)
+    os.close(terminal)
+    seen = b''
+    try:
+        while chunk := os.read(screen, 4096):
+            first = b'job ' not in seen
+            seen += chunk
+            if prompt == 'wait' and first and b'job ' in seen: child.send_signal(signal.SIGINT)
+    except OSError: pass # the other side has ended
+    os.close(screen)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == code, seen
+    assert json.loads(said)['id'].encode() in seen
 
 # results
 

@@ -97,7 +97,7 @@ def _show_until_over(client: Client, job_id: str, screen: JobScreen) -> Status:
     for status in client.follow(job_id): screen.job(status)
     return status
 
-# %% ../nbs/60_cli.ipynb #ebf093d0
+# %% ../nbs/60_cli.ipynb #6804f656
 def _run_job(client: Client, submit: Callable[[], Status], screen: JobScreen, hint: Callable[[str], str],
              detach: bool = False, as_json: bool = False) -> Status:
     "Submit a job and show it to its end; Ctrl-C cancels it"
@@ -122,10 +122,11 @@ def _cancel_or_leave(client: Client, sent: Status, screen: JobScreen, hint: Call
         sent = client.cancel(sent.id)
     except KeyboardInterrupt: screen.say(f'the job was left alone:\n{hint(sent.id)}')
     except EndpointError as e: screen.say(f'the job may go on: {e}\n{hint(sent.id)}')
+    screen.bars.stop()
     print(json.dumps({'id': sent.id, 'status': sent.state}) if as_json else f'{sent.id} {sent.state}')
     raise typer.Exit(Code.INTERRUPTED)
 
-# %% ../nbs/60_cli.ipynb #1c925b9b
+# %% ../nbs/60_cli.ipynb #7371f799
 @app.command(name='submit')
 def _submit(
     image: Picture, driving: Driving = None, endpoint: Endpoint = None, as_json: AsJson = False,
@@ -140,7 +141,10 @@ def _submit(
         access = find_endpoint(endpoint, os.environ)
         client = access.client()
         policy = job_policy(ttl)
-        store = _ready_to_fetch(access, out) if out and not detach else None
+        if out and detach: raise InputRefused('--out waits for the result, --detach does not; give one of them')
+        if webhook and not webhook.startswith(('http://', 'https://')):
+            raise InputRefused(f'--webhook {shorten(webhook)} must begin with http:// or https://')
+        store = _ready_to_fetch(access, out) if out else None
         wishes = dict(profile=profile, prompt=prompt, seed=seed, max_seconds=max_seconds,
                       user_id=user_id, avatar_id=avatar_id, presign=presign)
         named = job_inputs(image, driving, access, screen.say)
@@ -148,11 +152,14 @@ def _submit(
         def submit() -> Status: return client.submit(job, **policy, webhook=webhook)
         status = _run_job(client, submit, screen, hint, detach, as_json)
         if detach: screen.say(hint(status.id))
-        if store is None or out is None or status.state != 'COMPLETED': answer(status, as_json)
-        fetched = fetch_beside(status.output, out, store, status.id)
-        if fetched.trouble: screen.say(fetched.trouble)
-        screen.say(str(fetched.video))
-    answer(status, as_json, video=str(fetched.video))
+        found = _fetch_to(out, status, store, screen) if out and store and status.state == 'COMPLETED' else {}
+    answer(status, as_json, **found)
+
+def _fetch_to(out: Path, status: Status, store: Store, screen: JobScreen) -> dict[str, str]: # of the answer
+    fetched = fetch_beside(status.output, out, store, status.id)
+    if fetched.trouble: screen.say(fetched.trouble)
+    screen.say(str(fetched.video))
+    return {'video': str(fetched.video)}
 
 def _ready_to_fetch(access: EndpointAccess, out: Path) -> Store:
     "What would keep a result from coming here is said before a job is sent"
@@ -182,7 +189,7 @@ def _cancel(job: str, endpoint: Endpoint = None, as_json: AsJson = False) -> Non
         if note: print(note, file=sys.stderr)
         print(json.dumps({'id': now.id, 'status': now.state}) if as_json else f'{now.id} {now.state}')
 
-# %% ../nbs/60_cli.ipynb #d1f22bf8
+# %% ../nbs/60_cli.ipynb #7374b404
 @app.command(name='fetch')
 def _fetch(
     job: Annotated[str, typer.Argument(help='job id, or key of the video, which needs the bucket alone')],

@@ -69,7 +69,9 @@ class Screen:
         self.console = console or Console(stderr=True)
         columns = (TextColumn('{task.description:<34}'), BarColumn(30),
                    TextColumn('{task.fields[count]:>10}'), TextColumn('{task.fields[eta]}'))
-        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        # stdout stays stdout: what is written there beside the bars is for programs
+        self.bars = Progress(*columns, console=self.console, redirect_stdout=False,
+                             disable=not self.console.is_terminal)
         self.tasks: dict[str, TaskID] = {} # by row
         self.printed: set[str] = set()
 
@@ -146,7 +148,7 @@ class BootWatch:
             self.screen.show('worker', text, min(spent, self.usual), self.usual, eta=eta)
         time.sleep(seconds)
 
-# %% ../nbs/60_terminal.ipynb #447537ee
+# %% ../nbs/60_terminal.ipynb #b599ad11
 def job_news(
     job: QueuedJob,
     now: float # on the queue's clock
