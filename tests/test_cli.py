@@ -1,6 +1,7 @@
 """`wan-avatar` as people and scripts use it: real processes, real endpoint, real ComfyUI"""
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -51,7 +52,9 @@ def test_from_submit_to_fetch(place):
     assert said['output']['minio_key'] == f'avatars/u1/{said["id"]}.mp4'
     assert said['output']['presigned_url'].startswith('http')
     assert 'rendering' in done.stderr
-    assert check_mp4(folder / 'mine/avatar.mp4', 30, has_audio=True).frames == 30
+    assert said['video'] == f'mine/avatar-{said["id"]}.mp4'
+    assert check_mp4(folder / said['video'], 30, has_audio=True).frames == 30
+    assert json.loads((folder / said['video']).with_suffix('.json').read_text())['job_id'] == said['id']
     status = run(folder, 'status', said['id'])
     assert status.returncode == 0
     assert said['output']['minio_key'] in status.stdout
@@ -59,12 +62,16 @@ def test_from_submit_to_fetch(place):
         fetched = json.loads(run(folder, 'fetch', what, '--json').stdout)
         assert (folder / fetched['video']).stat().st_size == said['output']['bytes']
         assert fetched['manifest']['sha256'] == said['output']['sha256']
+    news = [line for line in (folder / 'up.log').read_text().splitlines() if said['id'] in line]
+    assert [words for words in ('waits', 'finding the person, ', 'rendering, segment 1 of 1, ', 'COMPLETED, ')
+            if not any(words in line for line in news)] == [], news
 
 @pytest.mark.parametrize('args, code, words', [
-    (['submit', '--image', 'people/nobody.png', '--driving', 'cut.mp4'], 1, 'input_missing'),
-    (['submit', '--image', '../ana', '--driving', 'cut.mp4'], 1, 'bad_input'),
+    (['submit', '--image', 'people/nobody.png', '--driving', 'cut.mp4'], 2, 'neither a file here nor a key'),
+    (['submit', '--image', '../ana', '--driving', 'cut.mp4'], 2, 'not a file here'),
     (['submit'], 2, '--image'),
-    (['status', 'no-such-job'], 3, '404'),
+    (['status', 'no-such-job'], 4, 'does not know job'),
+    (['up'], 2, 'runs in runs/local already'),
     (['fetch', 'avatars/none.mp4'], 1, 'input_missing'),
     (['status', 'x', '--endpoint', 'abc'], 3, 'RUNPOD_API_KEY'),
     (['demo', '--image', 'nobody.png'], 2, 'nobody.png'),
@@ -81,6 +88,23 @@ def test_detach_then_cancel(place):
     assert json.loads(run(folder, 'cancel', job, '--json').stdout) == {'id': job, 'status': 'CANCELLED'}
     assert run(folder, 'status', job).returncode == 1
 
+def test_a_demo_uses_the_endpoint_that_runs(place):
+    folder, _ = place
+    done = run(folder, 'demo', '--image', 'ana.png', '--driving', 'cut.mp4')
+    assert done.returncode == 0, done.stderr
+    assert 'an endpoint runs in runs/local already' in done.stderr
+    assert 'rendering' in done.stderr
+    check_demo(folder, done)
+
+def check_demo(folder, done) -> None:
+    "What a demo leaves, under its job's id"
+    job = re.search('^job (.+)$', done.stderr, re.MULTILINE)[1]
+    video, *pictures = done.stdout.split()[-3:]
+    assert video == f'runs/demo/avatar-{job}.mp4'
+    assert pictures == [f'runs/demo/avatar-{job}-{name}.png' for name in ('filmstrip', 'timeline')]
+    assert all((folder / p).stat().st_size > 1000 for p in (video, *pictures))
+    assert json.loads((folder / video).with_suffix('.json').read_text())['job_id'] == job
+
 def test_ctrl_c_leaves_nothing(place):
     folder, child = place
     said = (folder / 'up.log').read_text()
@@ -95,12 +119,12 @@ def test_ctrl_c_leaves_nothing(place):
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) == 130
     assert left_behind(family) == []
+    assert (folder / 'up.log').read_text().endswith('stopped\n')
     assert not (folder / 'runs/local/up.json').exists()
     assert run(folder, 'status', 'x').returncode == 3
 
 def test_demo(samples, place, tmp_path):
     done = run(tmp_path, 'demo', '--image', str(place[0] / 'ana.png'), '--driving', str(place[0] / 'cut.mp4'))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-3:] == ['runs/demo/avatar.mp4', 'runs/demo/filmstrip.png', 'runs/demo/timeline.png']
-    assert all((tmp_path / p).stat().st_size > 1000 for p in done.stdout.split()[-3:])
+    check_demo(tmp_path, done)
     assert 'render' in done.stdout

@@ -88,7 +88,7 @@ def _smoke(
         with endpoint_or_local(endpoint, folder, watch.event) as access:
             client = Client(access.endpoint, access.api_key, pause=watch.show)
             store = access.store()
-            job = job_inputs(image, driving, store) | {'user_id': 'smoke', 'avatar_id': stamp}
+            job = job_inputs(image, driving, access) | {'user_id': 'smoke', 'avatar_id': stamp}
             if profile: job['profile'] = profile
             on_status, on_done = _gate_progress(screen, jobs, concurrency)
             def on_judging(done: int, total: int) -> None:
