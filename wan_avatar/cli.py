@@ -128,9 +128,9 @@ def _fetch(
 @app.command(name='up')
 def _up(
     folder: Folder = LOCAL,
-    port: Annotated[int, typer.Option(help='0: any free one')] = 0,
-    idle: Annotated[float, typer.Option(help='seconds after which an idle worker stops')] = 60,
-    workers: Annotated[int, typer.Option(help='at most so many at once')] = 1
+    port: Annotated[int, typer.Option(min=0, max=65535, help='0: any free one')] = 0,
+    idle: Annotated[float, typer.Option(min=0, help='seconds after which an idle worker stops')] = 60,
+    workers: Annotated[int, typer.Option(min=1, help='at most so many at once')] = 1
 ) -> None:
     "Run the endpoint and its bucket on this machine until Ctrl-C."
     console = Console()
