@@ -109,6 +109,18 @@ CASES = [
     (('image', 'push'), {}, 2, 'not a git checkout'),
     (('image', 'lock'), {}, 2, 'no settings.ini'),
     (('image', 'tag'), NO_GIT, 2, 'git cannot be used'),
+    (('doctor', 'now'), {}, 2, 'unexpected extra argument'),
+    (('jobs',), {}, 3, 'MINIO_ENDPOINT: not set'),
+    (('jobs',), SLASH, 3, 'MINIO_BUCKET: has a slash'),
+    (('jobs',), BUCKET, 3, 'did not answer'),
+    (('jobs', '--last', '0'), BUCKET, 2, '--last'),
+    (('logs', 'w1'), {}, 3, "no log in runs/local/logs is of 'w1'"),
+    (('logs', 'w1', '--folder', 'file'), {}, 3, 'no log in file/logs'),
+    (('logs', 'w1', '--endpoint', 'e1'), {}, 3, 'RUNPOD_API_KEY is not set'),
+    (('logs', '../w1', '--endpoint', 'e1'), AWAY, 3, 'Connection refused'),
+    (('metrics', 'nowhere'), {}, 2, 'nowhere cannot be read'),
+    (('metrics', 'folder'), {}, 2, 'folder/records.jsonl cannot be read'),
+    (('metrics', 'binary'), {}, 2, 'binary cannot be read'),
     (('endpoint', 'plan', '--offline', '--exit-code'), {}, 2, '--exit-code'),
     *((('endpoint', command, *args), environ, code, words) for command in ('plan', 'apply', 'status', 'destroy') for
       args, environ, code, words in (

@@ -23,6 +23,7 @@ from .access import LOCAL, EndpointAccess, find_endpoint, job_inputs, job_policy
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_experiment import experiments
+from .cli_operate import operate
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .job import shorten
@@ -37,6 +38,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help='Avatar videos: the person of a picture in place of the person of a video.')
 app.add_typer(checks) # without a name: its commands stand beside those of this notebook
 app.add_typer(experiments)
+app.add_typer(operate)
 app.add_typer(models, name='models')
 app.add_typer(bundle, name='bundle')
 app.add_typer(image_app, name='image')

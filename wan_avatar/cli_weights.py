@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['models', 'OfProfile', 'WithEncoder', 'Verdicts', 'bundle', 'FetchBars', 'shorten_name', 'watching', 'weights_of',
-           'models_plan', 'hub_of', 'figures', 'checked_rows', 'verify_online', 'verified_rows', 'verified_words',
+           'models_plan', 'hub_of', 'size_and_hash', 'checked_rows', 'verify_online', 'verified_rows', 'verified_words',
            'check_repository']
 
 # %% ../nbs/60_cli_weights.ipynb #843141eb
@@ -147,7 +147,7 @@ def hub_of(settings: WeightSettings) -> Hub:
     "The hub, as the settings say"
     return next(s for s in sources_of(settings, Http()) if isinstance(s, Hub))
 
-def figures(file: LockedFile) -> tuple[str, str]: # size, hash
+def size_and_hash(file: LockedFile) -> tuple[str, str]: # size, hash
     "What a file is compared with, for people"
     return f'{file.bytes:,}' if file.bytes else '?', (file.sha256 or '?')[:12]
 
@@ -156,7 +156,7 @@ def checked_rows(
 ) -> list[tuple[str, ...]]: # file, revision, size, hash, verdict
     "A lock beside the hub, for people"
     def row(f: LockedFile) -> tuple[str, ...]:
-        return f.place, (f.revision or '?')[:12], *figures(f)
+        return f.place, (f.revision or '?')[:12], *size_and_hash(f)
     return [(*row(c.file), c.verdict) for c in found]
 
 def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
@@ -174,7 +174,8 @@ def verify_online(files: list[LockedFile], hub: Hub, as_json: bool) -> None:
         print(json.dumps([entry(c) for c in found]))
     else:
         print_rows(checked_rows(found), 'file', 'revision', 'size', 'hash', 'verdict')
-        print('\n'.join(c.problem for c in found if c.problem) or f'the hub has all {len(found)} rows as they are pinned')
+        problems = '\n'.join(c.problem for c in found if c.problem)
+        print(problems or f'the hub has all {len(found)} rows as they are pinned')
     if not all(c.ok for c in found): raise typer.Exit(Code.JOB_FAILED)
 
 # %% ../nbs/60_cli_weights.ipynb #a156e78a
@@ -182,7 +183,7 @@ Verdicts = list[tuple[LockedFile, str | None]] # a file, and what is wrong with 
 
 def verified_rows(found: Verdicts) -> list[tuple[str, ...]]: # file, size, hash, verdict
     "Files beside the lock, for people"
-    return [(f.place, *figures(f), why or 'verified') for f, why in found]
+    return [(f.place, *size_and_hash(f), why or 'verified') for f, why in found]
 
 def verified_words(found: Verdicts, profile: str, folder: Path) -> str:
     "What was verified, in a sentence"

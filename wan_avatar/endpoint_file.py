@@ -159,11 +159,11 @@ def check_file(
 
 def missing_to_apply(file: EndpointFile, environ: Mapping[str, str]) -> list[str]:
     "What the person who applies a file has to give beside it"
-    lacks = []
-    if not file.image: lacks.append('image is not set; give --image "$(wan-avatar image tag)", or write it into the file')
+    unset = 'image is not set; give --image "$(wan-avatar image tag)", or write it into the file'
+    lacks = [] if file.image else [unset]
     asked = file.secrets.from_environment
-    if unset := [n for n in asked if not environ.get(n)]:
-        lacks.append(f'{", ".join(unset)} of secrets.from_environment not set in your environment')
+    if absent := [n for n in asked if not environ.get(n)]:
+        lacks.append(f'{", ".join(absent)} of secrets.from_environment not set in your environment')
     return lacks + (_deadline_problems(file, environ) if 'JOB_SECONDS' in asked else [])
 
 def _image_problems(file: EndpointFile) -> list[str]:
