@@ -575,6 +575,32 @@ def test_plan_offline_needs_nobody(operator, plane, edits, image, code, said):
     assert [words for words in said if words not in done.output] == []
     assert plane.asked == []
 
+DIFFERS = [ # lines of the second file; what the rows say
+    ([], []),
+    ([('max_seconds = 10', 'max_seconds = 5')], ['max_seconds 10.0 5.0']),
+    ([('min = 0', 'min = 1'), ('idle_s = 5', 'idle_s = 60')], ['workers.min 0 1', 'workers.idle_s 5 60']),
+    ([('[env]', '[env]\nHF_TOKEN = "hidden-token"')], ['env.HF_TOKEN - ••••']),
+    ([('excluded_types = []', 'excluded_types = ["NVIDIA L40"]')], ['gpu.excluded_types - NVIDIA L40']),
+    ([('[env]', '[cached_model]\nmodel = "a/b"\n[env]')],
+     ['cached_model.model - a/b', 'cached_model.revision - main']),
+]
+
+@pytest.mark.parametrize('edits, rows', DIFFERS)
+def test_two_environments_are_compared(operator, plane, edits, rows):
+    text = Path('endpoint.toml').read_text()
+    Path('endpoint.staging.toml').write_text(text)
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    Path('endpoint.prod.toml').write_text(text)
+    done = operator('diff', 'staging', 'endpoint.prod.toml', '--exit-code', **BARE)
+    assert done.exit_code == int(bool(rows)), done.output
+    note, _, *said = [' '.join(line.split()) for line in done.stdout.splitlines()]
+    assert note.startswith('note: both are called wan-avatar')
+    assert said == rows
+    assert 'hidden-token' not in done.output
+    assert plane.asked == []
+
 # %% image
 STUB = '''#!/bin/sh
 # stands in for docker: writes down how it was called, answers what is asked about images; REMOTE: what the registry has

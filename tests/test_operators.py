@@ -109,6 +109,8 @@ CASES = [
     (('image', 'push'), {}, 2, 'not a git checkout'),
     (('image', 'lock'), {}, 2, 'no settings.ini'),
     (('image', 'tag'), NO_GIT, 2, 'git cannot be used'),
+    (('endpoint', 'diff', 'staging', 'prod'), {}, 2, 'there is no endpoint.staging.toml'),
+    (('endpoint', 'diff', 'file', 'folder'), {}, 2, 'file is no TOML'),
     (('doctor', 'now'), {}, 2, 'unexpected extra argument'),
     (('jobs',), {}, 3, 'MINIO_ENDPOINT: not set'),
     (('jobs',), SLASH, 3, 'MINIO_BUCKET: has a slash'),

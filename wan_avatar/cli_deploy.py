@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_app', 'Dirty', 'InRepository', 'Upgrade', 'endpoint_app', 'TomlFile', 'Image', 'Yes', 'Offline', 'ExitCode',
-           'EndpointId']
+           'EndpointId', 'environment_file']
 
 # %% ../nbs/60_cli_deploy.ipynb #8234e439
 import json
@@ -24,7 +24,9 @@ from wan_avatar.endpoint import (
     control_from,
     delete,
     difference_table,
+    file_differences,
     file_table,
+    files_table,
     find,
     make_plan,
     read_state,
@@ -114,6 +116,23 @@ def _endpoint_apply(file: TomlFile = Path('endpoint.toml'), image: Image = None,
     "Make RunPod as the file says; asks before it replaces. Prints the endpoint's id."
     def agreed(question: str) -> bool: return yes or typer.confirm(question, err=True)
     with exit_on_error(): print(apply(*_show_plan(file, image, Console(stderr=True)), agreed))
+
+# %% ../nbs/60_cli_deploy.ipynb #48f65fe9
+def environment_file(name: str) -> Path:
+    "A file, or the one of an environment: `staging` is endpoint.staging.toml"
+    return path if (path := Path(name)).exists() or path.suffix else Path(f'endpoint.{name}.toml')
+
+@endpoint_app.command(name='diff')
+def _endpoint_diff(
+    a: Annotated[str, typer.Argument(help='a file, or NAME of endpoint.NAME.toml')],
+    b: Annotated[str, typer.Argument(help='the other')],
+    exit_code: Annotated[bool, typer.Option('--exit-code', help='exit 1 when they differ')] = False
+) -> None:
+    "Show how two files differ; asks nobody."
+    with exit_on_error(): one, other = (read_file(environment_file(name)) for name in (a, b))
+    if one.name == other.name: print(f'note: both are called {one.name}, so they are one endpoint on RunPod')
+    Console().print(files_table(one, other, (a, b)))
+    raise typer.Exit(int(exit_code and bool(file_differences(one, other))))
 
 # %% ../nbs/60_cli_deploy.ipynb #de910004
 def _resolve_endpoint(file: Path, endpoint_id: str | None) -> tuple[Control, str]: # and its id

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['API', 'JOBS', 'request_body', 'model_references', 'Difference', 'endpoint_differences', 'Plan', 'plan_for',
-           'difference_table', 'file_table', 'check_offline', 'OutcomeUnknown', 'Control', 'find', 'create', 'graphql',
-           'read_record', 'save_models', 'make_plan', 'apply', 'delete', 'State', 'last_errors', 'read_log',
-           'read_state', 'state_tables', 'control_from']
+           'difference_table', 'file_table', 'check_offline', 'file_differences', 'files_table', 'OutcomeUnknown',
+           'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'make_plan', 'apply', 'delete',
+           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
 # %% ../nbs/52_endpoint.ipynb #d6b45330
 import dataclasses
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .client import EndpointError
 from wan_avatar.endpoint_file import (
+    SECRET,
     EndpointFile,
     FileError,
     Gpu,
@@ -197,6 +198,24 @@ def check_offline(
 def _faulty(name: str, problems: list[str]) -> FileError:
     return FileError(f'{name} cannot be applied:\n' + '\n'.join(f'  {p}' for p in problems))
 
+# %% ../nbs/52_endpoint.ipynb #15fad8a9
+def file_differences(a: EndpointFile, b: EndpointFile) -> list[Difference]: # `remote` is a's value, `desired` b's
+    "What two files say differently"
+    first, second = (_flat(f.model_dump(mode='json')) for f in (a, b))
+    return [Difference(f, first.get(f), second.get(f)) for f in dict.fromkeys([*first, *second])
+            if first.get(f) != second.get(f)]
+
+def files_table(a: EndpointFile, b: EndpointFile, names: tuple[str, str]) -> Table:
+    "Two files side by side, for people"
+    table = Table('field', *names, box=None)
+    for d in file_differences(a, b):
+        hidden = d.field.startswith('env.') and SECRET.search(d.field)
+        def shown(value: Any, hidden: Any = hidden) -> str:
+            if value in (None, '', ()): return '-'
+            return '••••' if hidden else escape(', '.join(value) if isinstance(value, tuple) else str(value))
+        table.add_row(d.field, shown(d.remote), shown(d.desired))
+    return table
+
 # %% ../nbs/52_endpoint.ipynb #3bc3bced
 class OutcomeUnknown(EndpointError):
     "A creation whose answer is lost: it may or may not have happened"
@@ -342,7 +361,7 @@ def make_plan(
 ) -> Plan:
     "Compare the file with RunPod; FileError lists what cannot work, before RunPod is asked"
     problems, notes = check_file(file, environ, runs)
-    if problems: raise _faulty('endpoint.toml', problems)
+    if problems: raise _faulty(f'the file of {file.name}', problems)
     remote = find(control, file.name)
     models: tuple[str, ...] | None = ()
     order: tuple[str, ...] = ()
