@@ -158,6 +158,7 @@ class ControlPlane:
         self.releases: dict[str, list[dict]] = {}
         self.workers: dict[str, list[dict]] = {}
         self.logs: dict[str, list[dict]] = {} # worker id -> {source, line}
+        self.jobs: dict[str, dict] = {} # job id -> what `/status` answers
         jobs = ('completed', 'failed', 'inProgress', 'inQueue', 'retried')
         self.health = {'jobs': dict.fromkeys(jobs, 0), 'workers': {'idle': 0, 'running': 0}}
         self.asked: list[tuple[str, str, dict | None]] = []
@@ -353,6 +354,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, path: str, body) -> tuple[int, object]:
         if path == '/graphql': return self.plane.graphql(body)
+        if job := re.fullmatch(r'/jobs/\w+/status/([\w-]+)', path):
+            if job[1] not in self.plane.jobs: raise Refused(404, 'job not found')
+            return 200, self.plane.jobs[job[1]]
         if path.startswith('/jobs/'): return 200, self.plane.health
         return self.plane.rest(self.command, path, body)
 

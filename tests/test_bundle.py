@@ -81,8 +81,8 @@ def built(shop) -> Path:
     with whole_file(Path(shop.env['MODELS_DIR']) / 'embeddings' / EMBEDDING.name) as part:
         part.parent.mkdir(exist_ok=True)
         part.write_bytes(embedding_bytes())
-    (shop.folder / 'bundle').mkdir()
-    (shop.folder / 'bundle/left-over.safetensors').touch()
+    (shop.folder / 'bundle/vae').mkdir(parents=True)
+    (shop.folder / 'bundle/vae/left-over.safetensors').touch()
     done = shop.cli('bundle', 'build', shop.folder / 'bundle')
     assert done.returncode == 0, done.stderr
     return shop.folder / 'bundle'

@@ -337,6 +337,22 @@ def test_checks_before_any_call(control, plane, tmp_path, edits, image, words):
 def test_a_file_with_a_mistake_names_it(tmp_path, edit, words):
     with pytest.raises(ValueError, match=re.escape(words)): edited(tmp_path, edit)
 
+NUMBERS = ['disk_gb', 'execution_timeout_s', 'job_ttl_s', 'init_timeout_s', 'min', 'max', 'idle_s']
+NOT_A_NUMBER = ['"1"', '1.0', 'true', '[1]', '{}', '2026-01-02']
+MISTYPED = [ # key, value
+    *((key, value) for key in NUMBERS for value in NOT_A_NUMBER),
+    *((key, value) for key in ('max_seconds', 'queue_delay_s') for value in ('"1"', 'true', 'inf', 'nan', '[1]')),
+    *((key, value) for key in ('name', 'type', 'profile', 'min_cuda') for value in ('12.8', '1', 'true', '["a"]')),
+    *(('flashboot', value) for value in ('"true"', '1', '0', '"on"')),
+    *((key, value) for key in ('order', 'excluded_types', 'from_environment') for value in ('"A"', '[1]', '1', '{}')),
+    *(('OUTPUT_PREFIX', value) for value in ('1', 'true', '["a"]')),
+]
+
+@pytest.mark.parametrize('key, value', MISTYPED)
+def test_a_value_of_another_type_is_refused(tmp_path, key, value):
+    with pytest.raises(FileError) as e: edited(tmp_path, (rf'^{key} = .*', f'{key} = {value}'))
+    assert re.search(rf'\b{key}\b', str(e.value)), e.value
+
 def test_the_file_of_this_repository(tmp_path):
     file = edited(tmp_path)
     assert check_file(file, OPERATOR, runs={})[0] == []
@@ -531,6 +547,60 @@ def test_exit_codes(operator, monkeypatch, args, more, code, words):
     assert done.exit_code == code, done.output
     assert words in done.output, done.output
 
+# %% without a key, a network or a secret
+BARE = {'RUNPOD_API_KEY': '', 'RUNPOD_API_BASE_URL': 'http://127.0.0.1:9', **dict.fromkeys(OPERATOR, '')}
+
+OFFLINE = [ # lines of the file; image; exit code; what is said
+    ([], (), 0, ['wan22-animate', 'from your environment', 'rendering 10 s of video', 'flex prices of']),
+    ([], (), 0, ['`apply` will want this: image is not set', 'will want this: MINIO_ENDPOINT, MINIO_ACCESS_KEY']),
+    ([], ('--image', IMAGE), 0, [IMAGE, '0.']),
+    ([], ('--image', 'me/worker:latest'), 2, ['me/worker:latest can mean other content']),
+    ([('disk_gb = 120', 'disk_gb = 3'), ('max = 1 ', 'max = 4 '), ('"ADA_80_PRO"', '"H100"')], (), 2,
+     ['disk_gb is 3', 'workers.max is 4', "gpu.order has 'H100'"]),
+    ([('"wan22-animate"', '"wan23"'), ('max = 1 ', 'max = 4 '), ('[env]', '[env]\nHF_TOKEN = "x"')], (), 2,
+     ["profile 'wan23' does not exist", 'workers.max is 4', 'env.HF_TOKEN looks like a secret']),
+    ([('disk_gb = 120', 'disk_gb = "120"'), ('min = 0', 'mim = 0')], (), 2,
+     ["disk_gb is '120'", 'workers.mim is not a key of this file']),
+]
+
+@pytest.mark.parametrize('edits, image, code, said', OFFLINE)
+def test_plan_offline_needs_nobody(operator, plane, edits, image, code, said):
+    text = Path('endpoint.toml').read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    Path('endpoint.toml').write_text(text)
+    done = operator('plan', '--offline', *image, **BARE)
+    assert done.exit_code == code, done.output
+    assert [words for words in said if words not in done.output] == []
+    assert plane.asked == []
+
+DIFFERS = [ # lines of the second file; what the rows say
+    ([], []),
+    ([('max_seconds = 10', 'max_seconds = 5')], ['max_seconds 10.0 5.0']),
+    ([('min = 0', 'min = 1'), ('idle_s = 5', 'idle_s = 60')], ['workers.min 0 1', 'workers.idle_s 5 60']),
+    ([('[env]', '[env]\nHF_TOKEN = "hidden-token"')], ['env.HF_TOKEN - ••••']),
+    ([('excluded_types = []', 'excluded_types = ["NVIDIA L40"]')], ['gpu.excluded_types - NVIDIA L40']),
+    ([('[env]', '[cached_model]\nmodel = "a/b"\n[env]')],
+     ['cached_model.model - a/b', 'cached_model.revision - main']),
+]
+
+@pytest.mark.parametrize('edits, rows', DIFFERS)
+def test_two_environments_are_compared(operator, plane, edits, rows):
+    text = Path('endpoint.toml').read_text()
+    Path('endpoint.staging.toml').write_text(text)
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    Path('endpoint.prod.toml').write_text(text)
+    done = operator('diff', 'staging', 'endpoint.prod.toml', '--exit-code', **BARE)
+    assert done.exit_code == int(bool(rows)), done.output
+    note, _, *said = [' '.join(line.split()) for line in done.stdout.splitlines()]
+    assert note.startswith('note: both are called wan-avatar')
+    assert said == rows
+    assert 'hidden-token' not in done.output
+    assert plane.asked == []
+
 # %% image
 STUB = '''#!/bin/sh
 # stands in for docker: writes down how it was called, answers what is asked about images; REMOTE: what the registry has
@@ -596,6 +666,30 @@ def test_tag_build_push(checkout, monkeypatch):
     assert taken.exit_code == 2
     assert 'a tag keeps its content' in taken.output
     assert 'push' not in ' '.join(called(checkout)[before - 1:])
+
+REPOSITORIES = { # named; taken?
+    'me/worker': True,
+    'worker': True,
+    'registry.example.org:5000/team/avatar_worker': True,
+    'me/worker:latest': False,
+    'me/worker@sha256:d1': False,
+    'Me/Worker': False,
+    'https://registry.example.org/me': False,
+    'me//worker': False,
+    '-v': False,
+    '': False,
+}
+
+@pytest.mark.parametrize('name, taken', REPOSITORIES.items())
+def test_another_repository_can_be_named(checkout, name, taken):
+    done = {command: image(command, f'--repository={name}') for command in ('tag', 'build', 'push')}
+    assert {d.exit_code for d in done.values()} == {0 if taken else 2}, [d.output for d in done.values()]
+    tag = done['tag'].stdout.strip()
+    if not taken: assert called(checkout) == []
+    else:
+        assert tag.startswith(f'{name}:wan-worker-20')
+        assert any(f'--tag {tag} ' in line for line in called(checkout))
+        assert f'push {tag}' in called(checkout)
 
 def test_uncommitted_files_need_a_word(checkout):
     (checkout / 'new.py').write_text('')

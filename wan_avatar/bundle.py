@@ -7,6 +7,7 @@ __all__ = ['own_lock', 'relocated', 'readme', 'place_file', 'default_embedding',
            'bundle_revision']
 
 # %% ../nbs/53_bundle.ipynb #a3d3ad34
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -84,15 +85,17 @@ def default_embedding(profile: Profile, models_dir: Path) -> Path | None:
 
 # %% ../nbs/53_bundle.ipynb #14371abc
 def build(
-    folder: Path, # gets the bundle; files that do not belong to it are removed
+    folder: Path, # new, or a bundle: its files that do not belong to this one are removed
     profile: Profile,
     lock: Lock,
     models_dir: Path, # holds every file
     text_encoder: bool = False,
     say: Callable[[str], None] = lambda text: None # told each file
 ) -> Lock: # its own
-    "Make the folder; JobError says what is missing"
+    "Make the folder; JobError says what is missing, FileExistsError that the folder is somebody else's"
     own = own_lock(lock, profile, text_encoder)
+    if not own.files: raise JobError('bad_input', f'profile {profile.name} has no files in the lock; name another one')
+    _refuse_strangers(folder, own)
     embedding = default_embedding(profile, models_dir)
     if profile.prompt and not embedding and not text_encoder:
         why = (f'no embedding of the default prompt in {models_dir / "embeddings"}; '
@@ -109,6 +112,14 @@ def build(
         parts[place] = embedding
     _write(folder, parts, {'models.lock.json': dump_lock(own), 'README.md': readme(own, profile.name, place)}, say)
     return own
+
+def _refuse_strangers(folder: Path, own: Lock) -> None:
+    "FileExistsError for a folder that is neither a bundle nor the begin of one: what is in it would be removed"
+    if not folder.exists() or (folder / 'models.lock.json').is_file(): return
+    begun = {f.folder for f in own.files.values()} | {'embeddings', 'README.md', '.cache'}
+    if strangers := sorted({p.name for p in folder.iterdir()} - begun):
+        why = f'it holds {strangers[0]}, and a bundle has its folder to itself'
+        raise FileExistsError(errno.EEXIST, why, str(folder))
 
 def _write(folder: Path, parts: dict[str, Path], texts: dict[str, str], say: Callable[[str], None]) -> None:
     "Files and texts into the folder; anything else there is removed, but for the cache of an upload"

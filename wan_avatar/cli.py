@@ -40,6 +40,7 @@ from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_estimate import estimates
 from .cli_experiment import experiments
+from .cli_operate import operate
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upload_as, upload_file
 from .job import JobError, check_key, parse_job, shorten
@@ -68,6 +69,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(checks) # without a name: its commands stand beside those of this notebook
 app.add_typer(estimates)
 app.add_typer(experiments)
+app.add_typer(operate)
 app.add_typer(models, name='models')
 app.add_typer(bundle, name='bundle')
 app.add_typer(image_app, name='image')
@@ -249,9 +251,9 @@ def _put_as(path: Path, key: str, store: Store) -> str: # the key
 @app.command(name='up')
 def _up(
     folder: Folder = LOCAL,
-    port: Annotated[int, typer.Option(help='0: any free one')] = 0,
-    idle: Annotated[float, typer.Option(help='seconds after which an idle worker stops')] = 60,
-    workers: Annotated[int, typer.Option(help='at most so many at once')] = 1
+    port: Annotated[int, typer.Option(min=0, max=65535, help='0: any free one')] = 0,
+    idle: Annotated[float, typer.Option(min=0, help='seconds after which an idle worker stops')] = 60,
+    workers: Annotated[int, typer.Option(min=1, help='at most so many at once')] = 1
 ) -> None:
     "Run the endpoint and its bucket on this machine until Ctrl-C."
     console = Console()

@@ -232,7 +232,8 @@ def profiles() -> None:
 # %% ../nbs/60_cli_checks.ipynb #0e23a5e4
 @checks.command(name='tiny-weights')
 def _tiny_weights(
-    folder: Annotated[Path, typer.Argument(help='a MODELS_DIR')],
+    folder: Annotated[Path, typer.Argument(
+        help='a worker\'s MODELS_DIR; runs/local/models is that of `wan-avatar up`')],
     face: Annotated[bool, typer.Option(help='with the encoders of the close-up, 71 MB')] = False
 ) -> None:
     "Write tiny random checkpoints for the profile wan22-animate-tiny."
@@ -240,5 +241,7 @@ def _tiny_weights(
     python = comfy / 'env/bin/python'
     if not python.exists():
         exit_with(f'no ComfyUI environment in {comfy}; run make setup, or set COMFY_DIR', Code.USAGE)
+    with exit_on_error(): folder.mkdir(parents=True, exist_ok=True)
     argv = [python, '-m', 'wan_avatar.tiny', folder, comfy / 'ComfyUI', *(['face'] if face else [])]
-    raise typer.Exit(subprocess.run([str(a) for a in argv], check=False).returncode)
+    if code := subprocess.run([str(a) for a in argv], check=False).returncode: raise typer.Exit(code)
+    print(f'workers with MODELS_DIR={folder.resolve()} find them')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['API', 'JOBS', 'request_body', 'model_references', 'Difference', 'endpoint_differences', 'Plan', 'plan_for',
-           'difference_table', 'OutcomeUnknown', 'Control', 'find', 'create', 'graphql', 'read_record', 'save_models',
-           'make_plan', 'apply', 'delete', 'State', 'last_errors', 'read_log', 'read_state', 'state_tables',
-           'control_from']
+           'difference_table', 'file_table', 'check_offline', 'file_differences', 'files_table', 'OutcomeUnknown',
+           'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'make_plan', 'apply', 'delete',
+           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
 
 # %% ../nbs/52_endpoint.ipynb #d6b45330
 import dataclasses
@@ -23,12 +23,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from .client import EndpointError
-from .endpoint_file import EndpointFile, FileError, Gpu, check_file, job_seconds
+from wan_avatar.endpoint_file import (
+    SECRET,
+    EndpointFile,
+    FileError,
+    Gpu,
+    check_file,
+    file_findings,
+    job_seconds,
+    missing_to_apply,
+)
 from .forecast import Runs
+from .job import shorten
 from .retry import RetryPolicy, TransientError, retry, retry_after
 
 API = 'https://api.runpod.io' # RUNPOD_API_BASE_URL
 JOBS = 'https://api.runpod.ai/v2' # RUNPOD_ENDPOINT_BASE_URL
+_ELSEWHERE = 'check RUNPOD_API_BASE_URL and RUNPOD_ENDPOINT_BASE_URL'
 
 # %% ../nbs/52_endpoint.ipynb #e758f3ae
 def request_body(
@@ -164,6 +175,47 @@ def _shown_value(plan: Plan, name: str, value: Any) -> str:
     if name.startswith('env.') and name.removeprefix('env.') not in open_values: return '••••'
     return escape(', '.join(map(str, value)) if isinstance(value, tuple) else str(value))
 
+# %% ../nbs/52_endpoint.ipynb #31d899b1
+def file_table(file: EndpointFile) -> Table:
+    "What a file asks RunPod for, for people"
+    table = Table('field', 'value', title=f'{file.name}, as the file says', title_justify='left', box=None)
+    plan = Plan('create', file, request_body(file, {}))
+    for d in (*(Difference(f, None, v) for f, v in _flat(plan.body).items()), *plan.by_graphql):
+        given = d.field.removeprefix('env.') in file.secrets.from_environment
+        table.add_row(d.field, 'from your environment' if given else _shown_value(plan, d.field, d.desired))
+    return table
+
+def check_offline(
+    file: EndpointFile,
+    name: str, # of the file, for the error
+    runs: Runs | None = None # of GPUs; default: those of this checkout
+) -> list[str]: # notes
+    "FileError lists every fault of a file; nobody is asked, and no variable is read"
+    problems, notes = file_findings(file, runs)
+    if problems: raise _faulty(name, problems)
+    return [*notes, *(f'`apply` will want this: {lack}' for lack in missing_to_apply(file, {}))]
+
+def _faulty(name: str, problems: list[str]) -> FileError:
+    return FileError(f'{name} cannot be applied:\n' + '\n'.join(f'  {p}' for p in problems))
+
+# %% ../nbs/52_endpoint.ipynb #15fad8a9
+def file_differences(a: EndpointFile, b: EndpointFile) -> list[Difference]: # `remote` is a's value, `desired` b's
+    "What two files say differently"
+    first, second = (_flat(f.model_dump(mode='json')) for f in (a, b))
+    return [Difference(f, first.get(f), second.get(f)) for f in dict.fromkeys([*first, *second])
+            if first.get(f) != second.get(f)]
+
+def files_table(a: EndpointFile, b: EndpointFile, names: tuple[str, str]) -> Table:
+    "Two files side by side, for people"
+    table = Table('field', *names, box=None)
+    for d in file_differences(a, b):
+        hidden = d.field.startswith('env.') and SECRET.search(d.field)
+        def shown(value: Any, hidden: Any = hidden) -> str:
+            if value in (None, '', ()): return '-'
+            return '••••' if hidden else escape(', '.join(value) if isinstance(value, tuple) else str(value))
+        table.add_row(d.field, shown(d.remote), shown(d.desired))
+    return table
+
 # %% ../nbs/52_endpoint.ipynb #3bc3bced
 class OutcomeUnknown(EndpointError):
     "A creation whose answer is lost: it may or may not have happened"
@@ -199,7 +251,15 @@ class Control:
         policy = RetryPolicy(attempts=self.attempts, first_s=1.3)
         try: answer = retry(lambda: self._once(method, url, body), policy, request, pause=self.pause)
         except TransientError as e: raise EndpointError(f'{request}: {e}, {self.attempts} times') from None
-        return answer.json() if answer.content else None
+        try: return answer.json() if answer.content else None
+        except ValueError: # a web page, or another service
+            raise EndpointError(self.masked(f'{request} answered {shorten(answer.text)}; {_ELSEWHERE}')) from None
+
+    def get(self, path: str, name: str, jobs: bool = False) -> dict[str, Any]:
+        "An answer that holds this name; EndpointError when it does not: it is not RunPod that answers"
+        answer = self.call('GET', path, jobs=jobs)
+        if isinstance(answer, dict) and name in answer: return answer
+        raise EndpointError(self.masked(f'GET {path}: the answer has no {name}; {_ELSEWHERE}'))
 
     def _once(self, method: str, url: str, body: Any) -> httpx2.Response: # TransientError when it may be tried again
         creates = method == 'POST' and not url.endswith('/graphql')
@@ -234,7 +294,7 @@ def find(
     name: str
 ) -> dict[str, Any] | None:
     "The endpoint of this name; EndpointError when there are several"
-    found = [e for e in control.call('GET', '/v2/serverless')['endpoints'] if e['name'] == name]
+    found = [e for e in control.get('/v2/serverless', 'endpoints')['endpoints'] if e['name'] == name]
     if len(found) > 1:
         ids = ', '.join(e['id'] for e in found)
         raise EndpointError(f'{len(found)} endpoints are called {name}: {ids}; '
@@ -301,7 +361,7 @@ def make_plan(
 ) -> Plan:
     "Compare the file with RunPod; FileError lists what cannot work, before RunPod is asked"
     problems, notes = check_file(file, environ, runs)
-    if problems: raise FileError('endpoint.toml cannot be applied:\n' + '\n'.join(f'  {p}' for p in problems))
+    if problems: raise _faulty(f'the file of {file.name}', problems)
     remote = find(control, file.name)
     models: tuple[str, ...] | None = ()
     order: tuple[str, ...] = ()
@@ -400,12 +460,12 @@ def read_state(
 ) -> State:
     "Workers, queue, releases, and the last errors of the workers' logs"
     path = f'/v2/serverless/{endpoint_id}'
-    workers = control.call('GET', f'{path}/workers')['workers']
+    workers = control.get(f'{path}/workers', 'workers')['workers']
     errors = [(w['id'], line) for w in workers for line in last_errors(read_log(control, endpoint_id, w['id']))]
     return State(endpoint=control.call('GET', path),
                  workers=workers,
-                 health=control.call('GET', f'/{endpoint_id}/health', jobs=True),
-                 releases=control.call('GET', f'{path}/releases')['releases'],
+                 health=control.get(f'/{endpoint_id}/health', 'jobs', jobs=True),
+                 releases=control.get(f'{path}/releases', 'releases')['releases'],
                  errors=errors)
 
 def state_tables(state: State) -> list[Table]:
@@ -445,9 +505,11 @@ def control_from(
     file: EndpointFile | None = None # whose secrets must not be shown
 ) -> Control:
     "RunPod's control plane, with the operator's key; EndpointError when there is none"
-    if not environ.get('RUNPOD_API_KEY'):
-        raise EndpointError('RUNPOD_API_KEY is not set; make a key at RunPod under Settings, API keys')
+    key = environ.get('RUNPOD_API_KEY')
+    if not key: raise EndpointError('RUNPOD_API_KEY is not set; make a key at RunPod under Settings, API keys')
+    if not re.fullmatch(r'[\x21-\x7e]+', key): # no header can hold it
+        raise EndpointError('RUNPOD_API_KEY has a blank or a line end in it, or a character that is not ASCII')
     hidden = tuple(environ.get(n, '') for n in (file.secrets.from_environment if file else ()))
     base = environ.get('RUNPOD_API_BASE_URL') or API
     jobs = environ.get('RUNPOD_ENDPOINT_BASE_URL') or JOBS
-    return Control(environ['RUNPOD_API_KEY'], base, jobs, hidden)
+    return Control(key, base, jobs, hidden)

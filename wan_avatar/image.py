@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .files import whole_file
+from .job import shorten
 from .models import Lock, load_lock
 
 # %% ../nbs/56_image.ipynb #1c446d7d
-REPOSITORY = 'dexsynccom/twin-avatar'
+REPOSITORY = 'dexsynccom/twin-avatar' # the plan's; --repository names another
 
 class ImageError(Exception):
     "The image cannot be named, built or pushed; says what to do"
@@ -49,17 +50,24 @@ def read_commit(
     return Commit(sha, day, tuple(line[3:] for line in git('status', '--porcelain').splitlines()))
 
 # %% ../nbs/56_image.ipynb #8f75c60d
+_WORD = '[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*'
+_REPOSITORY = re.compile(rf'(?:[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]+)?/)?{_WORD}(?:/{_WORD})*')
+
 def image_tag(
     commit: Commit,
-    dirty: bool = False # allow uncommitted files
+    dirty: bool = False, # allow uncommitted files
+    repository: str = REPOSITORY
 ) -> str:
-    "`repository:wan-worker-YYYYMMDD-<gitsha>`; ImageError on uncommitted files"
+    "`repository:wan-worker-YYYYMMDD-<gitsha>`; ImageError on uncommitted files, and on what is no repository"
+    if not _REPOSITORY.fullmatch(repository):
+        raise ImageError(f'repository {shorten(repository)} is none; it is lower-case words with slashes between, '
+                         'perhaps after host[:port]/, and without a tag')
     changed = commit.changed
     if changed and not dirty:
         some = ', '.join(changed[:3]) + (', …' if len(changed) > 3 else '')
         raise ImageError(f'{len(changed)} files are not committed ({some}); '
                          'commit them, or say --dirty for an image that is not to be deployed')
-    return f'{REPOSITORY}:wan-worker-{commit.day}-{commit.sha[:12]}' + ('-dirty' if changed else '')
+    return f'{repository}:wan-worker-{commit.day}-{commit.sha[:12]}' + ('-dirty' if changed else '')
 
 # %% ../nbs/56_image.ipynb #b6905c3c
 def lock_of(root: Path) -> Lock:
@@ -214,11 +222,12 @@ def inspect(tag: str) -> Built:
 # %% ../nbs/56_image.ipynb #ed533851
 def build_image(
     root: Path, # of the checkout
-    dirty: bool = False # allow uncommitted files
+    dirty: bool = False, # allow uncommitted files
+    repository: str = REPOSITORY
 ) -> Built:
     "Build the image of a checkout under its tag"
     commit = read_commit(root)
-    tag = image_tag(commit, dirty)
+    tag = image_tag(commit, dirty, repository)
     arguments = build_arguments(lock_of(root), commit, read_metadata(root)['version'])
     if old := stale_requirements(root):
         raise ImageError(f'settings.ini has changed since {", ".join(old)} were compiled; run: wan-avatar image lock')
@@ -228,10 +237,11 @@ def build_image(
 
 def push_image(
     root: Path, # of the checkout
-    dirty: bool = False # push an image that is not to be deployed
+    dirty: bool = False, # push an image that is not to be deployed
+    repository: str = REPOSITORY
 ) -> Built:
     "Push the image of a checkout; ImageError when the tag is taken by other content"
-    tag = image_tag(read_commit(root), dirty)
+    tag = image_tag(read_commit(root), dirty, repository)
     local = inspect(tag)
     remote = _in_registry(tag)
     if remote and remote != local.digest and not tag.endswith('-dirty'):

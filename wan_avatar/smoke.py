@@ -418,6 +418,7 @@ def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict[s
     summary = {'report': 'smoke', 'endpoint': endpoint, 'ok': all(r.ok for r in found), 'checks': checks}
     summary |= {'quality': quality}
     summary |= summarise(records)
+    folder.mkdir(parents=True, exist_ok=True) # no job may have come so far as to make it
     write_records(folder / 'records.jsonl', records)
     with whole_file(folder / 'summary.json') as part: part.write_text(json.dumps(summary, indent=1) + '\n')
     return summary

@@ -226,6 +226,8 @@ def exit_on_error(
     except (InputRefused, RunsAlready) as e: exit_with(str(e), Code.USAGE)
     except ReportFailed as e: exit_with(str(e), Code.JOB_FAILED)
     except JobError as e: exit_with(str(e), Code.UNREACHABLE if e.code == 'storage_failed' else Code.JOB_FAILED)
+    except OSError as e: # a file where a folder is meant, a disk that takes nothing, a port that is taken
+        exit_with(f'{e.filename} cannot be used: {e.strerror}' if e.filename else str(e), Code.USAGE)
     except KeyboardInterrupt: exit_with('interrupted', Code.INTERRUPTED)
 
 def exit_with(message: str, code: Code) -> NoReturn:

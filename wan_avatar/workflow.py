@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -495,10 +496,10 @@ def check_weights(
     parts = [f'{sum(sizes):,} bytes'] * bool(sizes) + [f'{unknown} of unknown size'] * bool(unknown)
     lacks = f'profile {profile.name} lacks {len(missing)} files ({" and ".join(parts)}) in MODELS_DIR'
     places = ', '.join(w.place for w in missing)
-    raise JobError('models_unavailable', f'{lacks}: {places}; {_remedy(profile, missing)}')
+    raise JobError('models_unavailable', f'{lacks}: {places}; {_remedy(profile, missing, models_dir)}')
 
-def _remedy(profile: Profile, missing: list[Weight]) -> str:
-    if profile.name == TINY.name: return 'run: wan-avatar tiny-weights MODELS_DIR'
+def _remedy(profile: Profile, missing: list[Weight], models_dir: Path) -> str:
+    if profile.name == TINY.name: return f'run: wan-avatar tiny-weights {shlex.quote(str(models_dir))}'
     pinned = {f.place for f in _LOCKED.values()}
     if {w.place for w in missing} <= pinned: return f'run: wan-avatar models fetch --profile {profile.name}'
     return 'put them there'
