@@ -38,7 +38,7 @@ from wan_avatar.access import (
 )
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
-from .cli_estimate import estimates
+from .cli_estimate import estimate_app
 from .cli_experiment import experiments
 from .cli_operate import operate
 from .cli_weights import bundle, models
@@ -67,7 +67,7 @@ from .timeline import draw_timeline
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Avatar videos: the person of a picture in place of the person of a video.')
 app.add_typer(checks) # without a name: its commands stand beside those of this notebook
-app.add_typer(estimates)
+app.add_typer(estimate_app)
 app.add_typer(experiments)
 app.add_typer(operate)
 app.add_typer(models, name='models')
