@@ -216,6 +216,11 @@ class Interrupts:
         self.presses += 1
         if not self.holding or self.presses > 1: raise KeyboardInterrupt
 
+    def ignore(self) -> None:
+        "The process is on its way out: more of them, after the block too, change nothing"
+        self.before = dict.fromkeys(self.before, signal.SIG_IGN)
+        for number in self.before: signal.signal(number, signal.SIG_IGN)
+
     @contextmanager
     def held_back(self) -> Iterator[None]:
         "The first press takes effect at the end of the block, a second one at once"
