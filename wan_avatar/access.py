@@ -66,7 +66,7 @@ def find_endpoint(
             raise EndpointError('no --endpoint given and none runs here; '
                                 'start one with `wan-avatar up`, or name RunPod\'s')
         left = EndpointAccess(**json.loads(note.read_text()))
-        if _answers(left.endpoint): return left
+        if _is_reached(left.endpoint): return left
         raise EndpointError(f'the endpoint that ran in {folder} was killed; start it again with `wan-avatar up`')
     if not environ.get('RUNPOD_API_KEY'):
         raise EndpointError(f'--endpoint {endpoint} needs RUNPOD_API_KEY in the environment')
@@ -74,7 +74,7 @@ def find_endpoint(
     address = endpoint if '://' in endpoint else f'{jobs}/{endpoint}'
     return EndpointAccess(address, environ['RUNPOD_API_KEY'], environ)
 
-def _answers(endpoint: str) -> bool: # of this machine
+def _is_reached(endpoint: str) -> bool: # of this machine
     address = urlsplit(endpoint)
     try: socket.create_connection((address.hostname or '', address.port or 80), timeout=5).close()
     except OSError: return False
