@@ -252,7 +252,7 @@ def test_a_job_whose_time_to_live_ends_is_not_waited_for(place):
     assert (f'job {said["id"]}\n' in done.stderr, said['status']) == (True, 'UNKNOWN')
     assert 'may go on' not in done.stderr
 
-@pytest.mark.parametrize('prompt, code', [('show', Code.OK), ('fail', Code.JOB_FAILED), ('wait', Code.INTERRUPTED)])
+@pytest.mark.parametrize('prompt, code', [('show', Code.OK), ('wait', Code.INTERRUPTED)])
 def test_the_object_goes_to_stdout_when_bars_are_on_the_terminal(place, prompt, code):
     screen, terminal = pty.openpty()
     child = place.start(*JOB, '--prompt', prompt, '--json', stderr=terminal)

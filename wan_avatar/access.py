@@ -13,12 +13,14 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from .client import Client, EndpointError, Status, UnknownJob, find_forgotten, upload_file
 from .config import SettingsError, load_settings
@@ -63,12 +65,20 @@ def find_endpoint(
         if not note.exists():
             raise EndpointError('no --endpoint given and none runs here; '
                                 'start one with `wan-avatar up`, or name RunPod\'s')
-        return EndpointAccess(**json.loads(note.read_text()))
+        left = EndpointAccess(**json.loads(note.read_text()))
+        if _is_reached(left.endpoint): return left
+        raise EndpointError(f'the endpoint that ran in {folder} was killed; start it again with `wan-avatar up`')
     if not environ.get('RUNPOD_API_KEY'):
         raise EndpointError(f'--endpoint {endpoint} needs RUNPOD_API_KEY in the environment')
     jobs = environ.get('RUNPOD_ENDPOINT_BASE_URL') or JOBS # as RunPod's own client has it
     address = endpoint if '://' in endpoint else f'{jobs}/{endpoint}'
     return EndpointAccess(address, environ['RUNPOD_API_KEY'], environ)
+
+def _is_reached(endpoint: str) -> bool: # of this machine
+    address = urlsplit(endpoint)
+    try: socket.create_connection((address.hostname or '', address.port or 80), timeout=5).close()
+    except OSError: return False
+    return True
 
 def note_endpoint(local: Local, folder: Path) -> EndpointAccess:
     "Write down how to reach a local endpoint, for other commands of the same user"
@@ -205,6 +215,11 @@ class Interrupts:
         if same: return
         self.presses += 1
         if not self.holding or self.presses > 1: raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        "The process is on its way out: more of them, after the block too, change nothing"
+        self.before = dict.fromkeys(self.before, signal.SIG_IGN)
+        for number in self.before: signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def held_back(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -114,21 +114,22 @@ def _run_job(client: Client, submit: Callable[[], Status], screen: JobScreen, hi
         except KeyboardInterrupt:
             if sent is None: exit_with('interrupted while the job was sent; whether it was taken is not known',
                                        Code.INTERRUPTED)
-            _cancel_or_leave(client, sent, screen, hint, as_json)
+            sent = _cancel_or_leave(client, sent, screen, hint)
+            signals.ignore()
+            screen.bars.stop()
+            print(json.dumps({'id': sent.id, 'status': sent.state}) if as_json else f'{sent.id} {sent.state}')
+            raise typer.Exit(Code.INTERRUPTED) from None
         except EndpointError as e:
             if sent is not None and not isinstance(e, UnknownJob): screen.say(f'the job may go on:\n{hint(sent.id)}')
             raise
 
-def _cancel_or_leave(client: Client, sent: Status, screen: JobScreen, hint: Callable[[str], str],
-                     as_json: bool) -> NoReturn:
+def _cancel_or_leave(client: Client, sent: Status, screen: JobScreen, hint: Callable[[str], str]) -> Status:
     try:
         screen.say(f'cancelling job {sent.id}; Ctrl-C again leaves it alone')
-        sent = client.cancel(sent.id)
+        return client.cancel(sent.id)
     except KeyboardInterrupt: screen.say(f'the job was left alone:\n{hint(sent.id)}')
     except EndpointError as e: screen.say(f'the job may go on: {e}\n{hint(sent.id)}')
-    screen.bars.stop()
-    print(json.dumps({'id': sent.id, 'status': sent.state}) if as_json else f'{sent.id} {sent.state}')
-    raise typer.Exit(Code.INTERRUPTED)
+    return sent
 
 # %% ../nbs/60_cli.ipynb #7371f799
 @app.command(name='submit')
