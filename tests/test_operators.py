@@ -260,6 +260,19 @@ def test_verify_prints_what_it_verified(tmp_path):
     nothing = run(('models', 'verify'), environ)
     assert nothing.stdout.splitlines()[-1] == 'the lock has no files of profile draft: nothing was verified'
 
+@pytest.mark.parametrize('code', [0, 3])
+def test_tiny_weights_say_where_they_are(tmp_path, monkeypatch, code):
+    "ComfyUI's Python is a stand-in here; conftest's `tiny` has the true one write them"
+    python = tmp_path / 'comfy/env/bin/python'
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexit {code}\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    done = run(('tiny-weights', 'runs/local/models'), {'COMFY_DIR': str(tmp_path / 'comfy')})
+    assert done.exit_code == code, done.output
+    told = f'workers with MODELS_DIR={tmp_path}/runs/local/models find them\n'
+    assert done.stdout == ('' if code else told)
+
 def test_a_bundle_never_takes_a_folder_with_other_files(tmp_path):
     vae = replace(load_lock().files['vae'], bytes=7, sha256=hashlib.sha256(b'weights').hexdigest())
     environ = lock_with(tmp_path, vae)
