@@ -3,6 +3,8 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from conftest import ROOT
@@ -37,6 +39,8 @@ CASES = [
     (('status', 'j1'), {}, 3, 'wan-avatar up'),
     (('status', 'j1', '--endpoint', 'abc'), {}, 3, 'RUNPOD_API_KEY'),
     (('status', 'j1', '--endpoint', 'abc'), AWAY, 3, 'Connection refused'),
+    (('status', 'j1', '--endpoint', 'abc'), AWAY | {'RUNPOD_API_KEY': 'a key\n'}, 3, 'a blank or a line end'),
+    (('status', 'j1', '--endpoint', 'abc'), AWAY | {'RUNPOD_API_KEY': 'clé'}, 3, 'not ASCII'),
     (('cancel', 'j1', '--endpoint', 'abc'), AWAY, 3, 'Connection refused'),
     (('fetch', 'j1', '--endpoint', 'abc'), AWAY, 3, 'Connection refused'),
     (('fetch', 'a.mp4', '--endpoint', 'abc'), AWAY, 3, 'MINIO_ENDPOINT: not set'),
@@ -112,7 +116,8 @@ CASES = [
     (('endpoint', 'diff', 'staging', 'prod'), {}, 2, 'there is no endpoint.staging.toml'),
     (('endpoint', 'diff', 'file', 'folder'), {}, 2, 'file is no TOML'),
     (('doctor', 'now'), {}, 2, 'unexpected extra argument'),
-    (('jobs',), {}, 3, 'MINIO_ENDPOINT: not set'),
+    (('jobs',), {}, 3, 'start one with `wan-avatar up`'),
+    (('jobs',), {'MINIO_BUCKET': 'media'}, 3, 'MINIO_ENDPOINT: not set'),
     (('jobs',), SLASH, 3, 'MINIO_BUCKET: has a slash'),
     (('jobs',), BUCKET, 3, 'did not answer'),
     (('jobs', '--last', '0'), BUCKET, 2, '--last'),
@@ -183,6 +188,41 @@ def test_every_command_is_called_with_something_wrong():
     missing = [path for path in names(get_command(app)) if not any(args[:len(path)] == path for args in called)]
     assert missing == []
 
+# %% something else answers
+PAGES = ['<html>hello</html>', '[]', '{}', '""', 'null']
+ASKS = [*((command, 'j1', '--endpoint', 'abc') for command in ('status', 'cancel', 'fetch')),
+        ('endpoint', 'plan', *IMAGE, *FILE), ('endpoint', 'status', *FILE), ('endpoint', 'status', '--id', 'e1', *FILE),
+        ('endpoint', 'destroy', '--yes', *FILE), ('logs', 'w1', '--endpoint', 'e1')]
+
+class Page(BaseHTTPRequestHandler):
+    "A web server that is not RunPod's: the same page for everybody"
+    text = ''
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text.encode())
+    do_POST = do_DELETE = do_GET
+    def log_message(self, *args: object) -> None: pass
+
+@pytest.fixture(scope='module')
+def page():
+    with ThreadingHTTPServer(('127.0.0.1', 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+@pytest.mark.parametrize('text', PAGES)
+def test_what_is_not_runpod_is_told_apart(page, monkeypatch, text):
+    monkeypatch.setattr(Page, 'text', text)
+    environ = BUCKET | KEY | {'RUNPOD_ENDPOINT_BASE_URL': page, 'RUNPOD_API_BASE_URL': page}
+    for args in ASKS:
+        done = run(args, environ)
+        assert isinstance(done.exception, SystemExit), (args, done.exception)
+        assert done.exit_code == 3, (args, done.output)
+        assert len(done.stderr.splitlines()) == 1, (args, done.stderr)
+        assert KEY['RUNPOD_API_KEY'] not in done.output
+
 # %% weights
 def lock_with(folder, *files):
     "A lock whose production profile needs these files alone"
@@ -219,6 +259,19 @@ def test_verify_prints_what_it_verified(tmp_path):
     assert said == [(code, end, True) for code, end in zip((0, 1, 1), ends, strict=True)]
     nothing = run(('models', 'verify'), environ)
     assert nothing.stdout.splitlines()[-1] == 'the lock has no files of profile draft: nothing was verified'
+
+@pytest.mark.parametrize('code', [0, 3])
+def test_tiny_weights_say_where_they_are(tmp_path, monkeypatch, code):
+    "ComfyUI's Python is a stand-in here; conftest's `tiny` has the true one write them"
+    python = tmp_path / 'comfy/env/bin/python'
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexit {code}\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    done = run(('tiny-weights', 'runs/local/models'), {'COMFY_DIR': str(tmp_path / 'comfy')})
+    assert done.exit_code == code, done.output
+    told = f'workers with MODELS_DIR={tmp_path}/runs/local/models find them\n'
+    assert done.stdout == ('' if code else told)
 
 def test_a_bundle_never_takes_a_folder_with_other_files(tmp_path):
     vae = replace(load_lock().files['vae'], bytes=7, sha256=hashlib.sha256(b'weights').hexdigest())

@@ -126,14 +126,17 @@ def file_named(text: str) -> Path | None: # None: no file here
 # %% ../nbs/60_access.ipynb #608506c0
 def job_inputs(
     image: str, # file, http(s) address, or key
-    driving: str | None, # file or key; None: the worker's default
+    driving: str | None, # likewise; None: the worker's default
     access: EndpointAccess,
     say: Callable[[str], None] = lambda text: None # told what was not looked up
 ) -> dict[str, Any]: # fields of a `Job`
     "Check everything that is named, then upload what is a file here; InputRefused"
     fields: dict[str, Any] = {}
     named = {'input_image_minio_path': ('--image', image), 'driving_video_path': ('--driving', driving)}
-    if image.startswith(('http://', 'https://')): fields['input_image_url'] = named.pop('input_image_minio_path')[1]
+    urls = {'input_image_minio_path': 'input_image_url', 'driving_video_path': 'driving_video_url'}
+    for field_name, url_field in urls.items():
+        text = named[field_name][1]
+        if text and text.startswith(('http://', 'https://')): fields[url_field] = named.pop(field_name)[1]
     files = {}
     for field_name, (option, text) in named.items():
         if text is None: continue

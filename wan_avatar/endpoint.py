@@ -22,7 +22,7 @@ import httpx2
 from rich.markup import escape
 from rich.table import Table
 
-from .client import EndpointError
+from .client import EndpointError, check_api_key
 from wan_avatar.endpoint_file import (
     SECRET,
     EndpointFile,
@@ -507,8 +507,7 @@ def control_from(
     "RunPod's control plane, with the operator's key; EndpointError when there is none"
     key = environ.get('RUNPOD_API_KEY')
     if not key: raise EndpointError('RUNPOD_API_KEY is not set; make a key at RunPod under Settings, API keys')
-    if not re.fullmatch(r'[\x21-\x7e]+', key): # no header can hold it
-        raise EndpointError('RUNPOD_API_KEY has a blank or a line end in it, or a character that is not ASCII')
+    check_api_key(key)
     hidden = tuple(environ.get(n, '') for n in (file.secrets.from_environment if file else ()))
     base = environ.get('RUNPOD_API_BASE_URL') or API
     jobs = environ.get('RUNPOD_ENDPOINT_BASE_URL') or JOBS
