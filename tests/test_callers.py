@@ -100,7 +100,7 @@ KEY = ('--image', 'people/ana')
     (('--image', 'people/an\aa'), 'no control characters'),
     (('--image', 'an\0a.png'), 'not a file here'),
     ((*KEY, '--driving', 'wave.mp4'), '--driving \'wave.mp4\' is neither'),
-    ((*KEY, '--driving', 'https:///wave.mp4'), 'driving_video_url'),
+    ((*KEY, '--driving', 'https://'), 'driving_video_url'),
     ((*KEY, '--duration', '90'), 'duration_seconds 90 is more than max_seconds 60'),
     ((*KEY, '--start', '-1'), 'start_seconds'),
     ((*KEY, '--quality', 'perfect'), 'quality'),
