@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from wan_avatar.access import local_endpoint
+from wan_avatar.access import find_endpoint, local_endpoint
+from wan_avatar.client import EndpointError
 from wan_avatar.cli import app
 from wan_avatar.terminal import Code
 
@@ -351,3 +352,8 @@ def test_the_snippet_of_the_readme(place, prompt, state):
         assert said == ['FAILED no_person: nobody is to be seen']
         assert [(told['id'], told['status'], told['error']) for told in hook.told] == [(job, state, said[0][7:])]
     else: assert said == [f'avatars/{job}.mp4 http://127.0.0.1/signed']
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"endpoint": 1}', '{"what": 2}', '5'])
+def test_a_damaged_note_of_an_endpoint_is_one_line(tmp_path, text):
+    (tmp_path / 'up.json').write_text(text)
+    with pytest.raises(EndpointError, match='is damaged'): find_endpoint(None, {}, tmp_path)

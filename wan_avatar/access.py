@@ -65,7 +65,10 @@ def find_endpoint(
         if not note.exists():
             raise EndpointError('no --endpoint given and none runs here; '
                                 'start one with `wan-avatar up`, or name RunPod\'s')
-        left = EndpointAccess(**json.loads(note.read_text()))
+        try: left = EndpointAccess(**json.loads(note.read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            why = f'{note} is damaged ({type(e).__name__}); remove it, and start `wan-avatar up` again'
+            raise EndpointError(why) from None
         if _is_reached(left.endpoint): return left
         raise EndpointError(f'the endpoint that ran in {folder} was killed; start it again with `wan-avatar up`')
     if not environ.get('RUNPOD_API_KEY'):
