@@ -16,8 +16,8 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 from wan_avatar.access import find_endpoint, local_endpoint
-from wan_avatar.client import EndpointError
 from wan_avatar.cli import app
+from wan_avatar.client import EndpointError
 from wan_avatar.terminal import Code
 
 WORKER = """
