@@ -183,7 +183,9 @@ def ran(samples, clips, tmp_path_factory):
     file = written(folder, samples, driving=driving, rest='[variants.half]\nrelight_strength = 0.5')
     command = [ROOT / '.venv/bin/wan-avatar', 'experiment', file, '--out', folder / 'out', '--folder', folder / 'local']
     streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    with subprocess.Popen(command, cwd=ROOT, **streams, start_new_session=True) as first:
+    def heed() -> None: signal.signal(signal.SIGINT, signal.default_int_handler) # may be ignored here
+    streams |= {'start_new_session': True, 'preexec_fn': heed}
+    with subprocess.Popen(command, cwd=ROOT, **streams) as first:
         said = []
         for line in first.stdout:
             said.append(line)

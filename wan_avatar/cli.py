@@ -212,6 +212,7 @@ def _fetch(
 ) -> None:
     "Download a video and its manifest."
     with exit_on_error(as_json):
+        if out.exists() and not out.is_dir(): raise InputRefused(f'--out {out} is not a folder; name another')
         if job.endswith('.mp4'):
             now = Status(PurePosixPath(job).stem, 'COMPLETED', {'minio_key': job})
             store = find_bucket(endpoint, os.environ)
