@@ -121,7 +121,8 @@ def _sample_here(
     "Bring together what is judged"
     key = manifest.track_object
     if key is None or manifest.rendered_with is None: return 'the manifest names no track; an older worker wrote it'
-    if Path(key).stem.partition('-')[0] != sha256_of(driving): return f'{driving.name} is not the driving video of this job'
+    tracked = Path(key).stem.partition('-')[0] # behind it stands which stretch
+    if tracked != sha256_of(driving): return f'{driving.name} is not the driving video of this job'
     size, most = (manifest.width, manifest.height), manifest.duration_s + 1
     stretch = Stretch(manifest.start_s, manifest.stretch_s)
     clip = normalise_video(driving, folder / 'driving.mp4', folder / 'driving.m4a', most, size, round(manifest.fps),
