@@ -32,7 +32,7 @@ from .gpu import Options, bench_gpu
 from .job import shorten
 from .measure import table
 from .metrics import RecordsError, RunDifference
-from .reports import ReportError, ReportFailed, compare_experiment_folders, compare_folders, run_report
+from .reports import ReportError, compare_experiment_folders, compare_folders, run_report
 from .smoke import Outcome, Row, keep_summary, rows, run_smoke
 from wan_avatar.terminal import (
     AsJson,
@@ -127,11 +127,10 @@ Parameters = Annotated[list[str] | None, typer.Option(
 
 def _report(name: str, given: list[str] | None) -> None:
     "Run a report and print where everything is; exit 1 when an assert failed, 2 for a parameter it does not take"
-    try: print(run_report(name, given or (), lambda text: print(text, file=sys.stderr, flush=True)))
-    except ReportFailed as e: exit_with(str(e), Code.JOB_FAILED)
-    except ReportError as e: exit_with(str(e), Code.USAGE)
-    except ModuleNotFoundError as e:
-        exit_with(f'{e}; reports need the development requirements: make setup', Code.USAGE)
+    with exit_on_error():
+        try: print(run_report(name, given or (), lambda text: print(text, file=sys.stderr, flush=True)))
+        except ModuleNotFoundError as e:
+            exit_with(f'{e}; reports need the development requirements: make setup', Code.USAGE)
 
 @report.command(name='smoke')
 def _report_smoke(given: Parameters = None) -> None:
