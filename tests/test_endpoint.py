@@ -57,9 +57,11 @@ def test_run_to_mp4_with_the_sdk_client(local, tmp_path, monkeypatch):
     assert output['minio_key'] == f'avatars/u1/host/{request.job_id}.mp4'
     video = fetch_result(output, tmp_path, store)
     manifest = read_manifest(store, output['minio_key'])
-    figures = check_mp4(video, output['frames'], has_audio=True)
+    figures = check_mp4(video, output['frames'], has_audio=True, source_type='trainedAlgorithmicMedia')
     assert (figures.width, figures.height, figures.frames) == (1280, 720, 96)
     assert manifest.sha256 == output['sha256']
+    assert manifest.input_keys == {k: JOB[k] for k in ('input_image_minio_path', 'driving_video_path')}
+    assert manifest.rendered_with.source_type == 'trainedAlgorithmicMedia'
     status = client.status(request.job_id)
     assert status.state == 'COMPLETED'
     assert status.delay_s > 1

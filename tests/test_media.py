@@ -21,6 +21,7 @@ from wan_avatar.files import whole_file
 from wan_avatar.fit import resample
 from wan_avatar.frames import Rectangle, read_frames, thread_count
 from wan_avatar.job import JobError
+from wan_avatar.mark import COMPOSED, MADE, SOURCE_TYPES, read_mark, top_boxes, write_mark, xmp_packet
 from wan_avatar.media import probe
 from wan_avatar.mp4 import Encoder, check_mp4, filmstrip, pictures_at
 from wan_avatar.normalise import normalise_image, normalise_video
@@ -1192,9 +1193,9 @@ def test_check_names_the_figure(tmp_path):
     source = draw_test_video(tmp_path / 'in.mp4', seconds=1, audio='aac', size=(320, 240))
     audio = tmp_path / 'a.m4a'
     extract_audio(source, audio, seconds=1)
-    with Encoder(tmp_path / 'a.mp4', size=(320, 240), audio=audio) as encoder:
+    with Encoder(tmp_path / 'a.mp4', size=(320, 240), audio=audio, source_type=MADE) as encoder:
         for i in range(24): encoder.write(draw_test_picture(i))
-    good = dict(frames=24, size=(320, 240), has_audio=True, audio_s=1.0)
+    good = dict(frames=24, size=(320, 240), has_audio=True, audio_s=1.0, source_type=MADE)
     assert check_mp4(tmp_path / 'a.mp4', **good).audio_s == pytest.approx(1, abs=0.05)
     for change, says in (
         ({'frames': 25}, '25 frames'),
@@ -1202,6 +1203,7 @@ def test_check_names_the_figure(tmp_path):
         ({'has_audio': False}, 'no sound'),
         ({'fps': 25}, '25/1'),
         ({'audio_s': 0.5}, 'sound until 0.50'),
+        ({'source_type': COMPOSED}, f'digital source type {COMPOSED}; it has {MADE}'),
     ):
         with pytest.raises(JobError, match=says): check_mp4(tmp_path / 'a.mp4', **(good | change))
     data = bytearray((tmp_path / 'a.mp4').read_bytes())
@@ -1211,6 +1213,53 @@ def test_check_names_the_figure(tmp_path):
     with pytest.raises(JobError, match='internal'): check_mp4(tmp_path / 'bad.mp4', **good)
     with pytest.raises(JobError, match='moov'): check_mp4(source, **good)
 
+
+XMP_BOX = bytes.fromhex('be7acfcb97a942e89c71999491e3afac')
+
+def as_box(kind: bytes, content: bytes, length: int | None = None) -> bytes:
+    return (8 + len(content) if length is None else length).to_bytes(4, 'big') + kind + content
+
+def as_element(term: str) -> bytes: # another way to write it, which Adobe's programs take
+    return xmp_packet(MADE).replace(b' Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/'
+                                    b'trainedAlgorithmicMedia"/>',
+                                    b'><Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/newscodes/digitalsourcetype/'
+                                    + term.encode() + b'</Iptc4xmpExt:DigitalSourceType></rdf:Description>')
+
+MARKS = [ # what stands behind a video, the mark that is read
+    (b'', None),
+    (as_box(b'uuid', XMP_BOX + xmp_packet(MADE)), MADE),
+    (as_box(b'uuid', XMP_BOX + as_element(COMPOSED)), COMPOSED),
+    (as_box(b'uuid', bytes(16) + xmp_packet(MADE)), None), # somebody else's box
+    (as_box(b'uuid', bytes(16)) + as_box(b'uuid', XMP_BOX + xmp_packet(MADE)), MADE),
+    (as_box(b'uuid', XMP_BOX), None),
+    (as_box(b'uuid', XMP_BOX + b'<x'), None),
+    (as_box(b'uuid', XMP_BOX + b'\xff\xfe'), None),
+    (as_box(b'uuid', XMP_BOX + bytes(70_000)), None),
+    (as_box(b'uuid', XMP_BOX + xmp_packet(MADE), length=7), None),
+    (as_box(b'free', b'') * 200 + as_box(b'uuid', XMP_BOX + xmp_packet(MADE)), None), # nobody writes so many
+    (b'\0\0\0\1uuid', None), # a length of 64 bits that is cut off
+]
+
+@pytest.mark.parametrize('behind, found', MARKS)
+def test_the_mark_that_is_read(tmp_path, behind, found):
+    video = draw_test_video(tmp_path / 'a.mp4', seconds=0.1, size=(64, 64))
+    video.write_bytes(video.read_bytes() + behind)
+    assert read_mark(video) == found
+
+@pytest.mark.parametrize('source_type', SOURCE_TYPES)
+def test_every_mark_is_read_by_ffmpeg_and_moves_nothing(tmp_path, source_type):
+    video = draw_test_video(tmp_path / 'a.mp4', seconds=0.1, size=(64, 64))
+    before = video.read_bytes()
+    write_mark(video, source_type)
+    assert video.read_bytes().startswith(before) and read_mark(video) == source_type
+    assert [box.kind for box in top_boxes(video)][-1] == 'uuid'
+    with av.open(str(video), options={'export_xmp': '1'}) as container:
+        assert f'digitalsourcetype/{source_type}"' in container.metadata['xmp']
+
+def test_a_video_that_failed_is_not_marked(tmp_path):
+    with pytest.raises(ZeroDivisionError), Encoder(tmp_path / 'a.mp4', size=(64, 64), source_type=MADE) as encoder:
+        encoder.write(1 / 0)
+    assert not list(tmp_path.iterdir())
 
 def test_whole_file(tmp_path):
     with whole_file(tmp_path / 'a') as part:

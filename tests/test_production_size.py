@@ -66,7 +66,7 @@ def test_two_windows_at_1280x720(production, tmp_path, monkeypatch):
     assert (manifest['scene']['width'], manifest['scene']['sampled']) == (560, [560, 720]), 'sampled as it is delivered'
     assert manifest['scene']['saved'] > 2
     production.store.download(answer['minio_key'], tmp_path / 'made.mp4', 'x', 10**9)
-    check_mp4(tmp_path / 'made.mp4', FRAMES, has_audio=True)
+    check_mp4(tmp_path / 'made.mp4', FRAMES, has_audio=True, source_type='trainedAlgorithmicMedia')
     frames = np.stack(list(read_frames(tmp_path / 'made.mp4')))
     assert frames.shape == (FRAMES, 720, 1280, 3)
     assert all(f.std() > 1 for f in frames), 'a frame without a picture'

@@ -100,7 +100,10 @@ def find_bucket(
 ) -> Store:
     "The bucket whose keys an endpoint's jobs name; SettingsError"
     here = endpoint is None and (folder / 'up.json').exists()
-    return open_bucket(find_endpoint(None, environ, folder).environment if here else environ)
+    if here: return open_bucket(find_endpoint(None, environ, folder).environment)
+    if endpoint is None and not environ.get('MINIO_ENDPOINT'):
+        raise SettingsError(f'{NO_BUCKET}, and no endpoint runs here; start one with `wan-avatar up`')
+    return open_bucket(environ)
 
 # %% ../nbs/60_access.ipynb #f04135fe
 class InputRefused(Exception):

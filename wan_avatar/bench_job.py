@@ -219,8 +219,8 @@ def _beside_check_s(
     inputs = Inputs(result.parent, result, cast(Clip, clip), sha256='') # checking a result needs no more of its clip
     shutil.copy(result, inputs.result)
     attempt = Attempt(store, 'bench/result.mp4', uuid.uuid4().hex) # a video of the same attempt would not be sent again
-    check = timed_call(lambda: prove(inputs, Timeline(), sha256_of(inputs.result)))
-    upload = upload_proven(inputs, attempt, Timeline(), lambda done, total: None)
+    check = timed_call(lambda: prove(inputs, Timeline(), sha256_of(inputs.result), None))
+    upload = upload_proven(inputs, attempt, Timeline(), None, lambda done, total: None)
     both = timed_call(lambda: asyncio.run(upload))
     return max(both - check, 0.0)
 

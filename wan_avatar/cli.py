@@ -41,6 +41,7 @@ from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_estimate import estimate_app
 from .cli_experiment import experiments
+from .cli_forget import forget_app
 from .cli_operate import operate
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upload_as, upload_file
@@ -70,6 +71,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(checks) # without a name: its commands stand beside those of this notebook
 app.add_typer(estimate_app)
 app.add_typer(experiments)
+app.add_typer(forget_app)
 app.add_typer(operate)
 app.add_typer(models, name='models')
 app.add_typer(bundle, name='bundle')

@@ -13,18 +13,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from itertools import islice
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
 
-from .access import LOCAL, find_endpoint, local_environment
+from .access import LOCAL, find_bucket, find_endpoint, local_environment
 from .client import EndpointError, Status, read_manifest
 from .comfy import last_lines
-from .config import load_settings
 from .doctor import examine, report_findings
 from .endpoint import Control, control_from, read_log
 from .job import shorten
@@ -32,7 +30,7 @@ from .manifest import Manifest, ManifestDamaged
 from .metrics import JobRecord, RecordsError, billed_s, make_record, read_records, start_of
 from .prices import pool_of
 from .store import Store
-from .terminal import AsJson, Code, exit_on_error, exit_with, print_rows
+from .terminal import AsJson, Code, Endpoint, exit_on_error, exit_with, print_rows
 
 if TYPE_CHECKING: # imported where it is used
     from prometheus_client.core import Metric
@@ -86,12 +84,9 @@ def recent_keys(
     most: int = LISTED_KEYS # keys that are looked at
 ) -> tuple[list[tuple[str, datetime]], bool]: # keys with their times, newest first; did the listing end there?
     "The newest videos below a prefix"
-    def listed() -> list[Any]:
-        return list(islice(store.client.list_objects(store.bucket, prefix=prefix, recursive=True), most + 1))
-    found = store.attempt(listed)
-    never = datetime.min.replace(tzinfo=UTC)
-    videos = [(o.object_name, o.last_modified or never) for o in found[:most] if o.object_name.endswith('.mp4')]
-    return sorted(videos, key=lambda v: v[1], reverse=True)[:last], len(found) <= most
+    found = store.look(prefix, most)
+    videos = [(o.key, o.at) for o in found.objects if o.key.endswith('.mp4')]
+    return sorted(videos, key=lambda v: v[1], reverse=True)[:last], found.whole
 
 # %% ../nbs/60_cli_operate.ipynb #86be89ec
 def cost_of(record: JobRecord) -> float | None: # US dollars; None: the card has no price
@@ -132,20 +127,15 @@ def video_rows(found: Iterable[MadeVideo]) -> list[tuple[str, ...]]:
             for v in found]
 
 # %% ../nbs/60_cli_operate.ipynb #0d80b6b9
-def _store_here(folder: Path, environ: Mapping[str, str]) -> Store:
-    "The bucket of one's own variables, or that of the local endpoint"
-    if _names_bucket(environ): return Store(load_settings(environ))
-    return find_endpoint(None, environ, folder).store()
-
 @operate.command(name='jobs')
 def _jobs(
     last: Annotated[int, typer.Option(min=1, max=1000, help='so many of the newest')] = 20,
     prefix: Annotated[str, typer.Option(envvar='OUTPUT_PREFIX', help='where results lie in the bucket')] = 'avatars/',
-    folder: LocalFolder = LOCAL, as_json: AsJson = False
+    endpoint: Endpoint = None, folder: LocalFolder = LOCAL, as_json: AsJson = False
 ) -> None:
     "List the newest videos in the bucket: state, seconds and cost of their jobs."
     with exit_on_error():
-        store = _store_here(folder, os.environ)
+        store = find_bucket(endpoint, os.environ, folder)
         found, ended = recent_videos(store, prefix, last)
     if as_json: print(json.dumps([asdict(v) for v in found]))
     else: print_rows(video_rows(found), 'written (UTC)', 'state', 'seconds', 'USD', 'profile', 'worker', 'key')

@@ -16,14 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
-
-from .render import Rendered
 from .files import sha256_of
-from .inputs import Inputs
+from .inputs import Inputs, input_keys
 from .job import JobError, Result, manifest_key
 from .manifest import MANIFEST_BYTES, Manifest, ManifestDamaged, RenderSettings, parse_manifest
 from .mp4 import check_mp4
+from .render import Rendered
 from .run import JobRun
 from .store import Replaced, Store
 from .tasks import in_thread, start_in_thread, together
@@ -61,13 +59,15 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
 def prove(
     inputs: Inputs,
     timeline: Timeline,
-    sha256: str # of the video
+    sha256: str, # of the video
+    source_type: str | None # that its profile says of it; None: nothing
 ) -> dict[str, Any]: # fields of the result
     "Check a finished video against its inputs; JobError `internal` names the figure that is wrong"
     clip = inputs.clip
     names = 'width', 'height', 'fps', 'frames', 'duration_s', 'bytes', 'has_audio'
     with timeline.stage('check'):
-        found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s)
+        found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s,
+                          source_type)
         return {name: getattr(found, name) for name in names} | {'sha256': sha256}
 
 # %% ../nbs/40_delivery.ipynb #815aee5a
@@ -146,6 +146,7 @@ def render_settings(
         face=profile.face,
         clip_vision=profile.vision == 'clip',
         vision=profile.vision,
+        source_type=profile.source_type,
         negative_prompt=profile.prompts.get('negative_embedding'),
         files=[w.file for w in needed_files(profile)])
 
@@ -153,6 +154,7 @@ async def upload_proven(
     inputs: Inputs,
     attempt: Attempt,
     timeline: Timeline, # of the job
+    source_type: str | None, # that its profile says of it; None: nothing
     progress: Callable[[int, int], None] # bytes done, and in all
 ) -> dict[str, Any]: # fields of the result
     "Upload the video while it is checked; the first failure is raised at once"
@@ -160,7 +162,7 @@ async def upload_proven(
     async def upload() -> None:
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(attempt.put, inputs.result, digest, progress)
-    proven, _ = await together(asyncio.to_thread(prove, inputs, timeline, digest), upload())
+    proven, _ = await together(asyncio.to_thread(prove, inputs, timeline, digest, source_type), upload())
     return dict(proven)
 
 def manifest_of(
@@ -177,7 +179,7 @@ def manifest_of(
         notes=[*inputs.clip.notes, *notes] or None,
         worker=run.worker.identity | {'job_number': str(run.boot.job_number)}, timings=run.timeline.seconds(),
         job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=rendered.kernels, track=track,
-        track_object=track_object(run, inputs),
+        track_object=track_object(run, inputs), input_keys=input_keys(run.job, run.worker.settings),
         start_s=inputs.clip.stretch.start_s, stretch_s=inputs.clip.stretch.seconds,
         rendered_with=render_settings(run.profile, run.prompt, rendered.scene.sampled), scene=rendered.scene,
         content=asdict(inputs.clip.content))
@@ -193,7 +195,8 @@ async def deliver(
     attempt = Attempt(run.worker.store, run.key, uuid.uuid4().hex)
     try:
         async with attempt.removed_on_failure():
-            proven = await upload_proven(inputs, attempt, run.timeline, run.progress('upload'))
+            proven = await upload_proven(inputs, attempt, run.timeline, run.profile.source_type,
+                                         run.progress('upload'))
             manifest = manifest_of(run, inputs, proven, track, rendered, notes)
             there = await asyncio.to_thread(attempt.store.stat, run.key)
             if not there or there['labels'].get('attempt', attempt.id) != attempt.id: # another attempt wrote over it

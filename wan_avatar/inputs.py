@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIDEO_RATE', 'MAX_VIDEO_BYTES', 'SIZES', 'MAX_IMAGE_BYTES', 'MAX_IMAGE_SECONDS', 'MAX_FETCH_SECONDS',
-           'MAX_VIDEO_SECONDS', 'driving_key', 'check_keys', 'room_needed', 'check_start', 'check_variant', 'Inputs',
-           'take_image', 'take_video', 'fetch_inputs']
+           'MAX_VIDEO_SECONDS', 'driving_key', 'input_keys', 'check_keys', 'room_needed', 'check_start',
+           'check_variant', 'Inputs', 'take_image', 'take_video', 'fetch_inputs']
 
 # %% ../nbs/40_inputs.ipynb #1b23b5a4
 from collections.abc import Awaitable, Callable
@@ -33,6 +33,11 @@ def driving_key(job: Job, settings: Settings) -> str | None: # None: it comes fr
         missing = 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH'
         raise JobError('bad_input', missing)
     return key
+
+def input_keys(job: Job, settings: Settings) -> dict[str, str]: # by field of the job
+    "Keys of what a job reads from the bucket; addresses, which may hold secrets, are not among them"
+    keys = {'input_image_minio_path': job.input_image_minio_path, 'driving_video_path': driving_key(job, settings)}
+    return {field: key for field, key in keys.items() if key is not None}
 
 def check_keys(job: Job, settings: Settings) -> None:
     "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"

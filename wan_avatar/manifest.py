@@ -42,6 +42,7 @@ class RenderSettings(BaseModel):
     clip_vision: bool = False
     vision: str = 'off' # how the transformer's image branch was fed
     negative_prompt: str | None = None
+    source_type: str | None = None # what the MP4 says of itself; None: nothing
 
 class KernelsRan(BaseModel):
     "The kernels that computed a video, in all its windows"
@@ -98,6 +99,7 @@ class Manifest(Result):
     kernels: KernelsRan | None = None # None: a graph that does not name them
     content: dict[str, int] | None = None # pixels of the frame that are no bars: left, top, width, height
     track: dict[str, int] = {} # frames, and in how many of them the tracker found a person and a face
+    input_keys: dict[str, str] = {} # in the bucket, of what it was made of, by field of the job; without addresses
     start_s: float = 0.0 # of the driving video, where what was taken begins
     stretch_s: float | None = None # of the driving video, that was asked for; None: to its end
     track_object: str | None = None # key of the driving video's track in the bucket; None: not known

@@ -8,11 +8,11 @@ __all__ = ['DELIVERY_H264', 'STRIP_SIZE', 'STRIP_GAP', 'STRIP_TOP', 'STRIP_GROUN
 
 # %% ../nbs/25_mp4.ipynb #fd2d1843
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from .files import whole_file
 from .fit import Fit, deinterlaced, pixel_shape, timed_frames
 from .frames import FPS, SIZE, add_h264_stream, stamp_frame, thread_count, to_rgb, to_yuv
 from .job import JobError
+from .mark import read_mark, top_boxes, write_mark
 from .media import decode_frames, open_video, probe, video_stream
 from .sound import packets_of_stretch
 
@@ -41,17 +42,20 @@ class Encoder:
         path: Path | str, # the MP4
         size: tuple[int, int] = SIZE,
         fps: int = FPS,
-        audio: Path | str | None = None # AAC in MP4, as `normalise_video` leaves it
+        audio: Path | str | None = None, # AAC in MP4, as `normalise_video` leaves it
+        source_type: str | None = None # one of SOURCE_TYPES, that the file says of itself
     ):
         self.path = Path(path)
         self.size = size
         self.fps = fps
         self.audio = audio
+        self.source_type = source_type
         self.frames = 0
 
     def __enter__(self) -> 'Encoder':
         with ExitStack() as stack:
             part = stack.enter_context(whole_file(self.path))
+            stack.push(partial(self._mark, part)) # when the muxer has closed it
             out = av.open(str(part), 'w', format='mp4', options={'movflags': '+faststart'})
             self._out = stack.enter_context(out)
             self._video = add_h264_stream(self._out, self.size, self.fps, DELIVERY_H264)
@@ -60,6 +64,9 @@ class Encoder:
             if self.audio: self._sound = _SoundTrack(stack.enter_context(av.open(str(self.audio))), self._out)
             self._stack = stack.pop_all()
         return self
+
+    def _mark(self, part: Path, kind: type[BaseException] | None, *more: object) -> None:
+        if kind is None and self.source_type: write_mark(part, self.source_type)
 
     def write(self, frame: np.ndarray) -> None: # (h, w, 3) uint8 RGB
         "Append one frame"
@@ -124,11 +131,12 @@ def check_mp4(
     size: tuple[int, int] = SIZE, # width, height
     fps: int = FPS, # frames a second
     has_audio: bool | None = None, # None: either
-    audio_s: float | None = None # where the sound must end, within 0.1 s; None: not after the pictures
+    audio_s: float | None = None, # where the sound must end, within 0.1 s; None: not after the pictures
+    source_type: str | None = None # that it must say of itself; None: any, or none
 ) -> Mp4Figures:
     "Prove a finished video; raises JobError `internal` naming the figure that is off"
     name = Path(path).name
-    boxes = _boxes(path)
+    boxes = [box.kind for box in top_boxes(path)]
     in_front = 'moov' in boxes and 'mdat' in boxes and boxes.index('moov') < boxes.index('mdat')
     _require(name, 'the index (moov) before the data (mdat)', in_front, boxes)
     try:
@@ -143,24 +151,13 @@ def check_mp4(
     wanted = min(found.duration_s, audio_s if audio_s is not None else found.audio_s)
     if found.has_audio:
         _require(name, f'sound until {wanted:.2f} s', abs(found.audio_s - wanted) <= 0.1, f'{found.audio_s:.2f} s')
+    if source_type:
+        mark = read_mark(path)
+        _require(name, f'the digital source type {source_type}', mark == source_type, mark)
     return found
 
 def _require(name: str, what: str, so: bool, found: Any) -> None:
     if not so: raise JobError('internal', f'{name} must have {what}; it has {found}')
-
-def _boxes(path: Path | str) -> list[str]:
-    "Types of the top-level boxes of an MP4, in order"
-    kinds: list[str] = []
-    end = os.path.getsize(path)
-    with open(path, 'rb') as file:
-        while file.tell() + 8 <= end and len(kinds) < 100:
-            at = file.tell()
-            length, kind = struct.unpack('>I4s', file.read(8))
-            if length == 1: length = struct.unpack('>Q', file.read(8).ljust(8, b'\0'))[0]
-            kinds.append(kind.decode('latin1'))
-            if length < 8: break
-            file.seek(at + length)
-    return kinds
 
 def _measure_mp4(path: Path | str) -> tuple[Mp4Figures, Fraction | None, list[float]]:
     "Decode everything: figures, rate, and each frame's time in frames"

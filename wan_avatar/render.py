@@ -134,7 +134,7 @@ async def render(run: Run, shared: RenderPlan) -> Rendered:
     outputs: list[dict[str, Any]] = []
     done: list[tuple[Window, WindowReport]] = []
     progress = run.progress('render', segments=len(todo))
-    encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio)
+    encoder = Encoder(shared.inputs.result, clip.size, clip.fps, clip.audio, profile.source_type)
     assembly = _assembly(run, shared, encoder)
     finishing = entered_in_thread(encoder, lambda: run.timeline.stage('finish'))
     with closing(assembly):

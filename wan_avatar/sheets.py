@@ -26,6 +26,7 @@ from .comparison import ExperimentRun, case_label, error_code
 from .experiment import driver_file, picture_file
 from .files import whole_file
 from .frames import FPS, thread_count, to_rgb
+from .mark import COMPOSED
 from .media import probe
 from .mp4 import Encoder, pictures_at
 
@@ -301,7 +302,7 @@ def side_by_side(
     lengths = [min(share, _length(row)) for row in grid.rows]
     layout = video_layout(len(grid.columns) + 2)
     done = 0
-    with Encoder(target, layout.size) as encoder:
+    with Encoder(target, layout.size, source_type=COMPOSED) as encoder:
         for n, (row, frames) in enumerate(zip(grid.rows, lengths, strict=True), 1):
             title = f'{n} of {len(grid.rows)}:  {row.label}' + f'   ({grid.said})' * bool(grid.said)
             for frame in case_frames(row, grid.columns, layout, frames, title):

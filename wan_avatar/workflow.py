@@ -27,6 +27,7 @@ from .frames import Rectangle
 from .guard import GuardRules
 from .job import JobError, shorten
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS
+from .mark import MADE, SOURCE_TYPES
 from .models import Lock, LockedFile, Needs, load_lock
 from .plan import PlanRules
 from .segments import BLOCKS, LENGTH, OVERLAP, MaskShape
@@ -176,6 +177,7 @@ class Profile:
     clip_vision: Weight | None = None # the model that `vision='clip'` takes
     vision_loader: str = 'CLIPVisionLoader' # the node that loads it
     carries: bool = False # a window goes on from the last frames of the one before
+    source_type: str = MADE # what its MP4s say of themselves; one of `mark.SOURCE_TYPES`
     needs_face: bool = False # it draws by the face alone and cannot use a body seen from behind
     # measure of `29_quality` -> least, most that a result may have; None: no such limit
     gates: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
@@ -183,6 +185,9 @@ class Profile:
     def __post_init__(self) -> None:
         if self.vision not in VISIONS:
             raise ValueError(f'{self.name}: vision {self.vision!r} does not exist; it is one of {", ".join(VISIONS)}')
+        if self.source_type not in SOURCE_TYPES:
+            raise ValueError(f'{self.name}: source type {self.source_type!r} does not exist; it is one of '
+                             f'{", ".join(SOURCE_TYPES)}')
         if self.length % 4 != 1 or not 5 <= self.length <= LONGEST_WINDOW:
             raise ValueError(f'{self.name}: length {self.length} must be 4k + 1, 5 to {LONGEST_WINDOW} frames')
         if not 0 <= self.overlap < self.length or (self.carries and self.overlap % 4 != 1):
