@@ -20,8 +20,8 @@ test: setup ## everything CI runs, in two processes; JOBS=1 for one, ARGS="tests
 	@$(BIN)/mypy wan_avatar
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lab: setup ## JupyterLab on nbs/
-	@$(BIN)/jupyter lab --notebook-dir nbs --config nbs/tools/jupyter_server_config.py
+lab: setup ## JupyterLab on nbs/; ARGS="--no-browser --ip=0.0.0.0 --port=8889" for its own options, as in a pod
+	@$(BIN)/jupyter lab --notebook-dir nbs --config nbs/tools/jupyter_server_config.py $(ARGS)
 
 sync: setup ## notebooks -> package and README.md, outputs cleaned
 	@cd $(CURDIR) && $(BIN)/nbdev_export && $(BIN)/python nbs/tools/refresh.py nbs/index.ipynb && $(BIN)/python nbs/tools/refresh.py --only 'cards_section(measured())' nbs/guide_deploy.ipynb nbs/guide_research.ipynb && $(BIN)/nbdev_clean && $(BIN)/python nbs/tools/readme.py

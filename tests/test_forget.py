@@ -86,8 +86,8 @@ def test_a_name_of_both_is_asked_about(store):
     deliver(store, 'both/j1')
     deliver(store, 'both')
     with pytest.raises(cli_forget.InputRefused, match='--of job or --of user'): find_traces(store, 'both')
-    assert {t.key for t in find_traces(store, 'both', Of.JOB).found} == outputs(store, 'both.mp4', 'both.mp4.json')
-    assert {t.key for t in find_traces(store, 'both', Of.USER).found} == outputs(store, 'both/j1.mp4', 'both/j1.mp4.json')
+    for kind, names in ((Of.JOB, ('both.mp4', 'both.mp4.json')), (Of.USER, ('both/j1.mp4', 'both/j1.mp4.json'))):
+        assert {t.key for t in find_traces(store, 'both', kind).found} == outputs(store, *names)
 
 @pytest.mark.parametrize('deleted', range(6))
 def test_an_interruption_loses_nothing(store, monkeypatch, deleted):

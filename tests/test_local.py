@@ -1,4 +1,5 @@
 """The local endpoint under the SDK's worker and the SDK's client"""
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from wan_avatar import bucket
 from wan_avatar.launch import free_port
 from wan_avatar.local import LocalEndpoint, up
 from wan_avatar.queue import MB
+from wan_avatar.reload import renew_on_change
 from wan_avatar.worker_pool import worker_environment
 
 WORKER = '''
@@ -267,6 +269,32 @@ def test_two_at_once_then_idle_and_nothing_is_left(tmp_path):
         began = time.monotonic()
     assert time.monotonic() - began < 8, 'closing with a job in hand'
     assert not [p for p in tree if p.is_running()], 'closing with a job in hand'
+
+def test_code_that_is_saved_renews_workers(tmp_path):
+    "`up --reload`: a job that runs is finished by the worker it has, the next one meets another"
+    package, lines = tmp_path / 'package', []
+    package.mkdir()
+    site = Site(tmp_path, idle_timeout_s=600, poll_timeout_s=1)
+    with site.endpoint as endpoint:
+        first = site.run(do='progress', until=str(tmp_path / 'go'))
+        site.until(first, 'IN_PROGRESS', output={'stage': 'render'})
+        renewing = renew_on_change(endpoint.pool, lines.append, package)
+        watching = asyncio.run_coroutine_threadsafe(renewing, endpoint.loop)
+        def renewed() -> bool: # saved anew until the watch, which may only begin, has noticed
+            (package / 'plan.py').write_text(f'LENGTH = {time.monotonic()}')
+            return bool(lines)
+        poll(renewed)
+        (tmp_path / 'go').touch()
+        before = site.until(first, 'COMPLETED')['output']['pid']
+        site.wait_event('worker_gone')
+        assert site.until(site.run(), 'COMPLETED')['output']['pid'] != before
+        (package / 'plan.py').write_text('LENGTH =') # of a file that is being written
+        poll(lambda: len(lines) > 1)
+        started = site.count('worker_started')
+        (package / 'plan.py').touch()
+        (package / 'notes.txt').write_text('not loaded')
+        assert site.until(site.run(), 'COMPLETED') and site.count('worker_started') <= started + 1
+        watching.cancel()
 
 def test_streams(tmp_path):
     site = Site(tmp_path, {'STREAM': '1'})

@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ from .job import JobError, check_key, parse_job, shorten
 from .local import Local
 from .manifest import Manifest
 from .mp4 import filmstrip
+from .reload import renew_on_change
 from .store import Replaced, Store, check_reach
 from wan_avatar.terminal import (
     AsJson,
@@ -265,7 +267,8 @@ def _up(
     folder: Folder = LOCAL,
     port: Annotated[int, typer.Option(min=0, max=65535, help='0: any free one')] = 0,
     idle: Annotated[float, typer.Option(min=0, help='seconds after which an idle worker stops')] = 60,
-    workers: Annotated[int, typer.Option(min=1, help='at most so many at once')] = 1
+    workers: Annotated[int, typer.Option(min=1, help='at most so many at once')] = 1,
+    reload: Annotated[bool, typer.Option('--reload', help='new workers when a notebook or a module is saved')] = False
 ) -> None:
     "Run the endpoint and its bucket on this machine until Ctrl-C."
     console = Console()
@@ -278,12 +281,18 @@ def _up(
         try:
             with local_endpoint(folder, event, **limits) as (local, access):
                 plain(_instructions(local, access, folder))
-                if loop := local.endpoint.loop: # it ends what runs on it
-                    asyncio.run_coroutine_threadsafe(watch_jobs(local.endpoint.pool, say), loop)
+                _beside(local, watch_jobs(local.endpoint.pool, say), say)
+                if reload: _beside(local, renew_on_change(local.endpoint.pool, say), say)
                 while True: signal.pause()
         except KeyboardInterrupt:
             plain('stopped')
             raise typer.Exit(Code.INTERRUPTED) from None
+
+def _beside(local: Local, work: Coroutine[Any, Any, None], say: Callable[[str], None]) -> None:
+    "Run something on the endpoint's loop, which ends it; a fault of it is said"
+    def over(done: 'Future[None]') -> None:
+        if not done.cancelled() and (error := done.exception()): say(f'{type(error).__name__}: {error}')
+    if loop := local.endpoint.loop: asyncio.run_coroutine_threadsafe(work, loop).add_done_callback(over)
 
 def _instructions(local: Local, access: EndpointAccess, folder: Path) -> str:
     return f'''endpoint  {access.endpoint}
