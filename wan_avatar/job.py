@@ -111,14 +111,16 @@ Key = Annotated[str, AfterValidator(check_key)]
 _NAME = Field(pattern=r'^[A-Za-z0-9._-]{1,64}$')
 Name = Annotated[str, _NAME, AfterValidator(check_key)] # the check refuses `.` and `..`
 
-# %% ../nbs/00_job.ipynb #d8195799
+# %% ../nbs/00_job.ipynb #0381ed54
 Person = Literal['left', 'right', 'largest'] | tuple[float, float]
 _PERSONS = 'must be "left", "right", "largest" or [x, y], a point in shares of the picture from 0 to 1'
 
 def check_person_field(value: Any) -> Person:
     "A side, or a point with its shares rounded; raises ValueError"
     match value:
-        case 'left' | 'right' | 'largest': return value
+        case 'left' | 'right' | 'largest':
+            side: Person = value
+            return side
         case [x, y] if all(type(v) in (int, float) and 0 <= v <= 1 for v in (x, y)):
             return round(float(x), 4), round(float(y), 4)
     raise ValueError(_PERSONS)

@@ -133,8 +133,8 @@ class Passage:
         # the last second counts most
         self.appearance = self.appearance + (seen - self.appearance) / min(len(self.boxes), FPS)
 
-# %% ../nbs/20_people.ipynb #fef36c21
-BACKGROUND = 0.4 # of the largest person's size; smaller ones are on no side
+# %% ../nbs/20_people.ipynb #8359fe8c
+BACKGROUND = 0.2 # of the largest person's size; smaller ones are on no side
 
 @dataclass(frozen=True)
 class Wish:
@@ -350,15 +350,16 @@ def own_pixels(
     def within(box: np.ndarray) -> np.ndarray:
         return np.asarray((x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3]))
     def away(face: np.ndarray) -> np.ndarray: # from a line that goes down from the middle of the face
-        return np.asarray(np.hypot(x - face[[0, 2]].mean(), np.maximum(face[[1, 3]].mean() - y, 0)) / (face[2] - face[0]))
+        middle = (face[:2] + face[2:]) / 2
+        return np.asarray(np.hypot(x - middle[0], np.maximum(middle[1] - y, 0)) / (face[2] - face[0]))
     def trunk(face: np.ndarray) -> np.ndarray:
         room = [-0.8 * (face[2] - face[0]), face[3] - face[1], 0.8 * (face[2] - face[0]), 9 * (face[3] - face[1])]
         return within(face + room)
     own = np.ones(size[::-1], bool)
     for other in others:
-        theirs = within(figure(other))
-        if not np.isnan(ours[0]):
-            theirs &= away(other) < away(ours)
+        if np.isnan(ours[0]): theirs = within(figure(other))
+        else:
+            theirs = away(other) < away(ours)
             nearer = (ours[2] - ours[0]) / max(other[2] - other[0], 1)
             if nearer > IN_FRONT: theirs &= ~trunk(ours)
             elif nearer < 1 / IN_FRONT: theirs |= trunk(other)

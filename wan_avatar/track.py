@@ -911,7 +911,7 @@ class _TrackUnderWay:
 def _next_view(
     source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray | None] | None:
-    "Next frame, small copy, that copy without other people, is there a face, and where the person may be; None: anywhere"
+    "The next frame, its small copy, that without other people, is there a face, and where ours may be (None: anywhere)"
     import cv2
     if (frame := next(source, None)) is None: return None
     view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
