@@ -133,7 +133,7 @@ class Passage:
         # the last second counts most
         self.appearance = self.appearance + (seen - self.appearance) / min(len(self.boxes), FPS)
 
-# %% ../nbs/20_people.ipynb #8359fe8c
+# %% ../nbs/20_people.ipynb #a572cc55
 BACKGROUND = 0.2 # of the largest person's size; smaller ones are on no side
 
 @dataclass(frozen=True)
