@@ -133,7 +133,7 @@ class Passage:
         # the last second counts most
         self.appearance = self.appearance + (seen - self.appearance) / min(len(self.boxes), FPS)
 
-# %% ../nbs/20_people.ipynb #a572cc55
+# %% ../nbs/20_people.ipynb #7ee38f3c
 BACKGROUND = 0.2 # of the largest person's size; smaller ones are on no side
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def figure(
     "All that may be seen of the person around a face: half a head above it, seven below, and an arm on each side"
     left, top, right, bottom = np.moveaxis(np.asarray(face, float), -1, 0)
     w, h = right - left, bottom - top
-    return np.stack([left - 1.5 * w, top - 0.7 * h, right + 1.5 * w, bottom + 7 * h], axis=-1)
+    return np.stack([left - 1.2 * w, top - 0.6 * h, right + 1.2 * w, bottom + 7 * h], axis=-1)
 
 IN_FRONT = 1.2 # a face that is larger by this factor is nearer to the camera, and its trunk before others
 

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS
            'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive', 'parse_track',
            'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face', 'track_facts',
            'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera', 'steady_if_still',
-           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
+           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light', 'touched_pieces',
            'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'track_video', 'ours_only',
            'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
            'wholebody_points']
@@ -24,7 +24,7 @@ import struct
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -699,6 +699,22 @@ def face_light(
     return np.stack([middle, (high - low) / 2]).astype(np.float32)
 
 # %% ../nbs/21_track.ipynb #1ad63d7a
+def touched_pieces(
+    mask: np.ndarray, # (h, w) bool
+    groups: Sequence[np.ndarray], # as GROUPS names them
+    zoom: float # pixels of the mask to one of the points
+) -> np.ndarray: # (h, w) bool
+    "The pieces of a mask with a point of the person in them; what is left of others has none"
+    import cv2
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8))
+    if count < 3: return mask
+    body = groups[0][groups[0][:, 2] > .5]
+    x, y = np.concatenate([g[:, :2] for g in (body, *groups[1:]) if not np.isnan(g).any()]).T * zoom
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    kept = np.unique(labels[y[inside].astype(int), x[inside].astype(int)])
+    return np.isin(labels, kept[kept > 0]) if kept.any() else mask
+
+# %% ../nbs/21_track.ipynb #d1b43fe7
 def light_of_stretches(
     lights: np.ndarray, # (m, 2, 3): of single frames; nan without a face
     stretch: np.ndarray # (m,): which part of the video each is in, 0 to LIGHTS - 1
@@ -822,7 +838,7 @@ def track_video(
     "Look at every frame once; frames are not kept"
     small = (640, max(round(640 * size[1] / size[0]), 1))
     people = PersonFilter(small, wish)
-    found = _TrackUnderWay(size, small, n)
+    found = _TrackUnderWay(size, small, n, wish is not None)
     source = iter(frames)
     with (_opencv_alone(), _PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
           _face_detector() as detector, ThreadPoolExecutor(1) as pool):
@@ -855,9 +871,10 @@ def _opencv_alone() -> Iterator[None]:
 
 class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
-    def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int):
+    def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int, named: bool):
         self.size = size
         self.small = small
+        self.named = named # of several people
         self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
         self.plate = Plate(size)
         self.camera = Camera()
@@ -876,6 +893,7 @@ class _TrackUnderWay:
         if not here:
             groups = [np.full_like(g, np.nan) for g in groups]
             if mask.any(): self.unsure[len(self.rows)] = pack_mask(mask)
+        elif self.named: mask = touched_pieces(mask, groups, self.small[0] / self.size[0])
         if not (here or any_face): away = np.full_like(away, 255)
         if len(self.rows) % self.every == 0:
             if self.added: self.added.result() # raises what failed there
