@@ -111,7 +111,7 @@ Key = Annotated[str, AfterValidator(check_key)]
 _NAME = Field(pattern=r'^[A-Za-z0-9._-]{1,64}$')
 Name = Annotated[str, _NAME, AfterValidator(check_key)] # the check refuses `.` and `..`
 
-# %% ../nbs/00_job.ipynb #0381ed54
+# %% ../nbs/00_job.ipynb #2d267fef
 Person = Literal['left', 'right', 'largest'] | tuple[float, float]
 _PERSONS = 'must be "left", "right", "largest" or [x, y], a point in shares of the picture from 0 to 1'
 
@@ -187,9 +187,9 @@ class Job(BaseModel):
         float, Field(ge=0, le=3600, description='second of the driving video to begin at')] = 0
     duration_seconds: Annotated[
         float, Field(gt=0, le=600, description='of the driving video; default: to its end')] | None = None
-    person: Annotated[PersonField, Field(
+    person: Annotated[PersonField | None, Field(
         description='whom to replace: left, right, largest, or a point [x, y] on them in the first frame taken, in '
-        'shares of its width and height; default: who is large and near the middle')] | None = None
+        'shares of its width and height; default: who is large and near the middle')] = None
     user_id: Annotated[Name, Field(description='first part of the output key')] | None = None
     avatar_id: Annotated[Name, Field(description='second part of the output key')] | None = None
     profile: Annotated[Name, Field(description='how to render; default PROFILE')] | None = None
