@@ -2,6 +2,7 @@
 import functools
 import io
 import json
+import re
 import threading
 from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -227,6 +228,49 @@ def test_an_upright_job(service, upright):
     assert told['track_object'].startswith('tracks/mediapipe-4/720x1280-24/')
     wide = service.run('wide', **job)
     assert (wide['width'], wide['height']) == (1280, 720)
+
+# one of several people
+
+@pytest.fixture(scope='module')
+def pair(service, tmp_path_factory):
+    "Key of a video of 24 frames: a man on the left, a woman on the right"
+    path = tmp_path_factory.mktemp('pair') / 'pair.mp4'
+    both = (read_frames(SAMPLES / name, 0, 24) for name in ('single_face.mp4', 'pexels.mp4'))
+    with Encoder(path, size=(640, 360)) as encoder:
+        for his, hers in zip(*both, strict=True): encoder.write(np.concatenate([his[:, 130:450], hers[:, 260:580]], 1))
+    service.store.upload(path, 'in/pair.mp4', 'video/mp4')
+    return IMAGE | {'input_image_minio_path': 'in/astronaut.png', 'driving_video_path': 'in/pair.mp4', 'seed': 1}
+
+NAMED = [('left', '-left'), ([0.8, 0.5], '-at0.8x0.5')] # person, end of the track's key
+
+@pytest.mark.parametrize('person, end', NAMED, ids=str)
+def test_the_named_person_alone_is_replaced(service, pair, tmp_path, person, end):
+    made = service.run(f'named{end.replace(".", "-")}', **pair, person=person)
+    assert 'error' not in made, made
+    told = json.loads(service.store.read_bytes(f'{made["minio_key"]}.json', 10**6))
+    assert told['person'] == person and told['track_object'].endswith(f'{end}.track')
+    assert told['track'] == {'frames': 24, 'present': 24, 'faces': 24, 'guessed_masks': 0}
+    pictures = []
+    for key in ('in/pair.mp4', made['minio_key']):
+        service.store.download(key, tmp_path / 'v.mp4', 'key', 10**8)
+        frame, = read_frames(tmp_path / 'v.mp4', 12, 1)
+        pictures.append(np.asarray(Image.fromarray(frame).resize((640, 360))).astype(int))
+    changed = np.abs(pictures[0] - pictures[1]).max(-1)
+    sides = [changed[60:, :280], changed[60:, 360:]] # not the border, over which a sleeve may reach
+    ours, other = sides if person == 'left' else sides[::-1]
+    assert (ours > 40).mean() > 0.15 and (other > 40).mean() < 0.02
+
+def test_a_point_on_nobody_says_where_people_are(service, tmp_path):
+    with Encoder(tmp_path / 'far.mp4', size=(640, 360)) as encoder:
+        for frame in read_frames(SAMPLES / 'single_face.mp4', 0, 12):
+            small = Image.new('RGB', (640, 360), (90, 110, 150))
+            small.paste(Image.fromarray(frame).resize((320, 180)), (0, 180))
+            encoder.write(np.asarray(small))
+    service.store.upload(tmp_path / 'far.mp4', 'in/far.mp4', 'video/mp4')
+    said = service.run('named-nobody', **IMAGE, driving_video_path='in/far.mp4', person=[0.9, 0.2])['error']
+    assert said.startswith('no_person: person [0.9, 0.2] is on nobody in frame 0 of what is taken of the driving')
+    x, y = map(float, re.search(r'people are at \[([\d.]+), ([\d.]+)\]$', said).groups())
+    assert 0.15 < x < 0.3 and 0.6 < y < 0.8, said # his face
 
 # a picture of the first window
 

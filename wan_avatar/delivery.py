@@ -180,7 +180,7 @@ def manifest_of(
         worker=run.worker.identity | {'job_number': str(run.boot.job_number)}, timings=run.timeline.seconds(),
         job_id=run.job_id, timeline=run.timeline.stages, boot=run.boot, kernels=rendered.kernels, track=track,
         track_object=track_object(run, inputs), input_keys=input_keys(run.job, run.worker.settings),
-        start_s=inputs.clip.stretch.start_s, stretch_s=inputs.clip.stretch.seconds,
+        start_s=inputs.clip.stretch.start_s, stretch_s=inputs.clip.stretch.seconds, person=inputs.person,
         rendered_with=render_settings(run.profile, run.prompt, rendered.scene.sampled), scene=rendered.scene,
         content=asdict(inputs.clip.content))
 

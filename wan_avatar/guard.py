@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENFORCED_TRACKERS', 'Grade', 'SENTENCES', 'COUNTED', 'SURE', 'LEAST_COUNTED', 'NEAR_FRAMES', 'LEAST_FACE', 'PASSES',
-           'SAME_MASK', 'OFTEN', 'LONG_RUN', 'STILL_FRAMES', 'STILL_DOUBTED', 'STILL_FACE', 'GuardRules', 'Finding',
-           'counted_points', 'reach_of', 'MaskFigures', 'measure_masks', 'face_path', 'motion', 'unexplained',
-           'face_jumps', 'face_lasts', 'moved_mask', 'middle_of', 'overlap_again', 'broken_share', 'face_movement',
-           'guard_track', 'refusal_of', 'guard_notes']
+           'SAME_MASK', 'OFTEN', 'LONG_RUN', 'STILL_FRAMES', 'STILL_DOUBTED', 'STILL_FACE', 'HIDDEN_SHARE', 'BY_OTHERS',
+           'GuardRules', 'Finding', 'counted_points', 'reach_of', 'MaskFigures', 'measure_masks', 'face_path', 'motion',
+           'unexplained', 'face_jumps', 'face_lasts', 'moved_mask', 'middle_of', 'overlap_again', 'broken_share',
+           'face_movement', 'guard_track', 'refusal_of', 'guard_notes']
 
 # %% ../nbs/28_guard.ipynb #8de9cc68
 from collections.abc import Callable, Iterable, Sequence
@@ -61,11 +61,13 @@ SENTENCES: dict[str, tuple[ErrorCode, str, str]] = {
     'inside': ('no_person', 'in frame {frame} {figure:.0%} of the joints and the face lie in the mask, at least '
                '{limit:.0%} should', 'use a video in which the person stands out from the background'),
     'face': ('no_person', 'in frame {frame} the face jumps by {figure:.2f} of its width, up to {limit:.2f} is motion: '
-             'another person was taken over', 'use a video of one person, or cut it before that frame'),
+             'another person was taken over',
+             'use a video of one person, name one of several (person), or cut it before that frame'),
     'tremble': ('input_unreadable', 'in frame {frame} the face jumps by {figure:.2f} of its width and back, up to '
                 '{limit:.2f} is motion', 'use a sharper video, or one with more light'),
     'mask': ('no_person', 'in frame {frame} the mask has {figure:.0%} in common with the one before, at least '
-             '{limit:.0%} should be: it went to something else', 'use a video of one person, or cut it there'),
+             '{limit:.0%} should be: it went to something else',
+             'use a video of one person, name one of several (person), or cut it there'),
     'flicker': ('input_unreadable', 'in frame {frame} the mask has {figure:.0%} in common with the one before, at '
                 'least {limit:.0%} should be: it flickers', 'use a video with more light, and less in front'),
     'bars': ('input_unreadable', 'in frame {frame} {figure:.0%} of the mask lie in the black bars, up to {limit:.0%} '
@@ -315,10 +317,11 @@ def _graded(what: str, frame: int, figure: float, failed: float, doubted: float,
     if beyond[0]: yield Finding(what, frame, float(figure), failed, 'failed')
     elif beyond[1]: yield Finding(what, frame, float(figure), doubted, 'doubtful')
 
-def _mask_findings(figures: MaskFigures, rules: GuardRules) -> Iterable[Finding]:
+def _mask_findings(figures: MaskFigures, rules: GuardRules, named: bool) -> Iterable[Finding]:
     "What is wrong with the masks as such: figures over the whole interval"
     start = figures.frames.start
-    for what, values, share, low in (('inside', figures.inside, 0.05, True), ('bars', figures.bars, 0.95, False),
+    covered = HIDDEN_SHARE if named else 0.05
+    for what, values, share, low in (('inside', figures.inside, covered, True), ('bars', figures.bars, 0.95, False),
                                      ('beside', figures.beside, 0.5, False), ('filled', figures.filled, 0.5, False)):
         if np.isnan(values).all(): continue
         figure = float(np.nanquantile(values, share))
@@ -373,14 +376,17 @@ def _alone(track: Track, span: range) -> Track:
     points = {group: found[here] for group, found in track.points.items()}
     return Track(track.size, track.present[here], points, track.mask_size, track.masks[here], track.tracker)
 
+HIDDEN_SHARE = 0.25 # of the frames: somebody may be in front of a person whom the job names
+BY_OTHERS = ('mask', 'broken') # what somebody who passes in front looks like too
+
 def _of_interval(
-    track: Track, first: int, content: Rectangle, rules: GuardRules, is_cut: Callable[[int], bool]
+    track: Track, first: int, content: Rectangle, rules: GuardRules, is_cut: Callable[[int], bool], named: bool
 ) -> Iterable[Finding]:
     "Of one interval of presence, which begins at frame `first`"
     frames = range(len(track))
     figures = measure_masks(track, frames, content)
     suspects = [*_face_suspects(track, frames, rules), *_mask_suspects(track, figures, rules)]
-    yield from _mask_findings(figures, rules)
+    yield from _mask_findings(figures, rules, named)
     yield from _settled(suspects, frames, lambda frame: is_cut(first + frame))
     yield from _whole_findings(track, frames, rules)
 
@@ -389,7 +395,8 @@ def guard_track(
     spans: Sequence[range], # the intervals of presence
     content: Rectangle, # of the clip: where its picture is, without bars
     rules: GuardRules = GuardRules(), # noqa: B008 - frozen
-    is_cut: Callable[[int], bool] = lambda frame: False # is the video cut at this frame? asked where something jumps
+    is_cut: Callable[[int], bool] = lambda frame: False, # is the video cut at this frame? asked where something jumps
+    named: bool = False # does the job say whom to replace, of several
 ) -> list[Finding]: # the gravest first, then in order of time
     "Everything about a track that is beyond a limit"
     if rules.guard == 'off': return []
@@ -398,8 +405,9 @@ def guard_track(
     for span in spans:
         part = _alone(track, span) # so that an interval costs what it has frames, not what the video has
         brief = int(part.present.sum()) < min(LONG_RUN, most)
-        for f in _of_interval(part, span.start, content, rules, is_cut):
-            grade: Grade = 'doubtful' if brief and f.grade == 'failed' else f.grade
+        for f in _of_interval(part, span.start, content, rules, is_cut, named):
+            excused = brief or named and f.what in BY_OTHERS
+            grade: Grade = 'doubtful' if excused and f.grade == 'failed' else f.grade
             found.append(replace(f, frame=span.start + f.frame, grade=grade))
     order: dict[str, int] = {'failed': 0, 'doubtful': 1, 'note': 2}
     return sorted(found, key=lambda f: (order[f.grade], f.frame))

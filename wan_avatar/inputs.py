@@ -17,7 +17,7 @@ from .comfy import graph_findings
 from .config import Settings
 from .files import check_room, sha256_of
 from .frames import SIZE, UPRIGHT
-from .job import Job, JobError
+from .job import Job, JobError, Person
 from .normalise import Clip, normalise_image, normalise_video
 from .run import JobRun
 from .store import check_reach, fetch_url, ports_of
@@ -80,6 +80,7 @@ class Inputs:
     reference: Path # PNG
     clip: Clip # normalised driving video
     sha256: str # of the driving video's own bytes
+    person: Person | None = None # whom the job names, of several people in it
 
     @property
     def result(self) -> Path:
@@ -144,4 +145,4 @@ async def fetch_inputs(
         return reference
     video = in_thread(take_video, run, run.progress('fetch'))
     reference, (clip, digest) = await together(picture(), video)
-    return Inputs(run.folder, reference, clip, digest)
+    return Inputs(run.folder, reference, clip, digest, run.job.person)

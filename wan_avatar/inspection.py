@@ -83,7 +83,7 @@ async def inspect_track(
     rules, clip = run.profile.rules(GuardRules), inputs.clip
     with run.timeline.stage('guard'):
         found = await asyncio.to_thread(guard_track, track, stretches(track.present), clip.content, rules,
-                                        cut_finder(clip.path))
+                                        cut_finder(clip.path), inputs.person is not None)
         key = guard_key(run.key)
         error = refusal_of(found, rules, track.tracker, key)
         if error:

@@ -102,6 +102,7 @@ class Manifest(Result):
     input_keys: dict[str, str] = {} # in the bucket, of what it was made of, by field of the job; without addresses
     start_s: float = 0.0 # of the driving video, where what was taken begins
     stretch_s: float | None = None # of the driving video, that was asked for; None: to its end
+    person: str | tuple[float, float] | None = None # whom the job named, of several people; None: nobody
     track_object: str | None = None # key of the driving video's track in the bucket; None: not known
     scene: SceneReport | None = None
 

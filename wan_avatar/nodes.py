@@ -36,6 +36,7 @@ from .job import JobError
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS, chosen
 from .launch import SHARED, TREE
 from .media import probe
+from .people import Wish
 from .pictures import read_image
 from .prompt import Embedding
 from .segments import SHAPES, MaskShape, area_picture, letterbox, sized, window_pictures
@@ -87,12 +88,14 @@ class AvatarTrack:
         source = 'STRING', {'tooltip': 'picture or normalised video, in the work tree'}
         track = 'STRING', {'tooltip': 'track file to write'}
         detectors = 'AVATAR_DETECTORS', {'tooltip': 'whole body and SAM2; not connected: MediaPipe'}
+        person = 'STRING', {'tooltip': 'whom a job names, of a video, as Wish writes it; empty: nobody', 'default': ''}
         return {'required': {'source': source, 'kind': (['image', 'video'],), 'track': track},
-                'optional': {'detectors': detectors}}
+                'optional': {'detectors': detectors, 'person': person}}
 
-    def run(self, source: str, kind: str, track: str, detectors: Detectors | None = None) -> dict:
+    def run(self, source: str, kind: str, track: str, detectors: Detectors | None = None, person: str = '') -> dict:
         with _gpu_beside_comfy(GPU_MEMORY if detectors else 0) as gpu:
-            made = _find_person(_work_path(source), kind, _progress, detectors, gpu)
+            wish = Wish.parse(person) if person else None
+            made = _find_person(_work_path(source), kind, _progress, detectors, gpu, wish)
         check_person(made, kind)
         save_track(made, _work_path(track))
         return {'ui': {'summary': [track_facts(made)]}, 'result': (track,)}
@@ -102,7 +105,8 @@ def _find_person(
     kind: str, # 'image' or 'video'
     progress: Callable[[int], Callable[[int, int], None]], # total -> callback
     detectors: Detectors | None = None, # of the production tracker; None: MediaPipe
-    gpu: bool = False
+    gpu: bool = False,
+    wish: Wish | None = None # whom the job names, in a video
 ) -> Track:
     "Track a file, reading a video as a stream"
     if kind == 'image':
@@ -111,8 +115,8 @@ def _find_person(
     video = probe(source)
     n = round(video.duration_s * FPS)
     size = video.width, video.height
-    if detectors: return track_wholebody(lambda: read_frames(source), n, size, detectors, gpu, progress(2 * n))
-    return track_video(read_frames(source), n, size, progress(n))
+    if detectors: return track_wholebody(lambda: read_frames(source), n, size, detectors, gpu, progress(2 * n), wish)
+    return track_video(read_frames(source), n, size, progress(n), wish)
 
 # %% ../nbs/32_nodes.ipynb #bca648df
 class AvatarDetectors:

@@ -448,6 +448,23 @@ class Store:
         out.seek(0)
         return b''.join(unpack(_pieces(out), packed, shorten(key), max_bytes)) if packed else out.getvalue()
 
+    def read_part(
+        self,
+        key: str,
+        start: int, # first byte
+        count: int # bytes; fewer come where the object ends
+    ) -> bytes:
+        "A part of an object as it lies there; S3Error when it does not, OSError where the server knows no ranges"
+        def get() -> bytes:
+            response = self.client.get_object(bucket_name=self.bucket, object_name=key, offset=start, length=count)
+            try:
+                if start and response.status != 206: raise OSError(f'{self.host} gives no part of an object')
+                return bytes(response.read(count))
+            finally:
+                response.close()
+                response.release_conn()
+        return self.attempt(get)
+
     def write_bytes(
         self,
         key: str,

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS
            'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive', 'parse_track',
            'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face', 'track_facts',
            'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera', 'steady_if_still',
-           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
+           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light', 'touched_pieces',
            'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'track_video', 'ours_only',
            'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
            'wholebody_points']
@@ -24,7 +24,7 @@ import struct
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ from PIL import Image
 from .clocks import EVERYTHING, Stretch
 from .files import whole_file
 from .frames import FPS
-from .job import JobError
+from .job import JobError, Person
 from .metadata import strip_metadata
-from .people import PersonFilter
+from .people import PersonFilter, Wish
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
@@ -363,7 +363,8 @@ def track_key(
     fps: int, # frames a second
     tracker: str = 'mediapipe', # one of TRACKERS
     detectors: str = '', # digest of its networks, where they are files of their own
-    stretch: Stretch = EVERYTHING # of the video
+    stretch: Stretch = EVERYTHING, # of the video
+    person: Person | None = None # whom the job names
 ) -> str: # key in the bucket
     "Where the track of a video is cached"
     if len(video_sha256) != 64 or set(video_sha256) - set('0123456789abcdef'):
@@ -371,7 +372,8 @@ def track_key(
     version = '-'.join(filter(None, [TRACKERS[tracker], detectors]))
     first, count = stretch.frames(fps)
     part = f'-from{first}' * bool(first) + f'-for{count}' * bool(count)
-    return f'tracks/{version}/{size[0]}x{size[1]}-{fps}/{video_sha256}{part}.track'
+    who = f'-at{person[0]:g}x{person[1]:g}' if isinstance(person, tuple) else f'-{person}' if person else ''
+    return f'tracks/{version}/{size[0]}x{size[1]}-{fps}/{video_sha256}{part}{who}.track'
 
 # %% ../nbs/21_track.ipynb #6689d8a3
 FACE_CONFIDENCE = 0.3 # mean of the 68 face points; a head seen from behind has less
@@ -697,6 +699,22 @@ def face_light(
     return np.stack([middle, (high - low) / 2]).astype(np.float32)
 
 # %% ../nbs/21_track.ipynb #1ad63d7a
+def touched_pieces(
+    mask: np.ndarray, # (h, w) bool
+    groups: Sequence[np.ndarray], # as GROUPS names them
+    zoom: float # pixels of the mask to one of the points
+) -> np.ndarray: # (h, w) bool
+    "The pieces of a mask with a point of the person in them; what is left of others has none"
+    import cv2
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8))
+    if count < 3: return mask
+    body = groups[0][groups[0][:, 2] > .5]
+    x, y = np.concatenate([g[:, :2] for g in (body, *groups[1:]) if not np.isnan(g).any()]).T * zoom
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    kept = np.unique(labels[y[inside].astype(int), x[inside].astype(int)])
+    return np.isin(labels, kept[kept > 0]) if kept.any() else mask
+
+# %% ../nbs/21_track.ipynb #d1b43fe7
 def light_of_stretches(
     lights: np.ndarray, # (m, 2, 3): of single frames; nan without a face
     stretch: np.ndarray # (m,): which part of the video each is in, 0 to LIGHTS - 1
@@ -814,12 +832,13 @@ def track_video(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
     n: int, # how many
     size: tuple[int, int], # width, height
-    progress: Callable[[int, int], None] | None = None # called with (done, n)
+    progress: Callable[[int, int], None] | None = None, # called with (done, n)
+    wish: Wish | None = None # whom the job names
 ) -> Track:
     "Look at every frame once; frames are not kept"
     small = (640, max(round(640 * size[1] / size[0]), 1))
-    people = PersonFilter(small)
-    found = _TrackUnderWay(size, small, n)
+    people = PersonFilter(small, wish)
+    found = _TrackUnderWay(size, small, n, wish is not None)
     source = iter(frames)
     with (_opencv_alone(), _PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
           _face_detector() as detector, ThreadPoolExecutor(1) as pool):
@@ -827,15 +846,15 @@ def track_video(
         upcoming = pool.submit(_next_view, source, small, detector, people)
         while (seen := upcoming.result()) is not None or waiting:
             if seen is not None:
-                frame, view, alone, any_face = seen
+                frame, view, alone, any_face, own = seen
                 points.give(alone)
-                beside = pool.submit(_mask_and_camera, view, alone, segmenter, found.camera)
-                waiting.append((frame, view, any_face, beside))
+                beside = pool.submit(_mask_and_camera, view, alone, own, segmenter, found.camera)
+                waiting.append((frame, view, any_face, own, beside))
                 upcoming = pool.submit(_next_view, source, small, detector, people)
                 if len(waiting) <= AHEAD: continue
-            frame, view, any_face, beside = waiting.popleft()
+            frame, view, any_face, own, beside = waiting.popleft()
             found.add(pool, frame, points.take(size), beside.result(), any_face)
-            if any_face and not found.rows[-1][0]: found.look_again(pool, view, segmenter)
+            if any_face and not found.rows[-1][0]: found.look_again(pool, view, own, segmenter)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     rows = ours_only(found.rows, people, size[0] / small[0], pack_mask(np.zeros(small[::-1], bool)))
@@ -852,9 +871,10 @@ def _opencv_alone() -> Iterator[None]:
 
 class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
-    def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int):
+    def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int, named: bool):
         self.size = size
         self.small = small
+        self.named = named # of several people
         self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
         self.plate = Plate(size)
         self.camera = Camera()
@@ -873,6 +893,7 @@ class _TrackUnderWay:
         if not here:
             groups = [np.full_like(g, np.nan) for g in groups]
             if mask.any(): self.unsure[len(self.rows)] = pack_mask(mask)
+        elif self.named: mask = touched_pieces(mask, groups, self.small[0] / self.size[0])
         if not (here or any_face): away = np.full_like(away, 255)
         if len(self.rows) % self.every == 0:
             if self.added: self.added.result() # raises what failed there
@@ -882,10 +903,12 @@ class _TrackUnderWay:
         self.scene.append(colours)
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
-    def look_again(self, pool: ThreadPoolExecutor, view: np.ndarray, segmenter: Any) -> None:
+    def look_again(
+        self, pool: ThreadPoolExecutor, view: np.ndarray, own: np.ndarray | None, segmenter: Any
+    ) -> None:
         "A face that is not known to be ours was painted over, and may be ours for all that: an outline without that"
         soft = pool.submit(segmenter.process, view).result().segmentation_mask # the pool's thread alone may use it
-        if (mask := soft > .5).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
+        if (mask := _certain(soft, own)).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
 
     def _measure(self, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
         self.plate.add(frame, away, moved)
@@ -905,22 +928,27 @@ class _TrackUnderWay:
 
 def _next_view(
     source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool] | None:
-    "The next frame, its small copy, that copy with other people painted over, and whether it shows a face"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray | None] | None:
+    "The next frame, its small copy, that without other people, is there a face, and where ours may be (None: anywhere)"
     import cv2
     if (frame := next(source, None)) is None: return None
     view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
     faces = _face_boxes(detector.process(view), small)
-    return frame, view, people.hide_others(view, faces), len(faces) > 0
+    return frame, view, people.hide_others(view, faces), len(faces) > 0, people.own
 
-def _mask_and_camera(view: np.ndarray, alone: np.ndarray, segmenter: Any, camera: Camera) -> tuple[np.ndarray, ...]:
+def _certain(soft: np.ndarray, own: np.ndarray | None) -> np.ndarray: # (h, w) bool
+    return np.ascontiguousarray(soft > .5 if own is None else (soft > .5) & own)
+
+def _mask_and_camera(
+    view: np.ndarray, alone: np.ndarray, own: np.ndarray | None, segmenter: Any, camera: Camera
+) -> tuple[np.ndarray, ...]:
     "Mask, the area far from it, the camera, and the scene's colours; runs beside the point detector"
     import cv2
     soft = segmenter.process(alone).segmentation_mask
     away = 255 - cv2.dilate((soft > .15).astype(np.uint8) * 255, np.ones((25, 25), np.uint8))
     away[~inside_bars(view)] = 0
     moved = camera.follow(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), away)
-    return np.ascontiguousarray(soft > .5), away, moved, scene_colours(view, away)
+    return _certain(soft, own), away, moved, scene_colours(view, away)
 
 def _mediapipe_track(
     size: tuple[int, int], small: tuple[int, int], rows: list[tuple], found: _TrackUnderWay

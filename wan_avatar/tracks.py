@@ -16,6 +16,7 @@ from pathlib import Path
 from .comfy import run as run_graph
 from .inputs import Inputs
 from .normalise import Clip
+from .people import Wish
 from .run import Run, cache_file, cached_bytes
 from .store import Store
 from wan_avatar.track import (
@@ -39,12 +40,14 @@ async def track_file(
     source: Path, # a picture or a normalised video, in WORK_DIR
     kind: str, # 'image' or 'video'
     progress: Callable[[int, int], None] = lambda done, total: None, # frames
-    keep_renderer_loaded: bool = True # False while the renderer's files are not there yet
+    keep_renderer_loaded: bool = True, # False while the renderer's files are not there yet
+    wish: Wish | None = None # whom the job names, in a video
 ) -> Path: # track file, beside the source
     "Track a picture or a video in ComfyUI; JobError `no_person` when there is no person to replace"
     target = source.with_suffix('.track')
     slots = {'source': run.relative(source), 'track': run.relative(target), 'kind': kind}
     graph = bind(run.setup.track, slots) | (run.setup.loaders if keep_renderer_loaded else {})
+    if wish: graph['track']['inputs']['person'] = wish.text()
     await run_graph(run.worker.comfy, graph, lambda p: progress(p.value, p.maximum), run.restarts)
     return target
 
@@ -111,7 +114,7 @@ def track_object(run: Run, inputs: Inputs) -> str:
     "Key in the bucket of the driving video's track, by this profile's tracker and networks"
     clip = inputs.clip
     detectors = detectors_digest(run.profile, run.worker.settings.models_dir)
-    return track_key(inputs.sha256, clip.size, clip.fps, run.profile.tracker, detectors, clip.stretch)
+    return track_key(inputs.sha256, clip.size, clip.fps, run.profile.tracker, detectors, clip.stretch, inputs.person)
 
 async def track_driving(
     run: Run,
@@ -127,7 +130,8 @@ async def track_driving(
         track = await asyncio.to_thread(load_cached_track, store, key, target, clip, version)
         stage.facts['cached'] = track is not None
         if track is None:
-            await track_file(run, clip.path, 'video', progress)
+            wish = Wish.of(inputs.person, clip.content, clip.size) if inputs.person else None
+            await track_file(run, clip.path, 'video', progress, wish=wish)
             await asyncio.to_thread(cache_file, store, key, target)
             track = await asyncio.to_thread(load_track, target)
     check_person(track, 'video', profile.face_for)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .job import JobError
-from .people import GAP, Follower, appearance, area, shared_area
+from .people import GAP, Follower, Wish, appearance, area, shared_area
 from .segments import DRAWN_CONFIDENCE, body_joints, draw_body
 from wan_avatar.track import (
     SMALLEST_OTHER,
@@ -65,10 +65,11 @@ def find_path(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
     size: tuple[int, int], # width, height
     find_people: Callable[[np.ndarray], np.ndarray], # frame -> (m, 4)
-    progress: Callable[[int], None] = lambda done: None
+    progress: Callable[[int], None] = lambda done: None,
+    wish: Wish | None = None # whom the job names
 ) -> np.ndarray: # (n, 4) float32, nan where the person is not
-    "The box of the person to replace in every frame"
-    follower = Follower(size)
+    "The box of the person to replace in every frame; JobError `no_person` when the job's point is on nobody"
+    follower = Follower(size, wish)
     whole = np.array([0, 0, *size])
     found = []
     for frame in frames:
@@ -392,11 +393,12 @@ def track_wholebody(
     size: tuple[int, int], # width, height
     detectors: Detectors,
     gpu: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None # called with (done, 2 * n)
+    progress: Callable[[int, int], None] = lambda done, total: None, # called with (done, 2 * n)
+    wish: Wish | None = None # whom the job names
 ) -> Track:
     "Boxes of all frames, then keypoints and masks of the person they show"
     find_people = _person_detector(detectors.person, gpu)
-    path = find_path(read(), size, find_people, lambda done: progress(done, 2 * n))
+    path = find_path(read(), size, find_people, lambda done: progress(done, 2 * n), wish)
     del find_people # its memory is for the next ones
     return _points_and_masks(read, path, size, detectors, gpu, progress)
 
