@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,13 +268,18 @@ class LocalEndpoint:
         on_event: Callable[[str, dict[str, Any]], None] | None = None, # (kind, details), from the endpoint's thread
         stop_timeout_s: float = 10, # between SIGTERM and SIGKILL
         queue_delay_s: float = 4, # RunPod's scaler
-        poll_timeout_s: float = 5): # longest poll of a worker
+        poll_timeout_s: float = 5, # longest poll of a worker
+        host: str = '127.0.0.1', # IPv4 address to listen on; beyond loopback only with an api_key
+        api_key: str | None = None): # None: one that is made up
+        if not api_key and not IPv4Address(host).is_loopback:
+            raise ValueError(f'host is {host}: beyond this machine an endpoint takes an api_key that its callers have')
         self.endpoint_id = endpoint_id
-        self.api_key = f'local_{secrets.token_hex(20)}'
+        self.api_key = api_key or f'local_{secrets.token_hex(20)}'
         self.webhook_interval_s = webhook_interval_s
         self.stop_timeout_s = stop_timeout_s
-        self.socket = socket.create_server(('127.0.0.1', port), backlog=256)
-        self.url = f'http://127.0.0.1:{self.socket.getsockname()[1]}/v2'
+        self.socket = socket.create_server((host, port), backlog=256)
+        here = host if host != '0.0.0.0' else '127.0.0.1' # workers run on this machine
+        self.url = f'http://{here}:{self.socket.getsockname()[1]}/v2'
         self.rules = PoolRules(command=list(worker_command), env=dict(worker_env), log_folder=Path(log_folder),
                             base=f'{self.url}/{endpoint_id}', endpoint_id=endpoint_id, idle_timeout_s=idle_timeout_s,
                             max_workers=max_workers, init_timeout_s=init_timeout_s, queue_delay_s=queue_delay_s,
