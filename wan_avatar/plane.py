@@ -25,7 +25,8 @@ from .local import LocalEndpoint
 # %% ../nbs/52_plane.ipynb #c75ebc57
 def _key_of_callers(key: SecretStr) -> SecretStr:
     try: check_api_key(key.get_secret_value())
-    except EndpointError: raise ValueError('has a blank or a line end in it, or a character that is not ASCII') from None
+    except EndpointError:
+        raise ValueError('has a blank or a line end in it, or a character that is not ASCII') from None
     return key
 
 class PlaneSettings(BaseModel):
@@ -76,13 +77,13 @@ def main(arguments: list[str]) -> int: # exit code
     try:
         if arguments == ['health']: print(json.dumps(plane_health(os.environ)))
         elif arguments: raise SettingsError(f'no argument but `health` is known; {arguments[0]!r} was given')
-        else: _serve(make_plane(os.environ))
+        else: _run_until_signal(make_plane(os.environ))
     except (SettingsError, EndpointError, OSError) as e:
         print(e, file=sys.stderr)
         return 1
     return 0
 
-def _serve(endpoint: LocalEndpoint) -> None:
+def _run_until_signal(endpoint: LocalEndpoint) -> None:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: ended.set())
     with endpoint:

@@ -110,9 +110,9 @@ def environment(folder, requirements, satisfies=None):
     if satisfies: # nothing may be left to install
         pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies)
 
-# what runs in the image: the worker (the Dockerfile's CMD), our nodes in ComfyUI's process, the doctor, which an operator
-# starts where the card and the network are, and the job plane of one's own GPU box (compose.yaml). Nothing there calls
-# the command line, so `cli` and what only it needs (benches, reports, the endpoint's file) stay out
+# what runs in the image: the worker (the Dockerfile's CMD), our nodes in ComfyUI's process, the doctor, which an
+# operator starts where the card and the network are, and the job plane of one's own GPU box (compose.yaml). Nothing
+# there calls the command line, so `cli` and what only it needs (benches, reports, the endpoint's file) stay out
 STARTED = ('worker', 'nodes', 'doctor', 'plane')
 
 def reached(tree, package):
