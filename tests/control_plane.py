@@ -1,11 +1,12 @@
 """A stand-in for RunPod's control plane, over HTTP on loopback: REST v2 for endpoints and GraphQL's `saveEndpoint`, as
 RunPod's OpenAPI document of 2026-08-20 describes them. It refuses unknown keys, wrong types and everything the document
 rules out with `{title, status, detail, errors[]}`; a request without the key with 401; a library's own User-Agent with
-403. Nothing here was checked against RunPod"""
+403. Endpoints take jobs, which go as `script` says. Nothing here was checked against RunPod"""
 import json
 import re
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Annotated, Literal
@@ -58,6 +59,11 @@ class QueueDelay(Strict):
 class RequestCount(Strict):
     type: Literal['REQUEST_COUNT']
     requestCount: Annotated[int, Field(ge=1)]
+
+class JobBody(Strict):
+    input: dict
+    policy: dict[Literal['ttl', 'executionTimeout', 'lowPriority'], int | bool] = {}
+    webhook: str = None
 
 class Common(Strict):
     args: str = ''
@@ -159,6 +165,10 @@ class ControlPlane:
         self.workers: dict[str, list[dict]] = {}
         self.logs: dict[str, list[dict]] = {} # worker id -> {source, line}
         self.jobs: dict[str, dict] = {} # job id -> what `/status` answers
+        self.script: list[dict] = [{'status': 'COMPLETED'}] # the answers about the next job; the last one stays
+        self.told: dict[str, list[dict]] = {} # job id -> answers that are still to come
+        self.sent: list[tuple[str, dict]] = [] # endpoint, body of each job
+        self.on_run: Callable[[dict], object] = lambda endpoint: None # told of the endpoint that got a job
         jobs = ('completed', 'failed', 'inProgress', 'inQueue', 'retried')
         self.health = {'jobs': dict.fromkeys(jobs, 0), 'workers': {'idle': 0, 'running': 0}}
         self.asked: list[tuple[str, str, dict | None]] = []
@@ -226,6 +236,20 @@ class ControlPlane:
             'createdAt': NOW,
             'diff': diff,
         })
+
+    # jobs
+    def run(self, id: str, body) -> tuple[int, object]:
+        parse(JobBody, body)
+        self.sent.append((self.get(id)['id'], body))
+        job = f'job{len(self.sent):04}-u1'
+        self.told[job] = [{'id': job, **answer} for answer in self.script]
+        self.on_run(self.get(id))
+        return 200, {'id': job, 'status': 'IN_QUEUE'}
+
+    def status(self, id: str, job: str) -> tuple[int, object]:
+        if self.told.get(job): self.jobs[job] = self.told[job].pop(0)
+        if job not in self.jobs: raise Refused(404, 'job not found')
+        return 200, self.jobs[job]
 
     def rest(self, method: str, path: str, body) -> tuple[int, object]:
         id, _, rest = path.removeprefix('/v2/serverless').strip('/').partition('/')
@@ -335,7 +359,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check(self) -> None:
         "The caller's User-Agent and key"
-        if re.match(r'python|curl|Go-http|httpx|$', self.headers.get('User-Agent', ''), re.I):
+        strange = re.match(r'python|curl|Go-http|httpx|$', self.headers.get('User-Agent', ''), re.I)
+        if strange and not self.path.startswith('/jobs/'): # another host at RunPod
             raise Refused(403, 'access denied')
         if 'Authorization' not in self.headers: raise Refused(401, 'missing bearer token')
         if self.headers['Authorization'] != f'Bearer {self.plane.key}': raise Refused(401, 'invalid bearer token')
@@ -354,9 +379,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, path: str, body) -> tuple[int, object]:
         if path == '/graphql': return self.plane.graphql(body)
-        if job := re.fullmatch(r'/jobs/\w+/status/([\w-]+)', path):
-            if job[1] not in self.plane.jobs: raise Refused(404, 'job not found')
-            return 200, self.plane.jobs[job[1]]
+        if job := re.fullmatch(r'/jobs/(\w+)/status/([\w-]+)', path): return self.plane.status(*job.groups())
+        if job := re.fullmatch(r'/jobs/(\w+)/run', path): return self.plane.run(job[1], body)
         if path.startswith('/jobs/'): return 200, self.plane.health
         return self.plane.rest(self.command, path, body)
 

@@ -387,11 +387,11 @@ MODULES = { # text of `worker.py`, whether `other.py` and `data.json` ship
 
 @pytest.mark.parametrize('text, module, data', MODULES.values(), ids=MODULES)
 def test_what_ships_follows_from_the_imports(tmp_path, text, module, data):
-    files = {'__init__': '', 'worker': text, 'nodes': '', 'doctor': '', 'other': 'import json',
+    files = {'__init__': '', 'worker': text, 'nodes': '', 'doctor': '', 'plane': '', 'other': 'import json',
              'bench': 'from .worker import f', 'between': 'from .other import a\nNAME = "data.json"'}
     write_tree(tmp_path / 'wan_avatar', {f'{name}.py': text.encode() for name, text in files.items()})
     write_tree(tmp_path / 'wan_avatar', {'data.json': b'{}', 'py.typed': b''})
-    wanted = {'__init__.py', 'worker.py', 'nodes.py', 'doctor.py'}
+    wanted = {'__init__.py', 'worker.py', 'nodes.py', 'doctor.py', 'plane.py'}
     if module: wanted.add('other.py')
     if data: wanted.add('data.json')
     assert {p.name for p in install.shipped(tmp_path / 'wan_avatar')} - {'between.py'} == wanted

@@ -31,7 +31,7 @@ WAN = ('--profile', 'wan22-animate')
 JOB = ('--image', 'me.png', '--driving', 'me.mp4', '--endpoint', 'abc')
 FILE = ('--file', str(ROOT / 'endpoint.toml'))
 IMAGE = ('--image', 'me/worker:wan-worker-20261124-8f3a1c2b4d5e')
-OWN = ('MINIO_', 'RUNPOD_', 'MODELS_', 'COMFY_', 'WORK_DIR', 'HF_', 'PROFILE', 'TRACKER')
+OWN = ('MINIO_', 'RUNPOD_', 'MODELS_', 'COMFY_', 'WORK_DIR', 'HF_', 'PROFILE', 'TRACKER', 'ALERT_')
 OURS = {k: None for k in os.environ if k.startswith(OWN)} # unset, for CliRunner
 
 # command; environment; exit code; words of the line
@@ -139,6 +139,18 @@ CASES = [
     (('metrics', 'folder'), {}, 2, 'folder/records.jsonl cannot be read'),
     (('metrics', 'binary'), {}, 2, 'binary cannot be read'),
     (('endpoint', 'plan', '--offline', '--exit-code'), {}, 2, '--exit-code'),
+    (('endpoint', 'apply', '--rollback', *IMAGE, *FILE), AWAY, 2, '--rollback finds the image itself'),
+    (('endpoint', 'apply', '--rollback', *FILE), {}, 3, 'RUNPOD_API_KEY is not set'),
+    (('endpoint', 'apply', '--rollback', *FILE), AWAY, 3, 'Connection refused'),
+    (('endpoint', 'apply', '--canary', *IMAGE, *FILE), AWAY | BUCKET, 3, 'Connection refused'),
+    (('watch',), {}, 2, 'say --once'),
+    (('watch', '--once', '--cold-starts', 'x'), {}, 2, '--cold-starts'),
+    (('watch', '--once'), AWAY, 2, 'there is no endpoint.toml'),
+    (('watch', '--once', '--daily-usd', '-1', *FILE), AWAY, 2, '--daily-usd: Input should be greater than 0'),
+    (('watch', '--once', *FILE), {}, 3, 'RUNPOD_API_KEY is not set'),
+    (('watch', '--once', *FILE), AWAY, 3, 'which name the bucket, are not set'),
+    (('watch', '--once', *FILE), AWAY | SLASH, 3, 'MINIO_BUCKET: has a slash'),
+    (('watch', '--once', *FILE), AWAY | BUCKET, 3, 'Connection refused'),
     *((('endpoint', command, *args), environ, code, words) for command in ('plan', 'apply', 'status', 'destroy') for
       args, environ, code, words in (
         (('--file', 'nowhere'), AWAY, 2, 'there is no nowhere'),
@@ -202,6 +214,7 @@ def test_every_command_is_called_with_something_wrong():
 PAGES = ['<html>hello</html>', '[]', '{}', '""', 'null']
 ASKS = [*((command, 'j1', '--endpoint', 'abc') for command in ('status', 'cancel', 'fetch')),
         ('endpoint', 'plan', *IMAGE, *FILE), ('endpoint', 'status', *FILE), ('endpoint', 'status', '--id', 'e1', *FILE),
+        ('endpoint', 'apply', '--rollback', *FILE), ('watch', '--once', *FILE),
         ('endpoint', 'destroy', '--yes', *FILE), ('logs', 'w1', '--endpoint', 'e1')]
 
 class Page(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import asdict
 
@@ -37,6 +38,7 @@ def place(samples, tmp_path_factory):
     cut(samples / 'pexels.mp4', 24, folder)
     return folder
 
+CI_KEEPS = ('smoke.html', 'summary.json', 'records.jsonl', 'jobs.png')
 INPUTS = ('-p', 'image=ana.png', '-p', 'driving=cut.mp4')
 
 @pytest.fixture(scope='module')
@@ -179,6 +181,19 @@ def test_the_workflow_runs_make_test_pinned_and_without_secrets():
     assert any(str(s.get('run', '')).startswith('make test') for s in steps)
     assert 'secrets.' not in text
     assert all(re.fullmatch(r'actions/[\w-]+@v\d+\.\d+\.\d+', s['uses']) for s in steps if 'uses' in s)
+
+def test_the_workflow_keeps_what_the_reports_made(smoke, tmp_path, tmp_path_factory):
+    "One process puts its files into --basetemp, several put them into folders of their own below it"
+    jobs = yaml.safe_load((ROOT / '.github/workflows/test.yml').read_text())['jobs']
+    (kept,) = [s['with']['path'].split() for s in jobs['test']['steps'] if s.get('name') == 'reports']
+    (ran,) = [s['run'] for s in jobs['test']['steps'] if str(s.get('run', '')).startswith('make test')]
+    place = re.search(r'--basetemp=([^"\s]+)', ran)[1]
+    base = tmp_path_factory.getbasetemp()
+    shutil.copytree(smoke, tmp_path / 'popen-gw1' / smoke.relative_to(base))
+    for top, below in ((base, ''), (tmp_path, 'popen-gw1')):
+        found = {file for path in kept for file in top.glob(path.removeprefix(f'{place}/'))}
+        made = {top / below / smoke.relative_to(base) / name for name in CI_KEEPS}
+        assert made <= found, (top, made - found)
 
 @pytest.mark.parametrize('name', ['smoke', 'cold_start'])
 def test_the_recorded_example_is_whole(name):

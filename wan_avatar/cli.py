@@ -44,6 +44,7 @@ from .cli_estimate import estimate_app
 from .cli_experiment import experiments
 from .cli_forget import forget_app
 from .cli_operate import operate
+from .cli_watch import watch_app
 from .cli_weights import bundle, models
 from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upload_as, upload_file
 from .job import JobError, check_key, parse_job, shorten
@@ -75,6 +76,7 @@ app.add_typer(estimate_app)
 app.add_typer(experiments)
 app.add_typer(forget_app)
 app.add_typer(operate)
+app.add_typer(watch_app)
 app.add_typer(models, name='models')
 app.add_typer(bundle, name='bundle')
 app.add_typer(image_app, name='image')

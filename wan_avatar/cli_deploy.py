@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['image_app', 'Dirty', 'InRepository', 'Upgrade', 'endpoint_app', 'TomlFile', 'Image', 'Yes', 'Offline', 'ExitCode',
-           'EndpointId', 'environment_file']
+           'Rollback', 'Canary', 'CanaryImage', 'CanaryDriving', 'EndpointId', 'environment_file']
 
 # %% ../nbs/60_cli_deploy.ipynb #8234e439
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from .access import EndpointAccess, InputRefused, job_inputs, until_signal
+from .canary import CanaryFailed, canary_file, canary_wait_s, run_canary
 from .client import EndpointError
 from wan_avatar.endpoint import (
     Control,
@@ -28,6 +31,7 @@ from wan_avatar.endpoint import (
     file_table,
     files_table,
     find,
+    image_before,
     make_plan,
     read_state,
     state_tables,
@@ -43,7 +47,8 @@ from wan_avatar.image import (
     read_metadata,
     requirement_inputs,
 )
-from .terminal import AsJson, Code, exit_on_error, exit_with
+from .metrics import cost_of
+from .terminal import AsJson, Code, JobScreen, exit_on_error, exit_with, time_in_words
 
 # %% ../nbs/60_cli_deploy.ipynb #de910002
 image_app = typer.Typer(no_args_is_help=True, help='The image of the worker: one tag for each commit.')
@@ -111,11 +116,49 @@ def _endpoint_plan(
     with exit_on_error(): _, plan = _show_plan(file, image, Console())
     raise typer.Exit(int(exit_code and plan.action != 'nothing'))
 
+# %% ../nbs/60_cli_deploy.ipynb #e25888f1
+Rollback = Annotated[bool, typer.Option('--rollback', help='the image that ran before, by RunPod\'s releases')]
+Canary = Annotated[bool, typer.Option('--canary', help='first run one job on an endpoint made for it alone')]
+CanaryImage = Annotated[str, typer.Option(help='picture of its job: file, http(s) address, or key in the bucket')]
+CanaryDriving = Annotated[str, typer.Option(help='video of its job, likewise')]
+
+def _image_to_apply(file: Path, image: str | None, rollback: bool) -> str | None: # None: the file's
+    if not rollback: return image
+    wanted = read_file(file)
+    before, replaced = image_before(control_from(os.environ, wanted), wanted.name)
+    Console(stderr=True).print(f'back to {before}, which was replaced at {replaced}', markup=False, soft_wrap=True)
+    return before
+
+def _try_on_canary(control: Control, plan: Plan, image: str, driving: str) -> None:
+    "One job with the planned settings; leaves with its error when it fails"
+    access = EndpointAccess(control.jobs, os.environ['RUNPOD_API_KEY'], os.environ)
+    with JobScreen(Console(stderr=True)) as screen:
+        if plan.action == 'nothing': return screen.say('nothing differs, so there is nothing to try')
+        try: job = job_inputs(image, driving, access, screen.say) | {'user_id': 'canary'}
+        except InputRefused as e: raise InputRefused(re.sub('^--', '--canary-', str(e))) from None
+        until = time_in_words(canary_wait_s(plan.file))
+        screen.say(f'{canary_file(plan.file).name}: one job, at most {until}; the endpoint is deleted afterwards')
+        try: record = run_canary(control, plan.file, os.environ, job, access.store(), screen.job)
+        except CanaryFailed as e: exit_with(f'the canary failed and nothing was changed: {e}', Code.JOB_FAILED)
+        usd = cost_of(record, plan.file.workers.idle_s)
+        cost = f'{usd:.3f} USD' if usd is not None else f'no price is known of {record.gpu or "its card"}'
+        took = f'{record.delay_s or 0:.0f} s until a worker had it, {record.execution_s or 0:.0f} s at work'
+        screen.say(f'the canary is COMPLETED: {took}, {cost}')
+
+# %% ../nbs/60_cli_deploy.ipynb #8286e2ab
 @endpoint_app.command(name='apply')
-def _endpoint_apply(file: TomlFile = Path('endpoint.toml'), image: Image = None, yes: Yes = False) -> None:
+def _endpoint_apply(
+    file: TomlFile = Path('endpoint.toml'), image: Image = None, rollback: Rollback = False, canary: Canary = False,
+    canary_image: CanaryImage = 'runs/samples/astronaut.png',
+    canary_driving: CanaryDriving = 'runs/samples/single_face.mp4', yes: Yes = False
+) -> None:
     "Make RunPod as the file says; asks before it replaces. Prints the endpoint's id."
+    if image and rollback: exit_with('--rollback finds the image itself, so --image means nothing', Code.USAGE)
     def agreed(question: str) -> bool: return yes or typer.confirm(question, err=True)
-    with exit_on_error(): print(apply(*_show_plan(file, image, Console(stderr=True)), agreed))
+    with exit_on_error(), until_signal():
+        control, plan = _show_plan(file, _image_to_apply(file, image, rollback), Console(stderr=True))
+        if canary: _try_on_canary(control, plan, canary_image, canary_driving)
+        print(apply(control, plan, agreed))
 
 # %% ../nbs/60_cli_deploy.ipynb #48f65fe9
 def environment_file(name: str) -> Path:

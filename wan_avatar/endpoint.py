@@ -6,7 +6,7 @@
 __all__ = ['API', 'JOBS', 'request_body', 'model_references', 'Difference', 'endpoint_differences', 'Plan', 'plan_for',
            'difference_table', 'file_table', 'check_offline', 'file_differences', 'files_table', 'OutcomeUnknown',
            'Control', 'find', 'create', 'graphql', 'read_record', 'save_models', 'make_plan', 'apply', 'delete',
-           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'control_from']
+           'State', 'last_errors', 'read_log', 'read_state', 'state_tables', 'image_before', 'control_from']
 
 # %% ../nbs/52_endpoint.ipynb #d6b45330
 import dataclasses
@@ -498,6 +498,21 @@ def _release_table(releases: list[dict[str, Any]]) -> Table:
         changed = ', '.join(d['field'] for d in r['diff']) or '-'
         table.add_row(str(r.get('version')), r['createdAt'], str(r['workerCount']), changed)
     return table
+
+# %% ../nbs/52_endpoint.ipynb #819d7510
+def image_before(
+    control: Control,
+    name: str # of the endpoint
+) -> tuple[str, str]: # the image, and when it was replaced
+    "The image that ran before the one that runs; EndpointError where RunPod tells of none"
+    if (found := find(control, name)) is None: raise EndpointError(f'RunPod has no endpoint called {name}')
+    releases = control.get(f'/v2/serverless/{found["id"]}/releases', 'releases')['releases']
+    for release in releases: # the newest first
+        for change in release['diff']:
+            if change['field'] == 'image' and change.get('old') not in (None, '', found['image']):
+                return str(change['old']), str(release['createdAt'])
+    raise EndpointError(f'none of the {len(releases)} releases of {name} replaced another image; '
+                        'name one with --image')
 
 # %% ../nbs/52_endpoint.ipynb #c708acb8
 def control_from(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,6 +252,14 @@ def webhook_sender(
 # %% ../nbs/51_local.ipynb #b0864958
 KEPT_LOGS = 20 # files of workers of earlier starts
 
+def _listen(host: str, port: int, api_key: str | None) -> tuple[socket.socket, str]: # and its workers' address of it
+    "A socket that listens, beyond this machine only where callers were given a key"
+    if not api_key and not IPv4Address(host).is_loopback:
+        raise ValueError(f'host is {host}: beyond this machine an endpoint takes an api_key that its callers have')
+    listening = socket.create_server((host, port), backlog=256)
+    here = host if host != '0.0.0.0' else '127.0.0.1' # workers run on this machine
+    return listening, f'http://{here}:{listening.getsockname()[1]}/v2'
+
 class LocalEndpoint:
     "RunPod's serverless endpoint on loopback: `with LocalEndpoint(...) as endpoint`"
     def __init__(self,
@@ -267,13 +276,13 @@ class LocalEndpoint:
         on_event: Callable[[str, dict[str, Any]], None] | None = None, # (kind, details), from the endpoint's thread
         stop_timeout_s: float = 10, # between SIGTERM and SIGKILL
         queue_delay_s: float = 4, # RunPod's scaler
-        poll_timeout_s: float = 5): # longest poll of a worker
+        poll_timeout_s: float = 5, # longest poll of a worker
+        host: str = '127.0.0.1', api_key: str | None = None): # where it listens, IPv4; None: a key that is made up
         self.endpoint_id = endpoint_id
-        self.api_key = f'local_{secrets.token_hex(20)}'
+        self.api_key = api_key or f'local_{secrets.token_hex(20)}'
         self.webhook_interval_s = webhook_interval_s
         self.stop_timeout_s = stop_timeout_s
-        self.socket = socket.create_server(('127.0.0.1', port), backlog=256)
-        self.url = f'http://127.0.0.1:{self.socket.getsockname()[1]}/v2'
+        self.socket, self.url = _listen(host, port, api_key)
         self.rules = PoolRules(command=list(worker_command), env=dict(worker_env), log_folder=Path(log_folder),
                             base=f'{self.url}/{endpoint_id}', endpoint_id=endpoint_id, idle_timeout_s=idle_timeout_s,
                             max_workers=max_workers, init_timeout_s=init_timeout_s, queue_delay_s=queue_delay_s,

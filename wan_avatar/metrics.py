@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'LEAST', 'JobRecord', 'start_of', 'RecordsError', 'write_records', 'read_records', 'make_record',
            'measured_job', 'Percentile', 'percentiles', 'waited_for', 'StartPart', 'kind_of', 'stage_label',
-           'cold_parts', 'by_kind', 'download_speed', 'billed_s', 'Cost', 'costs', 'without_price', 'Estimate',
-           'estimates', 'cold_share_at', 'monthly', 'months', 'cold_share', 'FullSize', 'full_weights',
+           'cold_parts', 'by_kind', 'download_speed', 'billed_s', 'cost_of', 'Cost', 'costs', 'without_price',
+           'Estimate', 'estimates', 'cold_share_at', 'monthly', 'months', 'cold_share', 'FullSize', 'full_weights',
            'full_size_start', 'RunDifference', 'difference', 'figures_of', 'compare_runs', 'Sourced', 'health_figures',
            'billing_figures', 'mean_parts', 'fetched_bytes', 'what_dominates', 'what_is_saved', 'what_full_size_saves',
            'summarise']
@@ -257,6 +257,14 @@ def billed_s(
     boot = record.boot if start_of(record) == 'cold' else None
     start = boot.process_s + boot.taken_s + idle_s if boot else 0.0
     return start + (record.execution_s or 0.0)
+
+def cost_of(
+    record: JobRecord,
+    idle_s: float = 5 # the endpoint's idle timeout
+) -> float | None: # US dollars; None: the card has no price
+    "What a job cost, at the price of its card's pool"
+    pool = pool_of(record.gpu)
+    return billed_s(record, idle_s) * pool.usd_per_s if pool else None
 
 # %% ../nbs/54_metrics.ipynb #0bb02641
 @dataclass(frozen=True)

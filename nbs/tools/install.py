@@ -110,10 +110,10 @@ def environment(folder, requirements, satisfies=None):
     if satisfies: # nothing may be left to install
         pip(folder, 'install', '--no-deps', '--no-index', '--dry-run', '-r', satisfies)
 
-# what runs in the image: the worker (the Dockerfile's CMD), our nodes in ComfyUI's process, and the doctor, which an
-# operator starts where the card and the network are. Nothing there calls the command line, so `cli` and what only it
-# needs (benches, reports, the endpoint's file, the local endpoint) stay out
-STARTED = ('worker', 'nodes', 'doctor')
+# what runs in the image: the worker (the Dockerfile's CMD), our nodes in ComfyUI's process, the doctor, which an
+# operator starts where the card and the network are, and the job plane of one's own GPU box (compose.yaml). Nothing
+# there calls the command line, so `cli` and what only it needs (benches, reports, the endpoint's file) stay out
+STARTED = ('worker', 'nodes', 'doctor', 'plane')
 
 def reached(tree, package):
     """Modules of our package that a module reaches, and other strings that may name a file.
