@@ -120,6 +120,16 @@ def test_the_canary_has_the_settings_of_the_endpoint(operator, plane, store):
         k: v for k, v in next(iter(plane.endpoints.values())).items() if k not in ('id', 'name')}
     assert made[0]['name'] == 'wan-avatar-canary'
 
+def test_a_first_image_is_tried_before_there_is_an_endpoint(operator, plane, store):
+    made_by(store, '5f3a1c2b4d5e6f70')
+    assert operator('destroy', '--yes').exit_code == 0
+    plane.script = [{'status': 'FAILED', 'error': 'comfy_failed: node 7'}]
+    assert operator('apply', '--image', NEW, '--canary', *KEYS).exit_code == 1
+    assert not plane.endpoints
+    plane.script = [COMPLETED]
+    assert operator('apply', '--image', NEW, '--canary', *KEYS).exit_code == 0
+    assert images(plane) == {'wan-avatar': NEW}
+
 def test_a_creation_whose_answer_is_lost_is_deleted_too(operator, plane, store):
     made_by(store, '5f3a1c2b4d5e6f70')
     plane.script = [COMPLETED]

@@ -159,7 +159,7 @@ def until(ready, process: subprocess.Popen) -> None:
         time.sleep(0.05)
     raise AssertionError('it did not get ready')
 
-def test_a_job_on_ones_own_box(box, samples, tmp_path):
+def test_a_job_on_ones_own_box(box, samples, tmp_path, monkeypatch, capsys):
     folder, environ, plane, address = box
     store = Store(load_settings(environ))
     store.upload(samples / 'astronaut.png', 'people/ana.png', 'image/png')
@@ -174,9 +174,11 @@ def test_a_job_on_ones_own_box(box, samples, tmp_path):
     log = (folder / 'plane.log').read_text()
     assert done.state == 'COMPLETED', (done, log)
     assert httpx2.get(done.output['presigned_url'], trust_env=False).content[4:8] == b'ftyp', 'callers reach the bucket'
-    health = subprocess.run([sys.executable, '-m', 'wan_avatar.plane', 'health'], env=environ, capture_output=True,
-                            text=True, timeout=60)
-    assert (health.returncode, json.loads(health.stdout)['jobs']['completed']) == (0, 1)
+    for name, value in environ.items(): monkeypatch.setenv(name, value)
+    assert main(['health']) == 0
+    assert json.loads(capsys.readouterr().out)['jobs']['completed'] == 1
+    monkeypatch.setenv('PLANE_API_KEY', 'a-key-of-somebody-else')
+    assert main(['health']) == 1
     workers = psutil.Process(plane.pid).children(recursive=True)
     assert {w.environ().get('PLANE_API_KEY') for w in workers if 'wan_avatar.worker' in w.cmdline()} == {''}
     assert list((folder / 'logs').glob('worker-*.log'))

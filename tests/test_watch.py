@@ -203,6 +203,16 @@ def test_workers_that_cannot_be_stopped_are_an_alert_of_its_own(site):
     assert site.watch('--daily-usd', '0.5').exit_code == 1
     assert (site.most, len(site.heard)) == (0, 2)
 
+def test_a_watch_that_sees_nothing_says_so_once(site):
+    gone = {'MINIO_ENDPOINT': 'http://127.0.0.1:9'} # nobody listens on this port
+    for _ in range(2):
+        done = site.watch(**gone)
+        assert done.exit_code == 3
+        assert 'did not answer' in done.stderr
+    (said,) = site.heard
+    assert 'could not be finished, and nothing was stopped: storage_failed' in said
+    assert site.watch().exit_code == 0
+
 def test_what_has_no_price_is_said(site):
     site.make('a', gpu='cpu')
     site.make('b')
@@ -214,7 +224,7 @@ WRONG = [ # arguments; exit code; words
     (('--daily-usd', '0'), 2, '--daily-usd: Input should be greater than 0'),
     (('--failed-share', '1.5'), 2, '--failed-share: Input should be less than 1'),
     (('--state', 'endpoint.toml'), 2, 'endpoint.toml is no state of a watch'),
-    (('--file', 'other.toml'), 3, 'RunPod has no other'),
+    (('--file', 'other.toml'), 3, 'RunPod has no endpoint called other'),
 ]
 
 @pytest.mark.parametrize('args, code, words', WRONG)

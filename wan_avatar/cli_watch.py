@@ -19,8 +19,7 @@ from pydantic import ValidationError
 
 from .access import open_bucket
 from .cli_deploy import TomlFile
-from .client import EndpointError
-from .endpoint import control_from, find
+from .endpoint import control_from
 from .endpoint_file import DayLimits, read_file
 from .job import first_fault
 from .terminal import AsJson, Code, exit_on_error, exit_with, print_rows
@@ -77,14 +76,13 @@ def _watch(
         except ValueError as e: exit_with(str(e), Code.USAGE)
         control = control_from(os.environ, wanted)
         store = open_bucket(os.environ)
-        if (remote := find(control, wanted.name)) is None: raise EndpointError(f'RunPod has no {wanted.name}')
         path = state or Path('runs/watch') / f'{wanted.name}.json'
         webhook = os.environ.get('ALERT_WEBHOOK')
         post = partial(post_alert, webhook) if webhook else None
         with alone(path) as first:
             if not first: exit_with(f'another watch is at work with {path}', Code.USAGE)
             meant = wanted.model_copy(update={'watch': limits})
-            try: look = look_once(control, meant, remote, store, path, utc_now(), post)
+            try: look = look_once(control, meant, store, path, utc_now(), post)
             except StateDamaged as e: exit_with(str(e), Code.USAGE)
     _answer(look, limits, as_json)
 

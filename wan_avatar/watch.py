@@ -22,10 +22,10 @@ import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .client import EndpointError, Status, read_manifest
-from .endpoint import Control
+from .endpoint import Control, find
 from .endpoint_file import DayLimits, EndpointFile
 from .files import whole_file
-from .job import first_fault
+from .job import JobError, first_fault
 from .manifest import Manifest, ManifestDamaged
 from .metrics import JobRecord, cost_of, make_record, start_of
 from .retry import RetryPolicy, TransientError, retry
@@ -222,29 +222,52 @@ class Look:
 def look_once(
     control: Control,
     file: EndpointFile, # its `watch` has the limits
-    remote: dict[str, Any], # the endpoint, as RunPod shows it
     store: Store,
     path: Path, # of the state
     now: datetime, # UTC
     post: Callable[[str], None] | None = None # an alert; None: nobody is told
 ) -> Look:
-    "Count, stop, tell"
+    "Count, stop, tell; a look that cannot be finished is told too, and its error raised"
     state = state_of_day(load_state(path), f'{now:%Y-%m-%d}')
-    health = control.get(f'/{remote["id"]}/health', 'jobs', jobs=True)
-    count_failed(state, remote['id'], int(health['jobs'].get('failed', 0)))
-    prefix = file.env.get('OUTPUT_PREFIX', store.settings.output_prefix)
-    whole = read_day(store, prefix, state, file.workers.idle_s)
+    def tell(alerts: list[Alert]) -> tuple[list[str], str]: return _tell(alerts, file.name, state, path, post)
+    try: remote, whole = _count(control, file, store, state)
+    except (EndpointError, JobError) as e:
+        tell([Alert('blind', f'a look at {state.day} (UTC) could not be finished, and nothing was stopped: {e}')])
+        raise
     save_state(path, state)
     figures = day_of(state, whole)
     found = alerts_of(figures, file.watch)
     alerts = [_stopped(control, remote, a) if a.kind == 'cost' else a for a in found]
+    posted, trouble = tell(alerts)
     most = 0 if any(a.kind == 'cost' for a in alerts) else most_workers(remote)
+    return Look(figures, alerts, posted, most, trouble)
+
+def _count(
+    control: Control,
+    file: EndpointFile,
+    store: Store,
+    state: WatchState # is changed
+) -> tuple[dict[str, Any], bool]: # the endpoint as RunPod shows it; were all keys looked at?
+    if (remote := find(control, file.name)) is None:
+        raise EndpointError(f'RunPod has no endpoint called {file.name}')
+    health = control.get(f'/{remote["id"]}/health', 'jobs', jobs=True)
+    count_failed(state, remote['id'], int(health['jobs'].get('failed', 0)))
+    prefix = file.env.get('OUTPUT_PREFIX', store.settings.output_prefix)
+    return remote, read_day(store, prefix, state, file.workers.idle_s)
+
+def _tell(
+    alerts: list[Alert],
+    name: str, # of the endpoint
+    state: WatchState, # is changed
+    path: Path, # of the state
+    post: Callable[[str], None] | None
+) -> tuple[list[str], str]: # kinds that were posted; why one was not
     posted: list[str] = []
     for alert in alerts:
         if post is None or alert.kind in state.told: continue
-        try: post(f'{file.name}: {alert.text}')
-        except AlertNotSent as e: return Look(figures, alerts, posted, most, str(e))
+        try: post(f'{name}: {alert.text}')
+        except AlertNotSent as e: return posted, str(e)
         posted.append(alert.kind)
         state.told = [*state.told, alert.kind]
         save_state(path, state)
-    return Look(figures, alerts, posted, most)
+    return posted, ''
