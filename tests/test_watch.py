@@ -91,7 +91,8 @@ class Site:
         text = (ROOT / 'endpoint.toml').read_text()
         (folder / 'endpoint.toml').write_text(text.replace('"avatars/"', f'"{prefix}"'))
         self.state = folder / 'runs/watch/wan-avatar.json'
-        self.now = datetime.now(UTC)
+        self.now = datetime(2026, 11, 24, 12, tzinfo=UTC) # when the test begins, whatever the clock says
+        self.ahead = self.now - datetime.now(UTC)
 
     def make(self, name: str, gpu: str = 'NVIDIA L40S', job_number: int = 2) -> None:
         "A video of 1000 s at work, on a worker that took 200 s to start: 0.53 USD, 0.64 with the start"
@@ -103,7 +104,11 @@ class Site:
             timeline=[Stage('render', 0, 1000)], boot=boot)
         self.store.write_json(f'{key}.json', manifest.record())
         self.store.write_bytes(key, b'a video', 'video/mp4')
-        self.now = dict(list_videos(self.store, self.prefix)[0])[key]
+        self.now = dict(self.listed(self.store, self.prefix)[0])[key]
+
+    def listed(self, store, prefix):
+        videos, whole = list_videos(store, prefix)
+        return [(key, at + self.ahead) for key, at in videos], whole
 
     def watch(self, *args: str, **environ: str | None):
         done = CliRunner().invoke(app, ['watch', '--once', *args], env=self.environ | environ)
@@ -130,6 +135,7 @@ def site(bucket, hook, tmp_path, monkeypatch, request):
     with control_plane() as plane:
         made = Site(plane, bucket, tmp_path, hook, f'{request.node.name}/')
         monkeypatch.setattr('wan_avatar.cli_watch.utc_now', lambda: made.now)
+        monkeypatch.setattr('wan_avatar.watch.list_videos', made.listed)
         assert made.endpoint('apply').exit_code == 0
         yield made
 
