@@ -321,7 +321,8 @@ def _page_command(
     with exit_on_error():
         if endpoint is None:
             if found := page_address(folder or LOCAL / 'page'): return print(found)
-            raise EndpointError('no page runs here; `wan-avatar up` serves one, and so does `wan-avatar page --endpoint ID`')
+            raise EndpointError('no page runs here; `wan-avatar up` serves one, and so does '
+                                '`wan-avatar page --endpoint ID`')
         access = find_endpoint(endpoint, os.environ)
         place = re.sub(r'\W+', '-', endpoint.rpartition('://')[2]).strip('-')
         try:

@@ -165,7 +165,8 @@ def part_response(
     found = store.stat(part.key)
     if found is None: raise PageRefused(404, f'{part.name} is no longer in the bucket')
     size = found['bytes']
-    if (span := byte_range(asked, size)) is None: return Response(status_code=416, headers={'Content-Range': f'bytes */{size}'})
+    span = byte_range(asked, size)
+    if span is None: return Response(status_code=416, headers={'Content-Range': f'bytes */{size}'})
     start, end = span
     headers = {'Accept-Ranges': 'bytes', 'Content-Length': str(end - start), 'Content-Type': part.type}
     if download: headers['Content-Disposition'] = f"attachment; filename*=UTF-8''{quote(part.name, safe='')}"
@@ -240,8 +241,9 @@ def _static_routes(app: 'FastAPI', door: Door) -> None:
     @app.get('/')
     def enter() -> Response:
         # no redirect: a cookie is not sent on one that began at another site, such as a terminal in a browser
-        page = f'<!doctype html><meta http-equiv="refresh" content="0; url={base}/"><a href="{base}/">Go on</a>'
-        answer = HTMLResponse(page)
+        answer = HTMLResponse('<!doctype html><html lang="en"><title>wan_avatar</title>'
+                              f'<link rel="icon" href="{base}/icon.svg"><meta http-equiv="refresh" '
+                              f'content="0; url={base}/"><a href="{base}/">Go on</a>')
         answer.set_cookie(door.cookie_name, door.cookie, path=f'{base}/', httponly=True, samesite='strict')
         return answer
 
@@ -267,7 +269,8 @@ def _job_routes(app: 'FastAPI', base: str, desk: Desk) -> None:
     async def submit(request: Request) -> Response:
         said = await _receive_json(request)
         wishes, files = said.get('fields'), said.get('files')
-        if not isinstance(wishes, dict) or not isinstance(files, dict): raise PageRefused(400, 'fields and files are objects')
+        if not isinstance(wishes, dict) or not isinstance(files, dict):
+            raise PageRefused(400, 'fields and files are objects')
         return JSONResponse(await asyncio.to_thread(desk.submit, wishes, files), 201)
 
     @app.get(f'{base}/jobs/{{job_id}}')
@@ -316,7 +319,8 @@ def page_app(desk: Desk, door: Door) -> 'ASGIApp':
     async def refused(request: Request, e: Exception) -> Response:
         status, told = refusal_of(e)
         return JSONResponse(told, status)
-    for kind in (PageRefused, JobError, EndpointError, SettingsError, InputRefused): app.exception_handler(kind)(refused)
+    for error in (PageRefused, JobError, EndpointError, SettingsError, InputRefused):
+        app.exception_handler(error)(refused)
     api = f'/{door.folder}/api'
     _job_routes(app, api, desk)
     _file_routes(app, api, desk)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT_JOBS', 'STEPS', 'View', 'REMEDIES', 'FORM_FIELDS', 'FILE_FIELDS', 'ENDINGS', 'MOST_BYTES', 'PROFILE_WORDS',
-           'SAMPLES', 'LOOK_S', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'error_view', 'timeline_view',
-           'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type', 'form_fields', 'Part', 'Desk']
+           'SAMPLES', 'LOOK_S', 'HERE', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'error_view', 'timeline_view',
+           'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type', 'form_fields', 'NewestVideos',
+           'Part', 'Desk']
 
 # %% ../nbs/60_page_jobs.ipynb #e4a1127e
 import json
@@ -25,7 +26,7 @@ from .cli_operate import MadeVideo, recent_videos
 from .client import Client, EndpointError, Status, UnknownJob, find_forgotten, read_manifest, upload_file
 from .files import whole_file
 from .job import ErrorCode, Job, JobError, guard_key, output_key, parse_job, shorten
-from .judging import COMFY, JudgingFailed, judge_result
+from .judging import COMFY, JudgingFailed, judge_result, not_measured
 from .launch import private_folder
 from .manifest import Manifest, ManifestDamaged
 from .quality import MEASURES, Judgement, parse_judgement
@@ -72,7 +73,8 @@ class JobBook:
     def put(self, job: PageJob) -> None:
         "Add a job, or note its change"
         with self.lock:
-            if self.jobs.get(job.id) == job: return
+            before = self.jobs.get(job.id)
+            if before == job or (before and before.over and not job.over): return # the last: an answer that came late
             self.jobs[job.id] = job
             while len(self.jobs) > self.most: del self.jobs[next(iter(self.jobs))]
             with whole_file(self.path) as part:
@@ -111,11 +113,13 @@ def steps_of(
     steps: list[View] = [{'name': n, 'title': STEPS[n], 'state': s} for n, s in zip(names, states, strict=False)]
     if status is None or at == len(names): return steps
     if (update := status.progress) is not None:
-        steps[at] |= {'text': describe(update), 'percent': update.percent, 'eta': remaining(update)}
+        window = describe(update).partition(', ')[2] # what stands before it is the title already
+        steps[at] |= {'text': window, 'percent': update.percent, 'eta': remaining(update) if update.eta_s else ''}
     elif start and job.stage == 'worker':
         text, spent, usual = start
         eta = f'about {usual - spent:.0f} s to go' if usual > spent + 1 else ''
-        steps[at] |= {'text': text, 'percent': min(int(100 * spent / usual), 99), 'eta': eta}
+        steps[at] |= {'text': text.partition('(')[2].rstrip(')'), 'eta': eta,
+                      'percent': min(int(100 * spent / usual), 99)}
     return steps
 
 # %% ../nbs/60_page_jobs.ipynb #c96324e4
@@ -126,7 +130,7 @@ REMEDIES: dict[str, str] = {
     'no_person': 'Take a picture that shows one face from the front, and a video in which one person is seen well.',
     'too_long': 'Take a shorter stretch of the video: start and duration are under “More”.',
     'models_unavailable': 'The worker lacks weights; `wan-avatar doctor` says which, and what to do.',
-    'comfy_failed': 'Start it again. If it fails again, `wan-avatar logs` with the job\'s id shows what the worker said.',
+    'comfy_failed': 'Start it again. If that fails too, `wan-avatar logs` with the job\'s id shows what the worker said.',
     'out_of_memory': 'Take a shorter stretch of the video, or a worker with a larger card.',
     'storage_failed': '`wan-avatar doctor` looks at the bucket and says what to do.',
     'cancelled': 'Start it again whenever you like.',
@@ -226,8 +230,8 @@ class QualityDesk:
                 for path, key in zip(paths, keys, strict=True): self.store.download(key, path, key, 10**10)
                 said = judge_result(manifest, paths[2], paths[0], paths[1], self.store, self.folder / job_id,
                                     self.comfy_dir, progress=progress)
-            if isinstance(said, str): self._note(job_id, 'not measured', why=said.removeprefix('quality: not measured: '))
-            else: self._note(job_id, 'measured', rows=quality_rows(said))
+            if isinstance(said, Judgement): self._note(job_id, 'measured', rows=quality_rows(said))
+            else: self._note(job_id, 'not measured', why=said.removeprefix(not_measured('')))
         except (JudgingFailed, JobError, OSError) as e: self._note(job_id, 'not measured', why=str(e))
         finally: self.one.release()
 
@@ -240,7 +244,6 @@ PROFILE_WORDS = {
     'draft': 'preview on a CPU, in seconds', 'wan22-animate': 'production, needs a GPU',
     'wan22-animate-reference': 'official sampling, slow', 'wan22-animate-tiny': 'random weights, for tests'}
 SAMPLES = {'picture': 'astronaut.png', 'driving': 'pexels.mp4'}
-LOOK_S = 15.0 # so old may a listing of the bucket be
 
 def media_type(name: str) -> str: # by its ending, for a browser; nothing it would run
     "What a picture or video is sent as"
@@ -260,6 +263,30 @@ def form_fields(
     return fields
 
 # %% ../nbs/60_page_jobs.ipynb #4ceae44b
+LOOK_S = 15.0 # so old may a listing of the bucket be
+HERE = 'this machine'
+
+class NewestVideos:
+    "The newest videos of a bucket, as of a moment ago"
+    def __init__(self, store: Store):
+        self.store = store
+        self.lock = threading.Lock()
+        self.at = float('-inf') # when they were listed
+        self.found: list[MadeVideo] = []
+        self.trouble = '' # why they could not be listed
+
+    def videos(self) -> list[MadeVideo]:
+        "Newest first"
+        with self.lock:
+            if time.monotonic() < self.at + LOOK_S: return self.found
+            prefix = self.store.settings.output_prefix.strip('/')
+            try:
+                self.found = recent_videos(self.store, f'{prefix}/'.lstrip('/'), 20)[0]
+                self.trouble = ''
+            except JobError as e: self.trouble = e.message
+            self.at = time.monotonic()
+            return self.found
+
 @dataclass(frozen=True)
 class Part:
     "A file of a job, in the bucket"
@@ -273,7 +300,7 @@ class Desk:
         self,
         access: EndpointAccess,
         folder: Path, # of the page
-        place: str = 'this machine', # where the endpoint is, for people
+        place: str = HERE, # where the endpoint is, for people
         start: Callable[[], tuple[str, float, float] | None] = lambda: None, # of a worker, as `steps_of` takes it
         samples: Path = Path('runs/samples'),
         comfy_dir: Path = COMFY
@@ -288,8 +315,7 @@ class Desk:
         self.book = JobBook(folder / 'page.jsonl')
         self.quality = QualityDesk(self.store, folder, comfy_dir)
         self.files: dict[str, str] = {} # what came through the page since it runs: key -> name
-        self.bucket: tuple[float, list[MadeVideo], str] = (float('-inf'), [], '') # when it was listed, videos, trouble
-        self.looking = threading.Lock()
+        self.newest = NewestVideos(self.store)
         self.running: dict[str, Status] = {} # the last word on jobs that are not over
         self.manifests: dict[str, Manifest] = {} # by key
 
@@ -299,7 +325,8 @@ class Desk:
         "What the form offers"
         profiles = [{'name': p.name, 'words': PROFILE_WORDS.get(p.name, ''), 'qualities': list(p.qualities),
                      'prompt': p.prompt is not None} for p in PROFILES.values()]
-        return {'place': self.place, 'profiles': profiles, 'default': os.environ.get('PROFILE', ''),
+        default = os.environ.get('PROFILE') or ('draft' if self.place == HERE else '')
+        return {'place': self.place, 'profiles': profiles, 'default': default,
                 'fields': [name for name in FORM_FIELDS if name in Job.model_fields], 'endings': ENDINGS,
                 'most_bytes': MOST_BYTES, 'sample': all(path.is_file() for path in self.samples.values())}
 
@@ -340,7 +367,7 @@ class Desk:
     def job(self, job_id: str) -> PageJob:
         "A job that the page knows: one it sent, or one of the bucket's newest; PageRefused"
         if job := self.book.jobs.get(job_id): return job
-        for video in self._bucket_videos():
+        for video in self.newest.videos():
             if PurePosixPath(video.key).stem == job_id: return _from_bucket(video)
         raise PageRefused(404, f'the page knows no job {shorten(job_id)}; it may be older than what is listed here')
 
@@ -367,9 +394,9 @@ class Desk:
         "The jobs of the page and the bucket's newest videos, newest first"
         own = [self._try_refresh(job) for job in self.book.newest()]
         keys = {job.key for job in own}
-        others = [_from_bucket(video) for video in self._bucket_videos() if video.key not in keys]
+        others = [_from_bucket(video) for video in self.newest.videos() if video.key not in keys]
         rows = sorted([*own, *others], key=lambda job: job.at, reverse=True)[:KEPT_JOBS]
-        return {'jobs': [_row(job) for job in rows], 'trouble': self.bucket[2]}
+        return {'jobs': [_row(job) for job in rows], 'trouble': self.newest.trouble}
 
     def measure(self, job_id: str) -> View:
         "Have a finished video judged"
@@ -427,17 +454,6 @@ class Desk:
         self.manifests[key] = found
         while len(self.manifests) > KEPT_JOBS: del self.manifests[next(iter(self.manifests))]
         return found
-
-    def _bucket_videos(self) -> list[MadeVideo]:
-        "The newest videos of the bucket, as of a moment ago"
-        with self.looking:
-            at, videos, trouble = self.bucket
-            if time.monotonic() < at + LOOK_S: return videos
-            prefix = self.store.settings.output_prefix.strip('/')
-            try: videos, trouble = recent_videos(self.store, f'{prefix}/'.lstrip('/'), 20)[0], ''
-            except JobError as e: trouble = e.message
-            self.bucket = (time.monotonic(), videos, trouble)
-            return videos
 
 # %% ../nbs/60_page_jobs.ipynb #a69d4eb0
 def _wishes(job: PageJob) -> View: return {n: v for n, v in job.fields.items() if n in FORM_FIELDS}

@@ -19,7 +19,7 @@ export function open(jobId) {
     job = null
     write(find('job-title'), 'Job')
     write(find('job-meta'), '')
-    for (const part of ['job-running', 'job-failure', 'job-result', 'again']) show(find(part), false)
+    for (const part of ['job-running', 'job-failure', 'job-result', 'job-details', 'again']) show(find(part), false)
   }
   look()
 }
@@ -67,6 +67,7 @@ function draw(told) {
   if (running) drawSteps()
   drawFailure()
   show(find('job-result'), job.state === 'COMPLETED')
+  show(find('job-details'), Boolean(job.result))
   if (job.state === 'COMPLETED') drawResult()
   drawAgain(running)
   if (before && before !== job.state) announce(`The video is ${WORDS[job.state]}`)
@@ -127,7 +128,7 @@ function drawResult() {
   write(find('result-trouble'), job.trouble || '')
   show(find('result-trouble'), Boolean(job.trouble))
   const { result } = job
-  for (const card of find('job-result').querySelectorAll('.card, .player')) show(card, Boolean(result))
+  show(find('player'), Boolean(result))
   if (!result) return
   if (loaded !== id) {
     loaded = id
