@@ -130,7 +130,7 @@ REMEDIES: dict[str, str] = {
     'no_person': 'Take a picture that shows one face from the front, and a video in which one person is seen well.',
     'too_long': 'Take a shorter stretch of the video: start and duration are under “More”.',
     'models_unavailable': 'The worker lacks weights; `wan-avatar doctor` says which, and what to do.',
-    'comfy_failed': 'Start it again. If that fails too, `wan-avatar logs` with the job\'s id shows what the worker said.',
+    'comfy_failed': 'Start it again. If that fails too, `wan-avatar logs` with the job\'s id says more.',
     'out_of_memory': 'Take a shorter stretch of the video, or a worker with a larger card.',
     'storage_failed': '`wan-avatar doctor` looks at the bucket and says what to do.',
     'cancelled': 'Start it again whenever you like.',
@@ -227,7 +227,8 @@ class QualityDesk:
         try:
             with TemporaryDirectory(dir=self.folder) as d:
                 paths = [Path(d) / f'{n}{PurePosixPath(key).suffix}' for n, key in enumerate(keys)]
-                for path, key in zip(paths, keys, strict=True): self.store.download(key, path, key, 10**10)
+                for path, key, what in zip(paths, keys, ('the picture', 'the driving video', 'the video'), strict=True):
+                    self.store.download(key, path, what, 10**10)
                 said = judge_result(manifest, paths[2], paths[0], paths[1], self.store, self.folder / job_id,
                                     self.comfy_dir, progress=progress)
             if isinstance(said, Judgement): self._note(job_id, 'measured', rows=quality_rows(said))
@@ -347,10 +348,10 @@ class Desk:
 
     def _name_of(self, key: Any) -> str:
         "What a file that came through this page is called; PageRefused for any other key"
-        if key in self.files: return self.files[key]
+        if isinstance(key, str) and key in self.files: return self.files[key]
         for job in self.book.newest():
             for part, name in (('picture', job.picture), ('driving', job.driving)):
-                if job.fields.get(FILE_FIELDS[part]) == key: return name
+                if key and job.fields.get(FILE_FIELDS[part]) == key: return name
         raise PageRefused(400, 'choose the picture and the video again: the page no longer knows them')
 
     # jobs
