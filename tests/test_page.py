@@ -458,7 +458,7 @@ def test_what_is_wrong_is_said_where_it_is(open_tab, tmp_path, samples):
     page.fill('#start_seconds', '')
     page.click('#make')
     page.wait_for_selector('#job-failure:not([hidden])')
-    assert 'input_unreadable' in page.inner_text('#failure-title')
+    assert page.inner_text('#failure-title') == 'Failed while reading the inputs (input_unreadable)'
     assert page.inner_text('#failure-remedy').startswith('Try another file')
 
 # how it looks

@@ -31,8 +31,10 @@ function row(told) {
   const name = told.picture && told.driving ? `${told.picture} in ${told.driving}` : told.id
   const state = told.state === 'IN_PROGRESS' ? told.stage.toLowerCase() : WORDS[told.state]
   const facts = [state, told.profile, when(told.at), told.seconds && seconds(told.seconds)].filter(Boolean).join(' · ')
-  return make('li', {}, make('a', { href: `#job/${encodeURIComponent(told.id)}` }, make('span', { class: 'name' },
-    make('span', { class: `dot ${told.state}`, 'aria-hidden': 'true' }), name), make('span', { class: 'facts' }, facts)))
+  const dot = make('span', { class: `dot ${told.state}`, 'aria-hidden': 'true' })
+  const link = make('a', { href: `#job/${encodeURIComponent(told.id)}` })
+  link.append(make('span', { class: 'name' }, dot, make('span', {}, name)), make('span', { class: 'facts' }, facts))
+  return make('li', {}, link)
 }
 
 let drawn = ''
@@ -66,6 +68,7 @@ async function list() {
 
 document.addEventListener('visibilitychange', () => { if (!document.hidden) { job.wake(); list() } })
 window.addEventListener('hashchange', route)
+window.addEventListener('jobchange', list)
 guardDrops()
 try {
   const about = await ask('about')

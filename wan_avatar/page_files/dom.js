@@ -37,7 +37,8 @@ async function answered(response) {
 }
 
 export async function ask(path, body) {
-  const sent = body === undefined ? {} : { method: 'POST', body: JSON.stringify(body), headers: { 'Content-Type': 'application/json' } }
+  const json = { 'Content-Type': 'application/json' }
+  const sent = body === undefined ? {} : { method: 'POST', body: JSON.stringify(body), headers: json }
   let response
   try { response = await fetch(`api/${path}`, { ...sent, signal: AbortSignal.timeout(60_000) }) }
   catch { throw new Refused(0, { error: 'The page\'s server does not answer; is its command still running?' }) }
@@ -51,8 +52,13 @@ export function send(path, file, onProgress) {
     request.open('POST', `api/${path}`)
     request.responseType = 'json'
     request.upload.onprogress = event => onProgress(event.loaded, file.size)
-    request.onload = () => request.status < 300 ? resolve(request.response) : reject(new Refused(request.status, request.response || {}))
-    request.onerror = () => reject(new Refused(0, { error: `${file.name} was not sent: the page's server does not answer, or the file cannot be read` }))
+    const refuse = (status, told) => reject(new Refused(status, told))
+    const lost = `${file.name} was not sent: the page's server does not answer, or the file cannot be read`
+    request.onload = () => {
+      if (request.status < 300) resolve(request.response)
+      else refuse(request.status, request.response || {})
+    }
+    request.onerror = () => refuse(0, { error: lost })
     request.send(file)
   })
 }
@@ -73,9 +79,11 @@ export function when(at) {
   if (Number.isNaN(date.valueOf())) return ''
   const today = date.toDateString() === new Date().toDateString()
   const time = { hour: '2-digit', minute: '2-digit' }
-  return today ? date.toLocaleTimeString([], time) : date.toLocaleString([], { ...time, month: 'short', day: 'numeric' })
+  if (today) return date.toLocaleTimeString([], time)
+  return date.toLocaleString([], { ...time, month: 'short', day: 'numeric' })
 }
 
 export const WORDS = {
-  COMPLETED: 'done', FAILED: 'failed', CANCELLED: 'cancelled', TIMED_OUT: 'timed out', UNKNOWN: 'no longer known', IN_QUEUE: 'waiting', IN_PROGRESS: 'running'
+  COMPLETED: 'done', FAILED: 'failed', CANCELLED: 'cancelled', TIMED_OUT: 'timed out', UNKNOWN: 'no longer known',
+  IN_QUEUE: 'waiting', IN_PROGRESS: 'running'
 }

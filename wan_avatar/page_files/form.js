@@ -7,9 +7,8 @@ let about = null
 
 export function setUp(told) {
   about = told
-  const profiles = [make('option', { value: '' }, about.default ? `the worker's own (${about.default})` : 'the worker\'s own')]
-  for (const p of about.profiles) profiles.push(make('option', { value: p.name }, p.words ? `${p.name} – ${p.words}` : p.name))
-  find('profile').replaceChildren(...profiles)
+  const own = make('option', { value: '' }, `the worker's own${about.default ? ` (${about.default})` : ''}`)
+  find('profile').replaceChildren(own, ...profileOptions(''))
   for (const field of find('form').querySelectorAll('.more .field')) {
     show(field, about.fields.includes(field.querySelector('[name]').name))
   }
@@ -44,7 +43,8 @@ function unfit(part, file) {
   if (!endings.some(ending => file.name.toLowerCase().endsWith(ending))) {
     return `${file.name} is no ${part === 'picture' ? 'picture' : 'video'}; its name must end in ${endings.join(', ')}`
   }
-  if (file.size > about.most_bytes[part]) return `${file.name} has ${size(file.size)}; at most ${size(about.most_bytes[part])} are taken`
+  const most = about.most_bytes[part]
+  if (file.size > most) return `${file.name} has ${size(file.size)}; at most ${size(most)} are taken`
   return file.size ? '' : `${file.name} is empty`
 }
 
@@ -127,7 +127,8 @@ async function uploaded(part) {
   const { file } = source
   const told = await send(`files/${part}?name=${encodeURIComponent(file.name)}`, file, (done, total) => {
     find('sent').value = 100 * done / total
-    write(find('sent-text'), done < total ? `sending ${file.name}, ${size(done)} of ${size(total)}` : `${file.name} goes into the bucket`)
+    const going = `sending ${file.name}, ${size(done)} of ${size(total)}`
+    write(find('sent-text'), done < total ? going : `${file.name} goes into the bucket`)
   })
   chosen[part] = { ...source, key: told.key, name: told.name }
   if (part === 'driving') {
@@ -142,7 +143,7 @@ async function submit() {
   const missing = PARTS.find(part => !chosen[part])
   if (missing) return fault(missing === 'picture' ? 'Choose a picture first.' : 'Choose a video first.', missing)
   const wrong = [...find('form').querySelectorAll('input[type=number]')].find(field => field.validity.badInput)
-  if (wrong) return fault(`${find('form').querySelector(`label[for=${wrong.id}]`).textContent}: this is not a number.`, wrong.name)
+  if (wrong) return fault(`${wrong.labels[0].textContent}: this is not a number.`, wrong.name)
   find('make').disabled = true
   show(find('sending'), true)
   try {
@@ -159,7 +160,8 @@ async function submit() {
 // what a job was made of, in the form again
 export function prefill(job, profile) {
   clearFault()
-  for (const part of PARTS) if (job.files[part]) choose(part, { ...job.files[part], url: `api/jobs/${encodeURIComponent(job.id)}/${part}` })
+  const place = `api/jobs/${encodeURIComponent(job.id)}`
+  for (const part of PARTS) if (job.files[part]) choose(part, { ...job.files[part], url: `${place}/${part}` })
   for (const field of find('form').querySelectorAll('[name]')) {
     const value = job.fields[field.name]
     if (field.type === 'checkbox') field.checked = value !== false

@@ -60,8 +60,9 @@ function draw(told) {
   const running = !over()
   const name = job.picture && job.driving ? `${job.picture} in ${job.driving}` : `Video ${job.id}`
   write(find('job-title'), name)
-  const facts = [WORDS[job.state], job.profile, job.at && `sent ${when(job.at)}`, job.seconds && `made in ${seconds(job.seconds)}`]
-  write(find('job-meta'), [...facts, `job ${job.id}`].filter(Boolean).join(' · '))
+  const took = job.seconds && job.state === 'COMPLETED' && `made in ${seconds(job.seconds)}`
+  const facts = [WORDS[job.state], job.profile, job.at && `${job.picture ? 'sent' : 'written'} ${when(job.at)}`, took, `job ${job.id}`]
+  write(find('job-meta'), facts.filter(Boolean).join(' · '))
   document.title = `${WORDS[job.state]} · ${name}`
   show(find('job-running'), running)
   if (running) drawSteps()
@@ -70,7 +71,14 @@ function draw(told) {
   show(find('job-details'), Boolean(job.result))
   if (job.state === 'COMPLETED') drawResult()
   drawAgain(running)
-  if (before && before !== job.state) announce(`The video is ${WORDS[job.state]}`)
+  if (!before || before === job.state) return
+  announce(`The video is ${WORDS[job.state]}`)
+  window.dispatchEvent(new Event('jobchange')) // for the list
+}
+
+// commands stand between backticks
+function writeWithCode(node, text) {
+  node.replaceChildren(...text.split('`').map((piece, n) => n % 2 ? make('code', {}, piece) : piece))
 }
 
 function drawSteps() {
@@ -85,7 +93,8 @@ function drawSteps() {
     if (step.state === 'now') item.setAttribute('aria-current', 'step')
     else item.removeAttribute('aria-current')
     const known = typeof step.percent === 'number'
-    write(item.querySelector('.step-fact'), [step.text, known && `${step.percent} %`, step.eta].filter(Boolean).join(', '))
+    const facts = [step.text, known && `${step.percent} %`, step.eta]
+    write(item.querySelector('.step-fact'), facts.filter(Boolean).join(', '))
     let bar = item.querySelector('progress')
     if (step.state !== 'now') return bar?.remove()
     if (!bar) item.append(bar = make('progress', { max: 100, 'aria-label': step.title }))
@@ -109,9 +118,12 @@ function drawFailure() {
     show(find('guard-box'), false)
   }
   if (!error) return
-  write(find('failure-title'), error.code ? `${WORDS[job.state]}: ${error.code}` : WORDS[job.state])
+  const at = job.steps.find(step => step.state === 'ended')
+  const where = at && job.state !== 'UNKNOWN' ? ` while ${at.title.toLowerCase()}` : ''
+  const title = `${WORDS[job.state]}${where}${error.code ? ` (${error.code})` : ''}`
+  write(find('failure-title'), title[0].toUpperCase() + title.slice(1))
   write(find('failure-message'), error.message)
-  write(find('failure-remedy'), error.remedy)
+  writeWithCode(find('failure-remedy'), error.remedy)
   const picture = find('guard-picture')
   picture.onload = () => show(find('guard-box'), true)
   picture.onerror = () => show(find('guard-box'), false)
@@ -133,7 +145,8 @@ function drawResult() {
   if (loaded !== id) {
     loaded = id
     const file = job.files.driving && fileOf(job.files.driving.key)
-    player.load(address('video'), file ? URL.createObjectURL(file) : job.files.driving ? address('driving') : '', result)
+    const original = file ? URL.createObjectURL(file) : job.files.driving ? address('driving') : ''
+    player.load(address('video'), original, result)
     find('notes').replaceChildren(...result.notes.map(note => make('li', {}, note)))
     show(find('notes'), result.notes.length > 0)
     drawFigures(result)
@@ -144,11 +157,13 @@ function drawResult() {
 
 function drawFigures(result) {
   const figures = {
-    Size: `${result.width}×${result.height}`, Length: seconds(result.duration_s), Frames: `${result.frames} at ${result.fps} a second`,
-    Sound: result.has_audio ? 'yes' : 'none', File: size(result.bytes), Profile: result.profile, Seed: String(result.seed), Worker: result.worker
+    Size: `${result.width}×${result.height}`, Length: seconds(result.duration_s),
+    Frames: `${result.frames} at ${result.fps} a second`, Sound: result.has_audio ? 'yes' : 'none',
+    File: size(result.bytes), Profile: result.profile, Seed: String(result.seed), Worker: result.worker
   }
   const rows = Object.entries(figures).filter(([, value]) => value)
-  find('figures').replaceChildren(...rows.map(([name, value]) => make('div', {}, make('dt', {}, name), make('dd', {}, value))))
+  const pair = ([name, value]) => make('div', {}, make('dt', {}, name), make('dd', {}, value))
+  find('figures').replaceChildren(...rows.map(pair))
 }
 
 function drawTimeline(rows) {
@@ -184,11 +199,19 @@ function drawQuality(quality) {
   body.dataset.job = id
   const numbers = quality.rows.filter(row => row.value !== null)
   const none = quality.rows.filter(row => row.value === null)
-  body.replaceChildren(...[...numbers, ...none].map(row => make('tr', {},
-    make('th', { scope: 'row', title: row.source }, row.name),
-    row.value === null ? make('td', { class: 'quiet', colspan: 3 }, `not measured: ${row.reason}`) : make('td', {}, `${row.value.toPrecision(3)} ${row.unit === '1' ? '' : row.unit}`),
-    ...row.value === null ? [] : [make('td', {}, row.better === '1' ? 'near 1' : row.better),
-      make('td', { class: 'quiet' }, row.circular ? `${row.blind}; read by the tracker that drove it` : row.blind)])))
+  body.replaceChildren(...[...numbers, ...none].map(numberRow))
+}
+
+function numberRow(told) {
+  const row = make('tr', {}, make('th', { scope: 'row', title: told.source }, told.name))
+  if (told.value === null) {
+    row.append(make('td', { class: 'quiet', colspan: 3 }, `not measured: ${told.reason}`))
+    return row
+  }
+  const blind = told.circular ? `${told.blind}; read by the tracker that drove it` : told.blind
+  row.append(make('td', {}, `${told.value.toPrecision(3)} ${told.unit === '1' ? '' : told.unit}`),
+    make('td', {}, told.better === '1' ? 'near 1' : told.better), make('td', { class: 'quiet' }, blind))
+  return row
 }
 
 function drawAgain(running) {

@@ -18,6 +18,7 @@ export function load(avatarAddress, originalAddress, result) {
   find('screens').style.setProperty('--aspect', String(result.width / result.height))
   find('screens').classList.toggle('upright', result.height > result.width)
   show(find('avatar-missing'), false)
+  show(find('sound'), result.has_audio)
   avatar.src = avatarAddress
   setOriginal(originalAddress)
   tell()
