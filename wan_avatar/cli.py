@@ -283,7 +283,7 @@ def _up(
     with exit_on_error():
         try:
             with (local_endpoint(folder, event, **limits) as (local, access),
-                  serve_page(access, folder / 'page', page_port, start=boot.now, comfy_dir=_comfy_dir()) as page):
+                  serve_page(access, folder / 'page', page_port, boot=boot, comfy_dir=_comfy_dir()) as page):
                 plain(_instructions(local, access, folder, page))
                 if loop := local.endpoint.loop: # it ends what runs on it
                     asyncio.run_coroutine_threadsafe(watch_jobs(local.endpoint.pool, say), loop)

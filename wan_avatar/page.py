@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PAGE_HEADERS', 'NO_COOKIE', 'UPLOADS_AT_ONCE', 'STATIC', 'Door', 'Doorkeeper', 'byte_range', 'stream_bytes',
-           'part_response', 'static_file', 'refusal_of', 'page_app', 'serve_page', 'page_address']
+           'part_response', 'static_file', 'error_answer', 'page_app', 'serve_page', 'page_address']
 
 # %% ../nbs/60_page.ipynb #9a9551d8
 import asyncio
@@ -223,7 +223,7 @@ def static_file(name: str) -> bytes:
     "A file of the page"
     return (package_files('wan_avatar') / 'page_files' / name).read_bytes()
 
-def refusal_of(error: Exception) -> tuple[int, dict[str, str]]: # HTTP status, and what the page is told
+def error_answer(error: Exception) -> tuple[int, dict[str, str]]: # HTTP status, and what the page is told
     "An error as an answer"
     if isinstance(error, PageRefused): return error.status, {'error': str(error)}
     if isinstance(error, JobError):
@@ -317,7 +317,7 @@ def page_app(desk: Desk, door: Door) -> 'ASGIApp':
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
     async def refused(request: Request, e: Exception) -> Response:
-        status, told = refusal_of(e)
+        status, told = error_answer(e)
         return JSONResponse(told, status)
     for error in (PageRefused, JobError, EndpointError, SettingsError, InputRefused):
         app.exception_handler(error)(refused)

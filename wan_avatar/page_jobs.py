@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['KEPT_JOBS', 'STEPS', 'View', 'REMEDIES', 'FORM_FIELDS', 'FILE_FIELDS', 'ENDINGS', 'MOST_BYTES', 'PROFILE_WORDS',
-           'SAMPLES', 'LOOK_S', 'HERE', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'error_view', 'timeline_view',
-           'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type', 'form_fields', 'NewestVideos',
-           'Part', 'Desk']
+           'SAMPLE_FILES', 'LOOK_S', 'HERE', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'error_view',
+           'timeline_view', 'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type', 'form_fields',
+           'NewestVideos', 'Part', 'Desk']
 
 # %% ../nbs/60_page_jobs.ipynb #e4a1127e
 import json
 import mimetypes
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -32,7 +33,7 @@ from .manifest import Manifest, ManifestDamaged
 from .quality import MEASURES, Judgement, parse_judgement
 from .queue import FINAL
 from .store import Store
-from .terminal import describe, remaining
+from .terminal import BootClock, describe, remaining
 from .workflow import PROFILES, get_profile
 
 # %% ../nbs/60_page_jobs.ipynb #6f218461
@@ -225,7 +226,7 @@ class QualityDesk:
             if self.closing: raise JudgingFailed('the page was closed') # which ends the process that judges
             self._note(job_id, 'running', done=done, total=total)
         try:
-            with TemporaryDirectory(dir=self.folder) as d:
+            with TemporaryDirectory(prefix='judged-', dir=self.folder) as d:
                 paths = [Path(d) / f'{n}{PurePosixPath(key).suffix}' for n, key in enumerate(keys)]
                 for path, key, what in zip(paths, keys, ('the picture', 'the driving video', 'the video'), strict=True):
                     self.store.download(key, path, what, 10**10)
@@ -244,7 +245,7 @@ MOST_BYTES = {'picture': 20 * 10**6, 'driving': 2 * 10**9} # that a worker takes
 PROFILE_WORDS = {
     'draft': 'preview on a CPU, in seconds', 'wan22-animate': 'production, needs a GPU',
     'wan22-animate-reference': 'official sampling, slow', 'wan22-animate-tiny': 'random weights, for tests'}
-SAMPLES = {'picture': 'astronaut.png', 'driving': 'pexels.mp4'}
+SAMPLE_FILES = {'picture': 'astronaut.png', 'driving': 'pexels.mp4'}
 
 def media_type(name: str) -> str: # by its ending, for a browser; nothing it would run
     "What a picture or video is sent as"
@@ -302,14 +303,16 @@ class Desk:
         access: EndpointAccess,
         folder: Path, # of the page
         place: str = HERE, # where the endpoint is, for people
-        start: Callable[[], tuple[str, float, float] | None] = lambda: None, # of a worker, as `steps_of` takes it
+        boot: BootClock | None = None, # of the endpoint's workers, where it is known
         samples: Path = Path('runs/samples'),
         comfy_dir: Path = COMFY
     ):
         private_folder(folder, 'the folder of the page')
+        for kind in ('upload-*', 'judged-*'): # of a process that was killed
+            for left in folder.glob(kind): shutil.rmtree(left, ignore_errors=True)
         self.place = place
-        self.start = start
-        self.samples = {part: samples / name for part, name in SAMPLES.items()}
+        self.boot = boot
+        self.samples = {part: samples / name for part, name in SAMPLE_FILES.items()}
         self.folder = folder
         self.client = Client(access.endpoint, access.api_key, attempts=2)
         self.store = access.store(outage_s=8)
@@ -383,8 +386,9 @@ class Desk:
         status = None if job.over else self.running.get(job_id)
         said = {'id': job.id, 'at': job.at, 'state': job.state, 'profile': job.fields.get('profile') or '',
                 'picture': job.picture, 'driving': job.driving, 'fields': _wishes(job), 'files': _files(job),
-                'steps': steps_of(job, status, self.start()), 'error': error_view(job), 'seconds': job.seconds,
+                'steps': steps_of(job, status, self.boot.now() if self.boot else None), 'error': error_view(job), 'seconds': job.seconds,
                 'guard': _guard_of(job, self.store) is not None,
+                'warning': self.boot.trouble if self.boot and job.state == 'IN_QUEUE' else None,
                 'preview': bool(status and status.progress and status.progress.preview)}
         if job.state != 'COMPLETED' or job.key is None: return said
         manifest = self._manifest(job.key)
@@ -393,7 +397,7 @@ class Desk:
 
     def listed(self) -> View:
         "The jobs of the page and the bucket's newest videos, newest first"
-        own = [self._try_refresh(job) for job in self.book.newest()]
+        own = self._refreshed_all(self.book.newest())
         keys = {job.key for job in own}
         others = [_from_bucket(video) for video in self.newest.videos() if video.key not in keys]
         rows = sorted([*own, *others], key=lambda job: job.at, reverse=True)[:KEPT_JOBS]
@@ -439,12 +443,15 @@ class Desk:
         self.book.put(job)
         return job
 
-    def _try_refresh(self, job: PageJob) -> PageJob:
-        try: return self._refreshed(job)
-        except EndpointError: return job # as it was last; its own view says that the endpoint does not answer
+    def _refreshed_all(self, jobs: list[PageJob]) -> list[PageJob]:
+        fresh = []
+        for job in jobs:
+            try: fresh.append(self._refreshed(job))
+            except EndpointError: break # as they were last; the view of a job says that the endpoint does not answer
+        return [*fresh, *jobs[len(fresh):]]
 
     def _worker_starts(self) -> bool:
-        if self.start(): return True
+        if self.boot and self.boot.now(): return True
         return bool(self.client.health().get('workers', {}).get('initializing'))
 
     def _manifest(self, key: str) -> Manifest | str: # str: why there is none
