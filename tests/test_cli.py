@@ -37,7 +37,7 @@ def place(samples, tmp_path_factory):
     with (folder / 'up.log').open('wb') as log:
         child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log, preexec_fn=heed)
     until = time.monotonic() + 60
-    while not (folder / 'runs/local/up.json').exists():
+    while 'Ctrl-C stops it.' not in (folder / 'up.log').read_text():
         assert child.poll() is None, (folder / 'up.log').read_text()
         assert time.monotonic() < until, (folder / 'up.log').read_text()
         time.sleep(0.05)

@@ -328,6 +328,12 @@ def page_app(desk: Desk, door: Door) -> 'ASGIApp':
     return Doorkeeper(app, door)
 
 # %% ../nbs/60_page.ipynb #84e5b121
+def _listening(port: int) -> socket.socket:
+    try: return socket.create_server(('127.0.0.1', port), backlog=64)
+    except OSError as e:
+        why = os.strerror(e.errno or 0)
+        raise InputRefused(f'--page-port {port} cannot be had: {why}; name another one, or 0 for any free one') from None
+
 @contextmanager
 def serve_page(
     access: EndpointAccess, # of the endpoint that makes the videos
@@ -335,9 +341,9 @@ def serve_page(
     port: int = 0, # 0: any free one
     **more: Any # of `Desk`
 ) -> Iterator[str]: # its address, with the token
-    "The page for a block, on loopback"
+    "The page for a block, on loopback; InputRefused when its port cannot be had"
     import uvicorn
-    with socket.create_server(('127.0.0.1', port), backlog=64) as listening:
+    with _listening(port) as listening:
         desk = Desk(access, folder, **more)
         door = Door(listening.getsockname()[1])
         config = uvicorn.Config(page_app(desk, door), log_config=None, access_log=False, lifespan='off', ws='none',

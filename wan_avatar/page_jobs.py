@@ -386,7 +386,8 @@ class Desk:
         status = None if job.over else self.running.get(job_id)
         said = {'id': job.id, 'at': job.at, 'state': job.state, 'profile': job.fields.get('profile') or '',
                 'picture': job.picture, 'driving': job.driving, 'fields': _wishes(job), 'files': _files(job),
-                'steps': steps_of(job, status, self.boot.now() if self.boot else None), 'error': error_view(job), 'seconds': job.seconds,
+                'steps': steps_of(job, status, self.boot.now() if self.boot else None),
+                'error': error_view(job), 'seconds': job.seconds,
                 'guard': _guard_of(job, self.store) is not None,
                 'warning': self.boot.trouble if self.boot and job.state == 'IN_QUEUE' else None,
                 'preview': bool(status and status.progress and status.progress.preview)}
