@@ -332,7 +332,7 @@ def _listening(port: int) -> socket.socket:
     try: return socket.create_server(('127.0.0.1', port), backlog=64)
     except OSError as e:
         why = os.strerror(e.errno or 0)
-        raise InputRefused(f'--page-port {port} cannot be had: {why}; name another one, or 0 for any free one') from None
+        raise InputRefused(f'--page-port {port} cannot be had: {why}; name another one, or 0 for a free one') from None
 
 @contextmanager
 def serve_page(
