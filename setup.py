@@ -20,7 +20,7 @@ entry_points = {
 }
 setup(name=s['lib_name'], version=s['version'], description=s['description'], url=s['git_url'],
       author=s['author'], author_email=s['author_email'], python_requires=f">={s['min_python']}",
-      packages=[package], package_data={package: ['workflows/*.json', 'models.lock.json', 'py.typed']},
+      packages=[package], package_data={package: ['workflows/*.json', 'page_files/*', 'models.lock.json', 'py.typed']},
       install_requires=s['requirements'].split(),
       extras_require={e: s[f'{e}_requirements'].split() for e in extras},
       entry_points={kind: entries for kind, entries in entry_points.items() if entries})

@@ -32,8 +32,8 @@ LONG = [
     'test_notebooks', 'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_image', 'test_models',
     'test_cli', 'test_boot', 'test_experiment', 'test_store', 'test_local', 'test_endpoint', 'test_quality',
     'test_smoke', 'test_bad_input', 'test_job_choices', 'test_experiment_report', 'test_queue', 'test_judging',
-    'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy', 'test_operators',
-    'test_own_box', 'test_deployment', 'test_watch',
+    'test_page', 'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy',
+    'test_operators', 'test_own_box', 'test_deployment', 'test_watch',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
@@ -81,6 +81,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     "Which ComfyUI was tested, and how many hostile cases"
     ran = f'this run was on {TREE}' if TREE else 'not run (COMFY_TREE=<folder of its source> runs what depends on it)'
     terminalreporter.write_line(f'newer ComfyUI: {ran}')
+    if find_browser() is None: terminalreporter.write_line('page in a browser: not run (no Chromium; README says how)')
     tried = Counter()
     for report in terminalreporter.stats.get('passed', []) + terminalreporter.stats.get('failed', []):
         for name, value in report.user_properties:
@@ -92,6 +93,15 @@ def pytest_terminal_summary(terminalreporter) -> None:
         took[Path(report.fspath).stem] += report.duration
     longest = ', '.join(f'{name} {seconds:.0f}' for name, seconds in took.most_common(12) if seconds > 10)
     if longest: terminalreporter.write_line(f'seconds of the longest files, for the order of LONG: {longest}')
+
+@functools.cache
+def find_browser() -> str | None: # None: no Chromium is installed
+    "The program of a Chromium; one that plays H.264 before Playwright's own"
+    names = ('chromium', 'google-chrome', 'google-chrome-stable')
+    installed = next(filter(None, map(shutil.which, names)), None)
+    cache = Path(os.environ.get('PLAYWRIGHT_BROWSERS_PATH') or Path.home() / '.cache/ms-playwright')
+    own = sorted(cache.glob('chromium-*/chrome-linux*/chrome'))
+    return installed or (str(own[-1]) if own else None)
 
 def pytest_collection_modifyitems(items) -> None:
     "Files that take longest come first, so that the processes of `make test` end together; hostile cases are counted"

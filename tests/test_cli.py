@@ -3,9 +3,11 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import time
 
+import httpx2
 import psutil
 import pytest
 from conftest import ROOT, cut
@@ -35,7 +37,7 @@ def place(samples, tmp_path_factory):
     with (folder / 'up.log').open('wb') as log:
         child = subprocess.Popen([WAN_AVATAR, 'up'], cwd=folder, env=ENV, stdout=log, stderr=log, preexec_fn=heed)
     until = time.monotonic() + 60
-    while not (folder / 'runs/local/up.json').exists():
+    while 'Ctrl-C stops it.' not in (folder / 'up.log').read_text():
         assert child.poll() is None, (folder / 'up.log').read_text()
         assert time.monotonic() < until, (folder / 'up.log').read_text()
         time.sleep(0.05)
@@ -109,6 +111,11 @@ def test_ctrl_c_leaves_nothing(place):
     folder, child = place
     said = (folder / 'up.log').read_text()
     assert 'endpoint  http://127.0.0.1:' in said
+    page = re.search(r'^page      (http://127\.0\.0\.1:\d+/\?token=[\w-]+)$', said, re.MULTILINE)[1]
+    assert run(folder, 'page').stdout == page + '\n'
+    assert stat.S_IMODE((folder / 'runs/local/page/page.json').stat().st_mode) == 0o600
+    assert httpx2.get(page, trust_env=False).status_code == 200
+    assert httpx2.get(page.partition('?')[0], trust_env=False).status_code == 401
     assert 'wan-avatar submit' in said
     assert json.loads((folder / 'runs/local/up.json').read_text())['api_key'] not in said
     def children(): return psutil.Process(child.pid).children(recursive=True)
@@ -121,6 +128,7 @@ def test_ctrl_c_leaves_nothing(place):
     assert left_behind(family) == []
     assert (folder / 'up.log').read_text().endswith('stopped\n')
     assert not (folder / 'runs/local/up.json').exists()
+    assert run(folder, 'page').returncode == 3
     assert run(folder, 'status', 'x').returncode == 3
 
 def test_demo(samples, place, tmp_path):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'ShowVersion', 'Picture', 'Driving', 'Start', 'Duration', 'Whom', 'OfQuality', 'OfSize', 'Preview', 'Presign',
-           'TimeToLive', 'Webhook', 'Detach', 'FetchInto']
+           'TimeToLive', 'Webhook', 'Detach', 'PagePort', 'FetchInto']
 
 # %% ../nbs/60_cli.ipynb #9106c5c0
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from wan_avatar.access import (
     job_policy,
     local_endpoint,
     runs_here,
+    until_signal,
 )
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
@@ -51,10 +53,12 @@ from .job import JobError, check_key, parse_job, shorten
 from .local import Local
 from .manifest import Manifest
 from .mp4 import filmstrip
+from .page import page_address, serve_page
 from .reload import renew_on_change
 from .store import Replaced, Store, check_reach
 from wan_avatar.terminal import (
     AsJson,
+    BootClock,
     BootWatch,
     Code,
     Endpoint,
@@ -108,6 +112,7 @@ TimeToLive = Annotated[float | None, typer.Option(
          'default: job_ttl_s of endpoint.toml here, else 3600')]
 Webhook = Annotated[str | None, typer.Option(help='address that is sent the job\'s status when it is over')]
 Detach = Annotated[bool, typer.Option(help='do not wait for the result; without it Ctrl-C cancels the job')]
+PagePort = Annotated[int, typer.Option(min=0, max=65535, help='of the web page; 0: any free one')]
 FetchInto = Annotated[Path | None, typer.Option(
     help='folder for the video, avatar-<job>.mp4, and its manifest; nothing there is overwritten')]
 
@@ -278,19 +283,23 @@ def _up(
     port: Annotated[int, typer.Option(min=0, max=65535, help='0: any free one')] = 0,
     idle: Annotated[float, typer.Option(min=0, help='seconds after which an idle worker stops')] = 60,
     workers: Annotated[int, typer.Option(min=1, help='at most so many at once')] = 1,
+    page_port: PagePort = 0,
     reload: Annotated[bool, typer.Option('--reload', help='new workers when a notebook or a module is saved')] = False
 ) -> None:
-    "Run the endpoint and its bucket on this machine until Ctrl-C."
+    "Run the endpoint, its bucket and its web page on this machine until Ctrl-C."
     console = Console()
     def plain(text: str) -> None: console.print(text, markup=False, highlight=False, soft_wrap=True)
     def say(text: str) -> None: plain(f'{time.strftime("%H:%M:%S")} {text}')
+    boot = BootClock(folder)
     def event(kind: str, details: dict[str, Any]) -> None:
+        boot.event(kind, details)
         say(f'{kind.replace("_", " ")} {" ".join(str(v) for v in details.values())}')
     limits: dict[str, Any] = {'port': port, 'idle_timeout_s': idle, 'max_workers': workers}
     with exit_on_error():
         try:
-            with local_endpoint(folder, event, **limits) as (local, access):
-                plain(_instructions(local, access, folder))
+            with (local_endpoint(folder, event, **limits) as (local, access),
+                  serve_page(access, folder / 'page', page_port, boot=boot, comfy_dir=_comfy_dir()) as page):
+                plain(_instructions(local, access, folder, page))
                 _beside(local, watch_jobs(local.endpoint.pool, say), say)
                 if reload: _beside(local, renew_on_change(local.endpoint.pool, say), say)
                 while True: signal.pause()
@@ -304,13 +313,16 @@ def _beside(local: Local, work: Coroutine[Any, Any, None], say: Callable[[str], 
         if not done.cancelled() and (error := done.exception()): say(f'{type(error).__name__}: {error}')
     if loop := local.endpoint.loop: asyncio.run_coroutine_threadsafe(work, loop).add_done_callback(over)
 
-def _instructions(local: Local, access: EndpointAccess, folder: Path) -> str:
-    return f'''endpoint  {access.endpoint}
+def _comfy_dir() -> Path: return Path(os.environ.get('COMFY_DIR', '.comfy'))
+
+def _instructions(local: Local, access: EndpointAccess, folder: Path, page: str) -> str:
+    return f'''page      {page}
+endpoint  {access.endpoint}
 bucket    {local.bucket.endpoint}/{local.bucket.bucket}
 keys      {folder / "up.json"} (readable by you only)
 logs      {folder / "logs"}
 
-submit from another terminal, in this folder:
+open the page in a browser of this machine, or submit from another terminal, in this folder:
   wan-avatar submit --image me.jpg --driving me.mp4 --out runs/mine
 Ctrl-C stops it.'''
 
@@ -318,6 +330,30 @@ Ctrl-C stops it.'''
 def _worker() -> None:
     "Serve jobs of a RunPod endpoint, as the image does."
     os.execv(sys.executable, [sys.executable, '-m', 'wan_avatar.worker'])
+
+# %% ../nbs/60_cli.ipynb #dda11606
+@app.command(name='page')
+def _page_command(
+    endpoint: Endpoint = None,
+    page_port: PagePort = 0,
+    folder: Annotated[Path | None, typer.Option(help='what the page remembers; default: runs/pages/<endpoint>')] = None
+) -> None:
+    "Serve the web page for an endpoint until Ctrl-C; without --endpoint: say where the page of `up` is."
+    with exit_on_error():
+        if endpoint is None:
+            if found := page_address(folder or LOCAL / 'page'): return print(found)
+            raise EndpointError('no page runs here; `wan-avatar up` serves one, and so does '
+                                '`wan-avatar page --endpoint ID`')
+        access = find_endpoint(endpoint, os.environ)
+        place = re.sub(r'\W+', '-', endpoint.rpartition('://')[2]).strip('-')
+        try:
+            with until_signal(), serve_page(access, folder or Path('runs/pages') / place, page_port, place=endpoint,
+                                            comfy_dir=_comfy_dir()) as page:
+                print(f'page      {page}\nendpoint  {access.endpoint}\nCtrl-C stops it.', flush=True)
+                while True: signal.pause()
+        except KeyboardInterrupt:
+            print('stopped')
+            raise typer.Exit(Code.INTERRUPTED) from None
 
 # %% ../nbs/60_cli.ipynb #2a204285
 @app.command(name='demo')
