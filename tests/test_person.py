@@ -190,6 +190,7 @@ PASSING = { # track, what fails of anybody, what fails of a person whom the job 
     'covered for a while': (person(STAND, masks_at=COVERED), {'mask', 'inside'}, set()),
     'covered for half of the time': (person(STAND, masks_at=HALF), {'mask', 'inside'}, {'inside'}),
     'the face is another one': (person(ELSEWHERE), {'face', 'mask'}, {'face'}),
+    'the face jumps by half a width, and stays': (person([100.0] * 30 + [114.0] * 30), {'face'}, set()),
     'a picture': (person([100.0] * 110, still=True), {'still'}, {'still'}),
     'all is well': (person(WALK), set(), set())}
 
