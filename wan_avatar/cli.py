@@ -161,8 +161,8 @@ def _submit(
             raise InputRefused(f'--webhook {shorten(webhook)} must begin with http:// or https://')
         store = _ready_to_fetch(access, out) if out else None
         wishes = dict(profile=profile, prompt=prompt, seed=seed, max_seconds=max_seconds,
-                      start_seconds=start, duration_seconds=duration, person=_named_person(whom), quality=quality, size=size,
-                      preview=preview or None, user_id=user_id, avatar_id=avatar_id, presign=presign)
+                      start_seconds=start, duration_seconds=duration, person=_named_person(whom), quality=quality,
+                      size=size, preview=preview or None, user_id=user_id, avatar_id=avatar_id, presign=presign)
         named = job_inputs(image, driving, access, screen.say)
         job = _checked(named | {k: v for k, v in wishes.items() if v is not None})
         def submit() -> Status: return client.submit(job, **policy, webhook=webhook)
