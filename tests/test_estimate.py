@@ -9,13 +9,14 @@ import pytest
 from conftest import SAMPLES
 from typer.testing import CliRunner
 
+from wan_avatar import cli_estimate
 from wan_avatar.cards import measured
 from wan_avatar.cli import app
 from wan_avatar.cli_estimate import estimate_job, length_at, length_in_bucket
 from wan_avatar.config import load_settings
 from wan_avatar.job import JobError
 from wan_avatar.prices import POOLS
-from wan_avatar.store import Store
+from wan_avatar.store import Store, read_part
 
 H200 = [POOLS['HOPPER_141']]
 
@@ -96,8 +97,8 @@ PLACES = [ # object, seconds, is it fetched whole
 @pytest.mark.parametrize('name, seconds, whole', PLACES)
 def test_a_key_is_measured_by_its_ends(shelf, monkeypatch, name, seconds, whole):
     parts, files = [], []
-    read, download = shelf.read_part, shelf.download
-    monkeypatch.setattr(shelf, 'read_part', lambda *a: parts.append(a[2]) or read(*a))
+    download = shelf.download
+    monkeypatch.setattr(cli_estimate, 'read_part', lambda *a: parts.append(a[3]) or read_part(*a))
     monkeypatch.setattr(shelf, 'download', lambda *a: files.append(a) or download(*a))
     assert length_in_bucket(shelf, f'shelf/{name}', look=100_000) == pytest.approx(seconds, abs=0.1)
     assert sum(parts) == 200_000 and len(files) == whole

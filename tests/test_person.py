@@ -13,7 +13,16 @@ from wan_avatar.clocks import Stretch
 from wan_avatar.frames import Rectangle
 from wan_avatar.guard import guard_track
 from wan_avatar.job import JobError, parse_job
-from wan_avatar.people import BACKGROUND, CHOOSING_FRAMES, Follower, Wish, figure, own_pixels
+from wan_avatar.people import (
+    BACKGROUND,
+    CHOOSING_FRAMES,
+    TURNED_AWAY,
+    Follower,
+    PersonFilter,
+    Wish,
+    figure,
+    own_pixels,
+)
 from wan_avatar.plan import stretches
 from wan_avatar.track import track_key
 from wan_avatar.wholebody import box_pixels
@@ -155,6 +164,22 @@ def test_a_figure_holds_body_and_arms():
     left, top, right, bottom = figure(OURS)
     assert left < 70 and right > 160 and top < 20 and bottom > 300
 
+def test_who_turns_away_is_still_there():
+    "Two faces, of which the other is lost for a second, then for good; after a cut nobody is remembered"
+    view = np.random.default_rng(0).integers(90, 160, (180, 320, 3)).astype(np.uint8)
+    faces = np.stack([OURS, BESIDE])
+    people = PersonFilter((320, 180), Wish('left'))
+    beside = []
+    for i in range(130):
+        people.hide_others(view, faces if i < 10 or 34 <= i < 40 else faces[:1])
+        beside.append(not people.own[120, 215])
+    assert all(beside[:40 + TURNED_AWAY]) and not any(beside[40 + TURNED_AWAY:])
+    other = PersonFilter((320, 180), Wish('left'))
+    for i in range(20):
+        scene = view if i < 15 else np.full_like(view, (250, 20, 20))
+        other.hide_others(scene, faces if i < 15 else faces[:1])
+    assert other.own.all()
+
 # the guard: what somebody who passes in front looks like is no failure of a named person
 
 COVERED = [100.0] * 20 + [140.0] * 8 + [100.0] * 32 # where the mask is, of somebody who stays at 100
@@ -165,6 +190,7 @@ PASSING = { # track, what fails of anybody, what fails of a person whom the job 
     'covered for a while': (person(STAND, masks_at=COVERED), {'mask', 'inside'}, set()),
     'covered for half of the time': (person(STAND, masks_at=HALF), {'mask', 'inside'}, {'inside'}),
     'the face is another one': (person(ELSEWHERE), {'face', 'mask'}, {'face'}),
+    'the face jumps by half a width, and stays': (person([100.0] * 30 + [114.0] * 30), {'face'}, set()),
     'a picture': (person([100.0] * 110, still=True), {'still'}, {'still'}),
     'all is well': (person(WALK), set(), set())}
 

@@ -172,8 +172,8 @@ def _submit(
             raise InputRefused(f'--webhook {shorten(webhook)} must begin with http:// or https://')
         store = _ready_to_fetch(access, out) if out else None
         wishes = dict(profile=profile, prompt=prompt, seed=seed, max_seconds=max_seconds,
-                      start_seconds=start, duration_seconds=duration, person=_person(whom), quality=quality, size=size,
-                      preview=preview or None, user_id=user_id, avatar_id=avatar_id, presign=presign)
+                      start_seconds=start, duration_seconds=duration, person=_named_person(whom), quality=quality,
+                      size=size, preview=preview or None, user_id=user_id, avatar_id=avatar_id, presign=presign)
         named = job_inputs(image, driving, access, screen.say)
         job = _checked(named | {k: v for k, v in wishes.items() if v is not None})
         def submit() -> Status: return client.submit(job, **policy, webhook=webhook)
@@ -194,7 +194,7 @@ def _ready_to_fetch(access: EndpointAccess, out: Path) -> Store:
     except OSError as e: raise InputRefused(f'--out {out} cannot be made: {e.strerror}; name another folder') from None
     return access.store()
 
-def _person(text: str | None) -> Any: # as a job has it; what is neither a side nor a point is refused there
+def _named_person(text: str | None) -> Any: # as a job has it; what is neither a side nor a point is refused there
     if text is None or ',' not in text: return text
     try: return [float(share) for share in text.split(',')]
     except ValueError: return text

@@ -29,7 +29,7 @@ from .job import JobError, check_key, parse_job, shorten
 from .media import open_video, probe, video_stream
 from .prices import POOLS, PRICES_DATE, GpuPool
 from .segments import plan_windows
-from .store import WEB_PORTS, Store, fetch_url, ports_of
+from .store import WEB_PORTS, Store, fetch_url, ports_of, read_part
 from .terminal import AsJson, Code, exit_on_error, exit_with, time_in_words, wide_console
 from .workflow import get_profile, with_quality
 
@@ -96,11 +96,11 @@ def take_ends(
     "The two ends of an object, in a file of its length"
     with path.open('wb') as out:
         out.truncate(size)
-        done = out.write(store.read_part(key, 0, look))
+        done = out.write(read_part(store, key, 0, look))
         if done < size:
             start = max(done, size - look)
             out.seek(start)
-            done += out.write(store.read_part(key, start, size - start))
+            done += out.write(read_part(store, key, start, size - start))
     return done
 
 def length_by_header(

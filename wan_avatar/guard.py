@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENFORCED_TRACKERS', 'Grade', 'SENTENCES', 'COUNTED', 'SURE', 'LEAST_COUNTED', 'NEAR_FRAMES', 'LEAST_FACE', 'PASSES',
-           'SAME_MASK', 'OFTEN', 'LONG_RUN', 'STILL_FRAMES', 'STILL_DOUBTED', 'STILL_FACE', 'HIDDEN_SHARE', 'BY_OTHERS',
-           'GuardRules', 'Finding', 'counted_points', 'reach_of', 'MaskFigures', 'measure_masks', 'face_path', 'motion',
-           'unexplained', 'face_jumps', 'face_lasts', 'moved_mask', 'middle_of', 'overlap_again', 'broken_share',
-           'face_movement', 'guard_track', 'refusal_of', 'guard_notes']
+           'SAME_MASK', 'OFTEN', 'LONG_RUN', 'STILL_FRAMES', 'STILL_DOUBTED', 'STILL_FACE', 'HIDDEN_SHARE',
+           'NAMED_JUMP', 'BY_OTHERS', 'GuardRules', 'Finding', 'counted_points', 'reach_of', 'MaskFigures',
+           'measure_masks', 'face_path', 'motion', 'unexplained', 'face_jumps', 'face_lasts', 'moved_mask', 'middle_of',
+           'overlap_again', 'broken_share', 'face_movement', 'guard_track', 'refusal_of', 'guard_notes']
 
 # %% ../nbs/28_guard.ipynb #8de9cc68
 from collections.abc import Callable, Iterable, Sequence
@@ -377,6 +377,7 @@ def _alone(track: Track, span: range) -> Track:
     return Track(track.size, track.present[here], points, track.mask_size, track.masks[here], track.tracker)
 
 HIDDEN_SHARE = 0.25 # of the frames: somebody may be in front of a person whom the job names
+NAMED_JUMP = 0.6 # widths of the face: half hidden, a face jumps by less; to somebody else's it is 0.8 or more
 BY_OTHERS = ('mask', 'broken') # what somebody who passes in front looks like too
 
 def _of_interval(
@@ -400,6 +401,7 @@ def guard_track(
 ) -> list[Finding]: # the gravest first, then in order of time
     "Everything about a track that is beyond a limit"
     if rules.guard == 'off': return []
+    if named: rules = replace(rules, jump_failed=max(rules.jump_failed, NAMED_JUMP))
     found: list[Finding] = []
     most = max((int(track.present[s.start:s.stop].sum()) for s in spans), default=0)
     for span in spans:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BANDS', 'LIGHT_BINS', 'COLOUR_BINS', 'COLOUR_SPAN', 'MEAN_BRIGHTNESS', 'MOST_GAIN', 'NEARBY_FRAMES', 'GAP',
            'CHOOSING_FRAMES', 'SAME_PLACE', 'SAME_APPEARANCE', 'SAME_SCENE', 'SIGHTINGS', 'STRANGERS', 'BACKGROUND',
-           'FACE_MARGIN', 'IN_FRONT', 'area', 'shared_area', 'overlap', 'prominence', 'appearance', 'likeness',
-           'Passage', 'Wish', 'Follower', 'bust', 'other_faces', 'face_distance', 'paint_over', 'figure', 'own_pixels',
-           'PersonFilter']
+           'FACE_MARGIN', 'TURNED_AWAY', 'IN_FRONT', 'area', 'shared_area', 'overlap', 'prominence', 'appearance',
+           'likeness', 'Passage', 'Wish', 'Follower', 'bust', 'other_faces', 'face_distance', 'paint_over', 'figure',
+           'own_pixels', 'PersonFilter']
 
 # %% ../nbs/20_people.ipynb #a2f6941a
 import json
@@ -209,6 +209,7 @@ class Follower:
         self.strangers: deque[np.ndarray] = deque(maxlen=STRANGERS) # appearances
         self.began: int | None = None # the first frame with a person
         self.scene: np.ndarray | None = None # the frame before, as a whole
+        self.cut = False # is the video cut at the newest frame
 
     def see(
         self,
@@ -219,9 +220,9 @@ class Follower:
         "The next frame"
         i = self.frames
         self.frames += 1
-        cut = self.scene is not None and likeness(self.scene, scene) < SAME_SCENE
+        self.cut = self.scene is not None and likeness(self.scene, scene) < SAME_SCENE
         self.scene = scene
-        self.open = [] if cut else [p for p in self.open if i - p.last <= GAP]
+        self.open = [] if self.cut else [p for p in self.open if i - p.last <= GAP]
         seen = self._match(i, boxes, appearances)
         if self.began is None and seen: self.began = i
         if self.began is not None and i - self.began < CHOOSING_FRAMES: self._choose(i - self.began)
@@ -338,6 +339,7 @@ def figure(
     w, h = right - left, bottom - top
     return np.stack([left - 1.2 * w, top - 0.6 * h, right + 1.2 * w, bottom + 7 * h], axis=-1)
 
+TURNED_AWAY = 3 * FPS # frames: for so long somebody without a face is taken to be where they were
 IN_FRONT = 1.2 # a face that is larger by this factor is nearer to the camera, and its trunk before others
 
 def own_pixels(
@@ -377,6 +379,7 @@ class PersonFilter:
         self.size = size
         self.whole = np.array([0, 0, *size])
         self.faces: list[np.ndarray] = [] # per frame (m, 4)
+        self.known: list[Passage] = [] # people who were seen not long ago
         self.own: np.ndarray | None = None # (h, w) bool: where our person may be in the newest frame; None: anywhere
 
     def hide_others(
@@ -394,10 +397,15 @@ class PersonFilter:
 
     def _own_part(self, view: np.ndarray, others: np.ndarray) -> np.ndarray:
         "The view without the whole figures of others; nobody is forgotten while the face is turned away for a moment"
-        passages, i = self.follower.open, len(self.faces) - 1
+        i = len(self.faces) - 1
+        def remembered(p: Passage) -> bool: return i - p.last <= TURNED_AWAY
+        def place(p: Passage) -> np.ndarray: return p.expected(min(i, p.last + NEARBY_FRAMES))
         our = self.follower.ours[-1] if self.follower.ours else None
-        ours = our.expected(i) if our and i - our.last <= GAP else np.full(4, np.nan)
-        unseen = [p.expected(i) for p in passages if p is not our and p.last < i and len(p.boxes) >= SIGHTINGS]
+        ours = place(our) if our and remembered(our) else np.full(4, np.nan)
+        known = [] if self.follower.cut else [p for p in self.known if remembered(p)]
+        self.known = known + [p for p in self.follower.open if not any(p is q for q in known)]
+        def is_ours(p: Passage) -> bool: return any(p is q for q in self.follower.ours)
+        unseen = [place(p) for p in self.known if p.last < i and len(p.boxes) >= SIGHTINGS and not is_ours(p)]
         others = other_faces(np.concatenate([others, *(box[None] for box in unseen)]), ours)
         self.own = own_pixels(self.size, ours, others)
         if self.own.all(): return view

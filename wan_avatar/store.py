@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Cancelled', 'OnProgress', 'PART', 'MOST_LISTED', 'CACHES', 'Resolve', 'WEB_PORTS', 'MAX_REDIRECTS', 'address',
            'is_passing', 'tls_trouble', 'region_named', 'clock_skew', 'check_size', 'copy_stream', 'encodings_of',
-           'unpacked', 'unpack', 'unpack_file', 'Replaced', 'Listed', 'Listing', 'Store', 'check_reach', 'resolve',
-           'is_public', 'ports_of', 'check_url', 'content_length', 'fetch_url']
+           'unpacked', 'unpack', 'unpack_file', 'Replaced', 'Listed', 'Listing', 'Store', 'read_part', 'check_reach',
+           'resolve', 'is_public', 'ports_of', 'check_url', 'content_length', 'fetch_url']
 
 # %% ../nbs/11_store.ipynb #9117b57e
 import http.client
@@ -448,23 +448,6 @@ class Store:
         out.seek(0)
         return b''.join(unpack(_pieces(out), packed, shorten(key), max_bytes)) if packed else out.getvalue()
 
-    def read_part(
-        self,
-        key: str,
-        start: int, # first byte
-        count: int # bytes; fewer come where the object ends
-    ) -> bytes:
-        "A part of an object as it lies there; S3Error when it does not, OSError where the server knows no ranges"
-        def get() -> bytes:
-            response = self.client.get_object(bucket_name=self.bucket, object_name=key, offset=start, length=count)
-            try:
-                if start and response.status != 206: raise OSError(f'{self.host} gives no part of an object')
-                return bytes(response.read(count))
-            finally:
-                response.close()
-                response.release_conn()
-        return self.attempt(get)
-
     def write_bytes(
         self,
         key: str,
@@ -531,6 +514,24 @@ class Store:
             if take_back: take_back()
             else: self.remove(key)
             raise JobError('cancelled', 'the job was cancelled while its file was uploaded')
+
+# %% ../nbs/11_store.ipynb #aaa30d6a
+def read_part(
+    store: Store,
+    key: str,
+    start: int, # first byte
+    count: int # bytes; fewer come where the object ends
+) -> bytes:
+    "A part of an object as it lies there; S3Error when it does not, OSError where the server knows no ranges"
+    def get() -> bytes:
+        response = store.client.get_object(bucket_name=store.bucket, object_name=key, offset=start, length=count)
+        try:
+            if start and response.status != 206: raise OSError(f'{store.host} gives no part of an object')
+            return bytes(response.read(count))
+        finally:
+            response.close()
+            response.release_conn()
+    return store.attempt(get)
 
 # %% ../nbs/11_store.ipynb #0b3924d5
 def _get(

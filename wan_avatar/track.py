@@ -839,10 +839,9 @@ def track_video(
     small = (640, max(round(640 * size[1] / size[0]), 1))
     people = PersonFilter(small, wish)
     found = _TrackUnderWay(size, small, n, wish is not None)
-    source = iter(frames)
+    source, waiting = iter(frames), deque[tuple]()
     with (_opencv_alone(), _PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
           _face_detector() as detector, ThreadPoolExecutor(1) as pool):
-        waiting: deque[tuple] = deque()
         upcoming = pool.submit(_next_view, source, small, detector, people)
         while (seen := upcoming.result()) is not None or waiting:
             if seen is not None:
