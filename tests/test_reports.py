@@ -89,7 +89,7 @@ def test_cold_start(cold_start):
     assert summary['cold_start_parts_s']['B']['ComfyUI'] > 0.5
     assert 'Model, not measured' in summary['sentences'][2]
     assert summary['costs'] == []
-    assert summary['without_price'] == 'not measured on a GPU: these jobs ran on a cpu'
+    assert summary['without_price'] == 'no price: made on a CPU'
     cold = records[0]
     assert sum(summary['cold_start_parts_s']['B'].values()) == pytest.approx(
         cold.delay_s + next(s.ended_s for s in cold.stages if s.name == 'render'), abs=0.05

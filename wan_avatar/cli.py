@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ from wan_avatar.access import (
     local_endpoint,
     runs_here,
 )
+from .charts import draw_gantt
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_estimate import estimate_app
@@ -47,6 +49,7 @@ from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upl
 from .job import JobError, check_key, parse_job, shorten
 from .local import Local
 from .manifest import Manifest
+from .metrics import make_record
 from .mp4 import filmstrip
 from .store import Replaced, Store, check_reach
 from wan_avatar.terminal import (
@@ -62,7 +65,6 @@ from wan_avatar.terminal import (
     further_commands,
     watch_jobs,
 )
-from .timeline import draw_timeline
 
 # %% ../nbs/60_cli.ipynb #b26ee265
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -326,8 +328,10 @@ def _demo(
 def _present(video: Path, driving: Path, manifest: Manifest, done: Status) -> None:
     strip = filmstrip(driving, video, video.with_name(f'{video.stem}-filmstrip.png'))
     chart = video.with_name(f'{video.stem}-timeline.png')
-    title = f'{manifest.frames} frames, {manifest.duration_s:.1f} s of video'
-    draw_timeline(manifest.timeline, chart, title)
+    whole = (done.delay_s or 0.0) + max((s.ended_s for s in manifest.timeline), default=0.0)
+    record = make_record('demo', f'{datetime.now(UTC):%Y-%m-%d}', (0.0, None, whole), done, manifest)
+    title = f'Where {whole:.1f} s went: {manifest.frames} frames, {manifest.duration_s:.1f} s of video'
+    draw_gantt(record, chart, title)
     stages = Table('stage', 'seconds', box=None)
     seconds = {'queue and cold start': done.delay_s or 0, **manifest.timings}
     for name, value in seconds.items(): stages.add_row(name, f'{value:.2f}')

@@ -29,7 +29,7 @@ from .doctor import examine, report_findings
 from .endpoint import Control, control_from, read_log
 from .job import shorten
 from .manifest import Manifest, ManifestDamaged
-from .metrics import JobRecord, RecordsError, billed_s, make_record, read_records, start_of
+from .metrics import JobRecord, RecordsError, billed_s, make_record, no_price, read_records, start_of
 from .prices import pool_of
 from .store import Store
 from .terminal import AsJson, Code, exit_on_error, exit_with, print_rows
@@ -78,6 +78,7 @@ class MadeVideo:
     seconds: float | None = None # from pick-up to result
     usd: float | None = None # with the cold start, if it caused one; None: the card has no price
     worker: str | None = None
+    unpriced: str = '' # why it has no price
 
 def recent_keys(
     store: Store,
@@ -111,7 +112,9 @@ def made_video(
     seconds = max((s.ended_s for s in manifest.timeline), default=sum(manifest.timings.values()))
     status = Status(manifest.job_id, 'COMPLETED', execution_s=seconds)
     record = make_record('bucket', when, (0.0, None, seconds), status, manifest)
-    return MadeVideo(key, when, 'COMPLETED', manifest.profile, round(seconds, 2), cost_of(record), record.worker)
+    usd = cost_of(record)
+    return MadeVideo(key, when, 'COMPLETED', manifest.profile, round(seconds, 2), usd, record.worker,
+                     no_price([record.gpu]) if usd is None else '')
 
 def recent_videos(
     store: Store,
@@ -128,7 +131,7 @@ def recent_videos(
 def video_rows(found: Iterable[MadeVideo]) -> list[tuple[str, ...]]:
     "Videos for people"
     def cell(value: float | None, form: str) -> str: return '-' if value is None else format(value, form)
-    return [(v.at, v.state, cell(v.seconds, '.1f'), cell(v.usd, '.4f'), v.profile or '-', v.worker or '-', v.key)
+    return [(v.at, v.state, cell(v.seconds, '.1f'), v.unpriced or cell(v.usd, '.4f'), v.profile or '-', v.worker or '-', v.key)
             for v in found]
 
 # %% ../nbs/60_cli_operate.ipynb #0d80b6b9
