@@ -1,4 +1,4 @@
-"Pictures of figures: nothing is cut or covered whatever the data, and each says what it shows and where it was measured"
+"Pictures of figures: whatever the data, nothing is cut or covered, and each says what it shows and where it was made"
 from itertools import combinations
 
 import numpy as np
@@ -61,8 +61,8 @@ JOBS = {
     'two': [job(1), job(2, cold=False)],
     'one failed': [job(1, state='FAILED', boot=None, stages=[], done_s=11)],
     'long names': longer_names(),
-    'phases of no length': [job(n, boot_stages=[stage('comfy', 0, 0)], taken_s=0.0, delay_s=0.0, stages=nothing, done_s=10 * n,
-                                execution_s=0.0) for n in (1, 2)],
+    'phases of no length': [job(n, boot_stages=[stage('comfy', 0, 0)], taken_s=0.0, delay_s=0.0, stages=nothing,
+                                done_s=10 * n, execution_s=0.0) for n in (1, 2)],
     '40 minutes': [job(n, 'BA'[n % 2], slow=480) for n in range(4)],
     'many groups': [job(n, f'group {n % 7}', n < 7) for n in range(21)],
     '200': [job(n, 'BA'[n % 2], n % 20 < 2, state='FAILED' if n % 9 == 4 else 'COMPLETED') for n in range(200)],
@@ -118,7 +118,8 @@ def fills(artists):
 def legend_is_complete(canvas):
     "Its colours and marks are those that are drawn, no more and no fewer"
     legend = canvas.figure.legends[0].legend_handles if canvas.figure.legends else []
-    shown = [c for a in canvas.figure.axes for c in (*a.collections, *a.patches) if len(np.ravel(c.get_facecolor())) >= 3]
+    drawn = [c for a in canvas.figure.axes for c in (*a.collections, *a.patches)]
+    shown = [c for c in drawn if len(np.ravel(c.get_facecolor())) >= 3]
     patches = [h for h in legend if hasattr(h, 'get_hatch')]
     marks = {line.get_marker() for a in canvas.figure.axes for line in a.lines} - {'None', None, ''}
     named = {h.get_marker() for h in legend if hasattr(h, 'get_marker')} - {'None', None, ''}
@@ -212,7 +213,8 @@ def test_pictures_of_an_experiment(drawn, variants, names, cases):
     where = f'profile draft · made on a CPU · {LONG}'
     fine(drawn(lambda path: draw_differences(found, MEASURES, path, {names[0]: variants}, where)))
     points = tuple(Point(v, 10.0 + n, 0.5 + n / 10, 0.4, 0.7) for n, v in enumerate(variants))
-    fine(drawn(lambda path: pareto_chart(TradeOff(points, 'render_s', 'ghost', 'lower', 1, cases, (LONG,)), path, where)))
+    trade = TradeOff(points, 'render_s', 'ghost', 'lower', 1, cases, (LONG,))
+    fine(drawn(lambda path: pareto_chart(trade, path, where)))
 
 def test_an_experiment_without_numbers_says_so(drawn):
     for canvas in (drawn(lambda path: draw_differences([], MEASURES, path)),

@@ -131,8 +131,8 @@ def recent_videos(
 def video_rows(found: Iterable[MadeVideo]) -> list[tuple[str, ...]]:
     "Videos for people"
     def cell(value: float | None, form: str) -> str: return '-' if value is None else format(value, form)
-    return [(v.at, v.state, cell(v.seconds, '.1f'), v.unpriced or cell(v.usd, '.4f'), v.profile or '-', v.worker or '-', v.key)
-            for v in found]
+    def cost(v: MadeVideo) -> str: return v.unpriced or cell(v.usd, '.4f')
+    return [(v.at, v.state, cell(v.seconds, '.1f'), cost(v), v.profile or '-', v.worker or '-', v.key) for v in found]
 
 # %% ../nbs/60_cli_operate.ipynb #0d80b6b9
 def _store_here(folder: Path, environ: Mapping[str, str]) -> Store:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .canvas import GREY, LINES, PART, Canvas, mark, shortened
+from .canvas import QUIET_INK, LINES, BETWEEN_PARTS, Canvas, mark, shortened
 from .comparison import TIMES, Point, TradeOff, VariantDifference, best_value
 from .metrics import devices_said, profile_said
 from .quality import Measure
@@ -122,7 +122,7 @@ def experiment_said(summary: Mapping[str, Any]) -> str:
     parts = (f'experiment {shortened(summary["name"], 60)}' if summary.get('name') else '',
              profile_said(summary['profile']) if summary.get('profile') else '',
              f'made on {devices_said(gpus)}' if gpus else '', counts if summary.get('cases') else '')
-    return PART.join(filter(None, parts))
+    return BETWEEN_PARTS.join(filter(None, parts))
 
 def draw_differences(
     found: Sequence[VariantDifference],
@@ -206,7 +206,8 @@ def _panel_words(
     bold = canvas.fold(name + CIRCULAR * (found[0].measure in circular), 10.5, PANEL_WIDTH, 'bold')
     above = 8 + 13 * (said.count('\n') + 1) # points
     axes.set_title(bold, loc='left', fontsize=10.5, fontweight='bold', pad=above)
-    axes.annotate(said, (0, 1), (0, 4), xycoords='axes fraction', textcoords='offset points', fontsize=9, color=GREY)
+    axes.annotate(said, (0, 1), (0, 4), xycoords='axes fraction', textcoords='offset points', fontsize=9,
+                  color=QUIET_INK)
 
 # %% ../nbs/58_experiment_charts.ipynb #a2e084b9
 def pareto_chart(

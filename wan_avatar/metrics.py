@@ -9,8 +9,8 @@ __all__ = ['QS', 'KINDS', 'LEAST', 'NO_FACTS', 'JobRecord', 'start_of', 'Records
            'Cost', 'costs', 'without_price', 'no_price', 'devices_said', 'Estimate', 'estimates', 'cold_share_at',
            'monthly', 'months', 'cold_share', 'FullSize', 'full_weights', 'full_size_start', 'RunDifference',
            'difference', 'figures_of', 'compare_runs', 'Sourced', 'health_figures', 'billing_figures', 'mean_parts',
-           'fetched_bytes', 'what_dominates', 'what_is_saved', 'what_full_size_saves', 'summarise', 'percentiles_of',
-           'span_of', 'spread_rows', 'RunFacts', 'conditions_of', 'profile_said', 'conditions', 'what_differs']
+           'fetched_bytes', 'what_dominates', 'what_is_saved', 'what_full_size_saves', 'summarise', 'spread_rows',
+           'RunFacts', 'conditions_of', 'profile_said', 'conditions', 'what_differs']
 
 # %% ../nbs/54_metrics.ipynb #3ffc0930
 import math
@@ -602,8 +602,8 @@ def summarise(records: list[JobRecord]) -> dict[str, Any]: # plain JSON values
         'cold_starts': cold,
         'jobs_with_known_start': known,
         'cold_share': None if math.isnan(share) else round(share, 4),
-        'percentiles': {f'{g}, {s}': _spreads(jobs, percentiles_of) for (g, s), jobs in kinds.items()},
-        'spans': {f'{g}, {s}': _spreads(jobs, span_of) for (g, s), jobs in kinds.items()},
+        'percentiles': {f'{g}, {s}': _spreads(jobs, _percentile_values) for (g, s), jobs in kinds.items()},
+        'spans': {f'{g}, {s}': _spreads(jobs, _span_of) for (g, s), jobs in kinds.items()},
         'cold_start_parts_s': {g: parts for g in groups if (parts := mean_parts(records, g))},
     }
 
@@ -611,11 +611,11 @@ def _spreads(jobs: list[JobRecord], of: Callable[[list[float]], Any]) -> dict[st
     def values(name: str) -> list[float]: return [v for r in jobs if (v := getattr(r, name)) is not None]
     return {name: of(values(name)) for name in ('delay_s', 'execution_s', 'total_s')}
 
-def percentiles_of(values: list[float]) -> list[dict[str, Any]]: # `value` is null where `why` says so
+def _percentile_values(values: list[float]) -> list[dict[str, Any]]: # `value` is null where `why` says so
     "Percentiles as plain JSON values"
     return [asdict(p) | {'enough': p.enough, 'why': p.why} for p in percentiles(values)]
 
-def span_of(values: list[float]) -> list[float] | None: # least, most; None: no value
+def _span_of(values: list[float]) -> list[float] | None: # least, most; None: no value
     "What can be said of a few jobs as well"
     return [min(values), max(values)] if values else None
 

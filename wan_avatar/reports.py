@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .canvas import PART
+from .canvas import BETWEEN_PARTS
 from .charts import draw_compare
 from .client import Client, EndpointError
 from wan_avatar.comparison import (
@@ -319,7 +319,7 @@ def compare_folders(
     return found
 
 def _sides_said(sides: Sequence[Mapping[str, str]], differ: str) -> str:
-    first, second = (PART.join(side.values()) for side in sides)
+    first, second = (BETWEEN_PARTS.join(side.values()) for side in sides)
     return f'first: {first}\nsecond: {second}\n' + (f'they differ in {differ}' if differ else 'nothing else differs')
 
 # %% ../nbs/59_reports.ipynb #f9d6c3e6
