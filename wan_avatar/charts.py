@@ -502,7 +502,7 @@ def draw_compare(
     (axes,) = canvas.axes
     for row, d in enumerate(shown): _ratio(canvas, axes, row, d)
     axes.axvline(1, color='black', lw=1)
-    ratios = [x for d in shown for x in (d.low, d.high, d.ratio, 1.0)]
+    ratios = [x for d in shown for x in (d.low, d.high, d.ratio, 1.0) if x is not None]
     axes.set(xscale='log', yticks=range(len(shown)), yticklabels=[shortened(d.what, 36) for d in shown],
              ylim=(max(len(shown), 1) - 0.5, -0.5),
              xlabel='← faster      seconds of the second run / seconds of the first      slower →',
@@ -511,30 +511,35 @@ def draw_compare(
     canvas.frame(f'The second run, {b}, against the first, {a}', words, _ratio_key(shown),
                  'Ratio of the medians, its interval of 95 %, both medians in seconds, and how many jobs.')
     low, high = axes.get_xlim()
-    ticks = [t for t in (0.02, 0.1, 0.25, 0.5, 0.8, 1, 1.25, 2, 4, 10, 50) if low <= t <= high]
+    ticks = [t for t in (_FINE if high / low < 5 else _COARSE) if low <= t <= high]
     axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
     axes.minorticks_off()
     return canvas.save(path)
+
+_COARSE = (0.02, 0.1, 0.25, 0.5, 1, 2, 4, 10, 50)
+_FINE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4)
 
 def _ratio_drawn(ratio: float) -> float: return min(max(ratio, 1 / MOST_RATIO), MOST_RATIO)
 
 def verdicts_said(found: Sequence[RunDifference], name: str) -> str:
     "How many figures are better, in words"
     faster, slower = (sum(d.verdict == v for d in found) for v in ('faster', 'slower'))
-    few = sum(min(d.n_a, d.n_b) < LEAST for d in found)
+    few = sum(d.low is None for d in found)
     said = f'{name} is faster in {faster} and slower in {slower} of {len(found)} figures'
     rest = len(found) - faster - slower - few
     return said + f'; {rest} within the noise' * bool(rest) + f'; {few} with fewer than {LEAST} jobs a side' * bool(few)
 
 def _ratio(canvas: Canvas, axes: Any, row: int, d: RunDifference) -> None:
     colour, sign = _VERDICTS.get(d.verdict, (QUIET_INK, 'o'))
-    low, ratio, high = (_ratio_drawn(x) for x in (d.low, d.ratio, d.high))
-    axes.plot([low, high], [row, row], color=colour, lw=3, alpha=0.5, solid_capstyle='butt')
+    few = d.low is None or d.high is None
+    low, ratio, high = (_ratio_drawn(d.ratio if x is None else x) for x in (d.low, d.ratio, d.high))
+    if not few: axes.plot([low, high], [row, row], color=colour, lw=3, alpha=0.5, solid_capstyle='butt')
     axes.plot(ratio, row, sign, color=colour, ms=8, mfc=colour if d.verdict in _VERDICTS else 'white')
-    verdict = 'too few jobs to tell' if min(d.n_a, d.n_b) < LEAST else d.verdict
-    text = f'x {d.ratio:.2f} ({d.low:.2f} to {d.high:.2f}): {verdict}'
+    told = 'too few jobs to tell' if few else d.verdict
+    text = f'x {d.ratio:.2f}' + ('' if few else f' ({d.low:.2f} to {d.high:.2f})') + f': {told}'
     medians = f'{d.a:.2f} → {d.b:.2f} s, n = {d.n_a} and {d.n_b}'
-    canvas.beside(axes, max(high, ratio), row, f'{text}\n{medians}', 9, fontsize=9, color=colour)
+    behind = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5}
+    canvas.beside(axes, max(high, ratio), row, f'{text}\n{medians}', 9, fontsize=9, color=colour, bbox=behind)
 
 def _ratio_key(found: Sequence[RunDifference]) -> list[Any]:
     there = {d.verdict for d in found}
@@ -542,4 +547,5 @@ def _ratio_key(found: Sequence[RunDifference]) -> list[Any]:
     key = [mark(f'the second run is {v}', marker=sign, color=colour, ms=8) for v, (colour, sign) in looks.items()]
     hollow = {'marker': 'o', 'color': QUIET_INK, 'mfc': 'white', 'ms': 8}
     if there - set(_VERDICTS): key.append(mark('within the noise, or too few jobs', **hollow))
-    return [*key, mark('interval of 95 %', ls='-', lw=3, color='#aaaaaa')] if found else []
+    told = any(d.low is not None for d in found)
+    return [*key, *([mark('interval of 95 %', ls='-', lw=3, color='#aaaaaa')] if told else [])]

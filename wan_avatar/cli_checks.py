@@ -148,10 +148,10 @@ def _report_experiment(given: Parameters = None) -> None:
 # %% ../nbs/60_cli_checks.ipynb #5a0d0003
 def differences_table(found: list[RunDifference]) -> Table:
     "Two runs for people"
-    table = Table('figure', 'a, s', 'b, s', 'ratio', '95 % interval', 'n', 'verdict', box=None)
+    table = Table('figure', 'first, s', 'second, s', 'ratio', '95 % interval', 'n', 'verdict', box=None)
     for d in found:
         style = {'slower': 'red', 'faster': 'green'}.get(d.verdict, 'dim')
-        interval = f'{d.low:.2f} to {d.high:.2f}'
+        interval = NO_NUMBER if d.low is None else f'{d.low:.2f} to {d.high:.2f}'
         figures = (f'{d.a:.2f}', f'{d.b:.2f}', f'x{d.ratio:.2f}', interval, f'{d.n_a}, {d.n_b}')
         table.add_row(d.what, *figures, d.verdict, style=style)
     return table

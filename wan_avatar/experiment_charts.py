@@ -112,17 +112,19 @@ def blind_table(summary: Mapping[str, Any]) -> Rows:
     return ('measure', 'how', 'cannot see', 'circular for'), lines
 
 # %% ../nbs/58_experiment_charts.ipynb #24df7bfa
-PANELS, PANEL_WIDTH = 3, 2.0 # in a line; inches of one, at least
+PANELS, PANEL_WIDTH = 3, 2.2 # in a line; inches of one, at least
 
 def experiment_said(summary: Mapping[str, Any]) -> str:
     "What was measured where, in one line"
     variants = summary['variants'].values()
     gpus = {g for v in variants for g in v.get('gpus', ())}
-    counts = f'{len(summary.get("cases", ()))} cases, {len(summary["variants"])} variants'
+    counts = f'{_counted(len(summary.get("cases", ())), "case")}, {_counted(len(summary["variants"]), "variant")}'
     parts = (f'experiment {shortened(summary["name"], 60)}' if summary.get('name') else '',
              profile_said(summary['profile']) if summary.get('profile') else '',
              f'made on {devices_said(gpus)}' if gpus else '', counts if summary.get('cases') else '')
     return BETWEEN_PARTS.join(filter(None, parts))
+
+def _counted(n: int, what: str) -> str: return f'{n} {what}{"s" * (n != 1)}'
 
 def draw_differences(
     found: Sequence[VariantDifference],
@@ -189,12 +191,14 @@ def _panel(
 
 def _difference(axes: Any, row: int, d: VariantDifference, reach: float) -> None:
     "A mark with its interval and its number"
+    from matplotlib.patheffects import withStroke
     colour = VERDICT_COLOURS.get(d.verdict, '#666666')
     if d.low is not None: axes.plot([d.low, d.high], [row, row], color=colour, lw=2.6, alpha=0.55)
     axes.plot(d.value, row, 'o', color=colour, ms=7, mfc=colour if d.verdict in VERDICT_COLOURS else 'white')
     inwards = 'center' if abs(d.value) < 0.6 * reach else 'right' if d.value > 0 else 'left'
-    axes.annotate(f'{"+" if d.value > 0 else ""}{figure_text(d.value)}', (d.value, row), (0, 5), ha=inwards,
-                  textcoords='offset points', va='bottom', fontsize=8.5, color=colour)
+    words = axes.annotate(f'{"+" if d.value > 0 else ""}{figure_text(d.value)}', (d.value, row), (0, 5), ha=inwards,
+                          textcoords='offset points', va='bottom', fontsize=8.5, color=colour)
+    words.set_path_effects([withStroke(linewidth=2, foreground='white')])
 
 def _panel_words(
     canvas: Canvas, axes: Any, measure: Measure, found: Sequence[VariantDifference], circular: Circular
@@ -202,9 +206,9 @@ def _panel_words(
     name = found[0].measure + ('' if measure.unit in ('', '1', 'share', 'ratio') else f', {measure.unit}')
     counts = sorted({d.n for d in found})
     n = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
-    said = canvas.fold(f'{direction(measure.better)}, n = {n}', 9, PANEL_WIDTH)
+    said = canvas.fold(f'{direction(measure.better)}, n\xa0=\xa0{n}', 9, PANEL_WIDTH)
     bold = canvas.fold(name + CIRCULAR * (found[0].measure in circular), 10.5, PANEL_WIDTH, 'bold')
-    above = 8 + 13 * (said.count('\n') + 1) # points
+    above = 6 + 12 * (said.count('\n') + 1) # points
     axes.set_title(bold, loc='left', fontsize=10.5, fontweight='bold', pad=above)
     axes.annotate(said, (0, 1), (0, 4), xycoords='axes fraction', textcoords='offset points', fontsize=9,
                   color=QUIET_INK)
@@ -228,7 +232,7 @@ def pareto_chart(
         filled = colour if p in front else 'white'
         axes.plot(p.seconds, p.quality, 'o', ms=11, color=colour, mfc=filled, mew=2, zorder=3)
     _frame(axes, chart)
-    note = f'n = {chart.n_cases} cases that all have'
+    note = f'Means over {_counted(chart.n_cases, "case")}, those that every variant has.'
     if chart.left_out: note += f'\nwithout a number: {", ".join(shortened(v) for v in chart.left_out)}'
     canvas.frame(title, said, _pareto_key(chart), note)
     _name_points(canvas, axes, chart)

@@ -453,12 +453,12 @@ class RunDifference:
     n_a: int
     n_b: int
     ratio: float # b / a
-    low: float # interval of 95 %
-    high: float
+    low: float | None # interval of 95 %; None: too few jobs for one
+    high: float | None
 
     @property
     def verdict(self) -> str:
-        if min(self.n_a, self.n_b) < LEAST:
+        if self.low is None or self.high is None:
             return f'too few jobs to tell ({self.n_a} and {self.n_b}; {LEAST} each are needed)'
         if self.low > 1: return 'slower'
         return 'faster' if self.high < 1 else 'within the noise'
@@ -468,11 +468,12 @@ def difference(what: str, a: Iterable[float], b: Iterable[float], draws: int = 2
     draw = np.random.default_rng(0)
     samples = [np.asarray(list(values), float) for values in (a, b)]
     left, right = (np.median(draw.choice(s, (draws, len(s))), axis=1) for s in samples)
-    low, high = np.percentile(right / np.maximum(left, 1e-9), (2.5, 97.5))
+    bounds = [float(x) for x in np.percentile(right / np.maximum(left, 1e-9), (2.5, 97.5))]
+    low, high = bounds if min(map(len, samples)) >= LEAST else (None, None)
     median_a, median_b = (float(np.median(s)) for s in samples)
     ratio = median_b / max(median_a, 1e-9)
     n_a, n_b = map(len, samples)
-    return RunDifference(what, median_a, median_b, n_a, n_b, ratio, float(low), float(high))
+    return RunDifference(what, median_a, median_b, n_a, n_b, ratio, low, high)
 
 # %% ../nbs/54_metrics.ipynb #c1ae0f47
 def figures_of(records: Iterable[JobRecord]) -> dict[str, list[float]]: # what -> one value per job
@@ -668,4 +669,4 @@ def conditions(records: Iterable[JobRecord], facts: RunFacts = NO_FACTS) -> str:
 def what_differs(a: Mapping[str, str], b: Mapping[str, str]) -> str: # empty: nothing that is known
     "In which conditions two runs differ"
     differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in ('run', 'jobs')]
-    return '; '.join(f'{k}: {a.get(k, "not said")} | {b.get(k, "not said")}' for k in differ)
+    return '; '.join(f'{a.get(k, f"{k} not said")} → {b.get(k, f"{k} not said")}' for k in differ)

@@ -320,7 +320,7 @@ def compare_folders(
 
 def _sides_said(sides: Sequence[Mapping[str, str]], differ: str) -> str:
     first, second = (BETWEEN_PARTS.join(side.values()) for side in sides)
-    return f'first: {first}\nsecond: {second}\n' + (f'they differ in {differ}' if differ else 'nothing else differs')
+    return f'first: {first}\nsecond: {second}\n' + (f'they differ: {differ}' if differ else 'nothing else differs')
 
 # %% ../nbs/59_reports.ipynb #f9d6c3e6
 def compare_experiment_folders(
