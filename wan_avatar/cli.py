@@ -38,6 +38,7 @@ from wan_avatar.access import (
     local_endpoint,
     runs_here,
 )
+from .cards import code_commit
 from .charts import draw_gantt
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
@@ -49,7 +50,7 @@ from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upl
 from .job import JobError, check_key, parse_job, shorten
 from .local import Local
 from .manifest import Manifest
-from .metrics import make_record
+from .metrics import RunFacts, make_record
 from .mp4 import filmstrip
 from .store import Replaced, Store, check_reach
 from wan_avatar.terminal import (
@@ -331,7 +332,7 @@ def _present(video: Path, driving: Path, manifest: Manifest, done: Status) -> No
     whole = (done.delay_s or 0.0) + max((s.ended_s for s in manifest.timeline), default=0.0)
     record = make_record('demo', f'{datetime.now(UTC):%Y-%m-%d}', (0.0, None, whole), done, manifest)
     title = f'Where {whole:.1f} s went: {manifest.frames} frames, {manifest.duration_s:.1f} s of video'
-    draw_gantt(record, chart, title)
+    draw_gantt(record, chart, title, RunFacts('demo', code_commit()))
     stages = Table('stage', 'seconds', box=None)
     seconds = {'queue and cold start': done.delay_s or 0, **manifest.timings}
     for name, value in seconds.items(): stages.add_row(name, f'{value:.2f}')

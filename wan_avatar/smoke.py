@@ -334,7 +334,8 @@ class _Run:
         record, status = measured_job(self.client, self.store, job, 'smoke', clock, self.saw)
         evidence = Evidence(job, prefix, status, wanted)
         if status.state == 'COMPLETED': evidence = _judged(status, job, prefix, driving, wanted, self.store, folder)
-        if evidence.manifest: draw_gantt(record, folder / 'timeline.png')
+        if evidence.manifest:
+            draw_gantt(record, folder / 'timeline.png', facts=smoke_facts(folder.parent, self.client.endpoint))
         return record, evidence
 
     def all(
