@@ -32,7 +32,8 @@ LONG = [
     'test_notebooks', 'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_image', 'test_models',
     'test_cli', 'test_boot', 'test_experiment', 'test_store', 'test_local', 'test_endpoint', 'test_quality',
     'test_smoke', 'test_bad_input', 'test_job_choices', 'test_experiment_report', 'test_queue', 'test_judging',
-    'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy', 'test_operators',
+    'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy', 'test_charts',
+    'test_operators',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break

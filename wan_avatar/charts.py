@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from wan_avatar.canvas import (
-    QUIET_INK,
     LINES,
     LOOKS,
+    QUIET_INK,
+    BarSpan,
     Canvas,
     Look,
-    BarSpan,
     kind_of_stage,
     mark,
     shortened,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .canvas import QUIET_INK, LINES, BETWEEN_PARTS, Canvas, mark, shortened
+from .canvas import BETWEEN_PARTS, LINES, QUIET_INK, Canvas, mark, shortened
 from .comparison import TIMES, Point, TradeOff, VariantDifference, best_value
 from .metrics import devices_said, profile_said
 from .quality import Measure
