@@ -185,10 +185,12 @@ def _groups_said(records: Iterable[JobRecord]) -> str:
 def _stack(canvas: Canvas, row: float, parts: Iterable[StartPart], modelled: bool = False) -> set[str]:
     "One bar; a part that is wide enough carries its name and seconds; the kinds that there are"
     (axes,) = canvas.axes
+    parts = list(parts)
     left, used, digits = 0.0, set[str](), 0 if modelled else 1
+    least = sum(p.seconds for p in parts) / 150
     for p in parts:
         look = modelled_look(p.kind) if modelled else LOOKS[p.kind]
-        spans(axes, [(row, left, left + p.seconds)], look, 0.62)
+        spans(axes, [(row, left, left + p.seconds)], look, 0.62, least)
         canvas.inside(axes, left, p.seconds, row, f'{p.kind}\n{p.seconds:.{digits}f} s', look)
         left += p.seconds
         used.add(p.kind)

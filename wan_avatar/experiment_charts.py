@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'CIRCULAR', 'NO_NUMBER', 'VERDICT_COLOURS', 'Circular', 'PANELS', 'PANEL_WIDTH', 'figure_text', 'span_text',
            'direction', 'means_table', 'verdicts_table', 'what_stands_out', 'time_table', 'blind_table',
-           'experiment_said', 'draw_differences', 'pareto_chart']
+           'experiment_said', 'verdict_counts', 'draw_differences', 'pareto_chart']
 
 # %% ../nbs/58_experiment_charts.ipynb #726cee71
 from collections import Counter
@@ -124,6 +124,13 @@ def experiment_said(summary: Mapping[str, Any]) -> str:
              f'made on {devices_said(gpus)}' if gpus else '', counts if summary.get('cases') else '')
     return BETWEEN_PARTS.join(filter(None, parts))
 
+def verdict_counts(found: Sequence[VariantDifference]) -> str:
+    "How many numbers are better, in words"
+    counts = Counter(d.verdict for d in found)
+    said = [f'{verdict} in {counts[verdict]}' for verdict in VERDICT_COLOURS if counts[verdict] or verdict != 'another']
+    said += [f'{verdict} in {n}' for verdict, n in counts.items() if verdict not in VERDICT_COLOURS]
+    return f'of {_counted(len(found), "difference")}: {", ".join(said)}'
+
 def _counted(n: int, what: str) -> str: return f'{n} {what}{"s" * (n != 1)}'
 
 def draw_differences(
@@ -146,8 +153,8 @@ def draw_differences(
         if n % across: axes.set_yticklabels([])
     note = 'A panel names its measure, its unit, and the number n of cases. The interval of one that leaves it goes on.'
     if any(name in circular for name in names): note += ' °: circular, the judging network drove the renderer.'
-    canvas.frame(f'Difference to "{shortened(found[0].baseline, 40)}", mean over cases', said, _differences_key(found),
-                 note)
+    canvas.frame(f'Difference to "{shortened(found[0].baseline, 40)}", mean over cases',
+                 f'{verdict_counts(found)}\n{said}'.strip(), _differences_key(found), note)
     return canvas.save(path)
 
 def _differences_key(found: Sequence[VariantDifference]) -> list[Any]: # what is drawn
