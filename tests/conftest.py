@@ -33,7 +33,7 @@ LONG = [
     'test_cli', 'test_boot', 'test_experiment', 'test_store', 'test_local', 'test_endpoint', 'test_quality',
     'test_smoke', 'test_bad_input', 'test_job_choices', 'test_experiment_report', 'test_queue', 'test_judging',
     'test_page', 'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy',
-    'test_operators', 'test_own_box', 'test_deployment', 'test_watch',
+    'test_charts', 'test_operators', 'test_own_box', 'test_deployment', 'test_watch',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break

@@ -324,7 +324,7 @@ def test_a_summary_of_whatever_there_is_is_plain_json_and_can_be_drawn(tmp_path,
 BOOT = BootReport(job_number=2, process_s=1, taken_s=20, stages=[])
 
 @pytest.mark.parametrize('gpu, boot, cost, said', [
-    ('cpu', BOOT, None, 'not measured on a GPU'),
+    ('cpu', BOOT, None, 'no price: made on a CPU'),
     ('NVIDIA H200', BOOT, 0.00155 * 6, ''),
     ('NVIDIA H200', None, None, 'not known whether a worker was started'),
     ('My GPU', BOOT, None, 'none of the pools'),
@@ -462,7 +462,7 @@ def test_the_report_shows_everything_and_fails_at_its_end(experiment, shown):
     assert 'data:video/mp4;base64' in page
     assert page.count('data:image/png;base64') >= 3
     for words in ('out_of_memory', 'relight 0.5, against relight 1.0', 'p after Holm', 'Circular:', 'cannot see',
-                  'not measured on a GPU'): assert words in page
+                  'no price: made on a CPU'): assert words in page
 
 def test_one_variant_has_a_report_and_nothing_to_compare(clips, tmp_path):
     inputs = tmp_path / 'one/inputs'

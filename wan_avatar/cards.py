@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'TEXT', 'FACE', 'RUNS', 'PRODUCTION', 'Card', 'Operations', 'operations', 'least_seconds', 'Strict', 'Peak',
-           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'runs_by_folder', 'measured', 'unfounded']
+           'Measured', 'GpuRun', 'RunDamaged', 'write_run', 'read_run', 'runs_by_folder', 'code_commit', 'measured',
+           'unfounded']
 
 # %% ../nbs/35_cards.ipynb #e8237069
+import os
+import subprocess
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -176,6 +179,14 @@ def read_run(path: Path) -> GpuRun:
 def runs_by_folder(root: Path = RUNS) -> dict[str, GpuRun]:
     "Every run, by its folder's name"
     return {path.parent.name: read_run(path) for path in sorted(root.glob('*/gpu.json'))}
+
+def code_commit() -> str:
+    "The commit of this code: what an image was built with, else what git says of the checkout"
+    if sha := os.environ.get('WAN_AVATAR_GIT_SHA'): return sha
+    command = ['git', '-C', str(RUNS.parents[1]), 'rev-parse', '--short=12', 'HEAD']
+    try: asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired): return 'unknown'
+    return asked.stdout.strip() or 'unknown'
 
 def measured(
     root: Path = RUNS

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -40,6 +41,8 @@ from wan_avatar.access import (
     runs_here,
     until_signal,
 )
+from .cards import code_commit
+from .charts import draw_gantt
 from .cli_checks import checks
 from .cli_deploy import endpoint_app, image_app
 from .cli_estimate import estimate_app
@@ -52,6 +55,7 @@ from .client import Client, EndpointError, Status, UnknownJob, fetch_beside, upl
 from .job import JobError, check_key, parse_job, shorten
 from .local import Local
 from .manifest import Manifest
+from .metrics import RunFacts, make_record
 from .mp4 import filmstrip
 from .page import page_address, serve_page
 from .reload import renew_on_change
@@ -70,7 +74,6 @@ from wan_avatar.terminal import (
     further_commands,
     watch_jobs,
 )
-from .timeline import draw_timeline
 
 # %% ../nbs/60_cli.ipynb #b26ee265
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -383,8 +386,10 @@ def _demo(
 def _present(video: Path, driving: Path, manifest: Manifest, done: Status) -> None:
     strip = filmstrip(driving, video, video.with_name(f'{video.stem}-filmstrip.png'))
     chart = video.with_name(f'{video.stem}-timeline.png')
-    title = f'{manifest.frames} frames, {manifest.duration_s:.1f} s of video'
-    draw_timeline(manifest.timeline, chart, title)
+    whole = (done.delay_s or 0.0) + max((s.ended_s for s in manifest.timeline), default=0.0)
+    record = make_record('demo', f'{datetime.now(UTC):%Y-%m-%d}', (0.0, None, whole), done, manifest)
+    title = f'Where {whole:.1f} s went: {manifest.frames} frames, {manifest.duration_s:.1f} s of video'
+    draw_gantt(record, chart, title, RunFacts('demo', code_commit()))
     stages = Table('stage', 'seconds', box=None)
     seconds = {'queue and cold start': done.delay_s or 0, **manifest.timings}
     for name, value in seconds.items(): stages.add_row(name, f'{value:.2f}')

@@ -27,11 +27,11 @@ from .bench import BENCHES, run_bench
 from .client import Client, Status
 from .comparison import VariantDifference, is_experiment
 from .experiment import ExperimentError
-from .experiment_charts import VERDICT_COLOURS, verdicts_table
+from .experiment_charts import NO_NUMBER, VERDICT_COLOURS, verdicts_table
 from .gpu import Options, bench_gpu
 from .job import shorten
 from .measure import table
-from .metrics import RecordsError, RunDifference
+from .metrics import RecordsError, RunDifference, jobs_needed, spread_rows
 from .reports import ReportError, compare_experiment_folders, compare_folders, run_report
 from .smoke import Outcome, Row, keep_summary, rows, run_smoke
 from wan_avatar.terminal import (
@@ -55,13 +55,11 @@ def checks_table(found: list[Row]) -> Table:
         table.add_row(r.name, f'{r.passed} of {r.of}', r.wanted, r.found, style=None if r.ok else 'bold red')
     return table
 
-def spread_table(percentiles: dict[str, Any]) -> Table:
-    "Percentiles of a summary for people; one that so few jobs cannot support is in brackets"
-    def cell(p: dict[str, Any]) -> str: return f'{p["value"]:.2f}' if p['enough'] else f'({p["value"]:.2f})'
-    table = Table('jobs', 'seconds', 'n', 'p50', 'p90', 'p95', 'p99', box=None)
-    for name, kinds in percentiles.items():
-        for kind, ps in kinds.items():
-            if ps: table.add_row(name, kind.removesuffix('_s'), str(ps[0]['n']), *map(cell, ps))
+def spread_table(summary: dict[str, Any]) -> Table:
+    "How the seconds of a run spread, for people"
+    head, *lines = spread_rows(summary)
+    table = Table(*head, box=None, caption=f'{NO_NUMBER}: too few jobs; {jobs_needed()}', caption_justify='left')
+    for line in lines: table.add_row(*line)
     return table
 
 # %% ../nbs/60_cli_checks.ipynb #5a0c0004
@@ -115,7 +113,7 @@ def _gate_progress(
 def _show_gate(outcomes: list[Outcome], summary: dict[str, Any], out: Path) -> None:
     console = wide_console(140)
     console.print(checks_table(rows(outcomes)))
-    if len(outcomes) > 1: console.print(spread_table(summary['percentiles']))
+    if len(outcomes) > 1: console.print(spread_table(summary))
     word, style = ('passed', 'green') if summary['ok'] else ('FAILED', 'bold red')
     console.print(f'{word}: {out}', style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -150,10 +148,10 @@ def _report_experiment(given: Parameters = None) -> None:
 # %% ../nbs/60_cli_checks.ipynb #5a0d0003
 def differences_table(found: list[RunDifference]) -> Table:
     "Two runs for people"
-    table = Table('figure', 'a, s', 'b, s', 'ratio', '95 % interval', 'n', 'verdict', box=None)
+    table = Table('figure', 'first, s', 'second, s', 'ratio', '95 % interval', 'n', 'verdict', box=None)
     for d in found:
         style = {'slower': 'red', 'faster': 'green'}.get(d.verdict, 'dim')
-        interval = f'{d.low:.2f} to {d.high:.2f}'
+        interval = NO_NUMBER if d.low is None else f'{d.low:.2f} to {d.high:.2f}'
         figures = (f'{d.a:.2f}', f'{d.b:.2f}', f'x{d.ratio:.2f}', interval, f'{d.n_a}, {d.n_b}')
         table.add_row(d.what, *figures, d.verdict, style=style)
     return table

@@ -27,7 +27,7 @@ from .doctor import examine, report_findings
 from .endpoint import Control, control_from, read_log
 from .job import shorten
 from .manifest import Manifest, ManifestDamaged
-from .metrics import JobRecord, RecordsError, billed_s, cost_of, read_records, start_of
+from .metrics import JobRecord, RecordsError, billed_s, cost_of, no_price, read_records, start_of
 from .store import Store
 from .terminal import AsJson, Code, Endpoint, exit_on_error, exit_with, print_rows
 from .watch import LISTED_KEYS, list_videos, record_of
@@ -74,6 +74,7 @@ class MadeVideo:
     seconds: float | None = None # from pick-up to result
     usd: float | None = None # with the cold start, if it caused one; None: the card has no price
     worker: str | None = None
+    unpriced: str = '' # why it has no price
 
 def recent_keys(
     store: Store,
@@ -96,8 +97,9 @@ def made_video(
     when = f'{at:%Y-%m-%d %H:%M:%S}'
     if manifest is None: return MadeVideo(key, when, 'damaged manifest' if damaged else 'no manifest')
     record = record_of(when, manifest)
-    seconds = round(record.execution_s or 0, 2)
-    return MadeVideo(key, when, 'COMPLETED', manifest.profile, seconds, cost_of(record), record.worker)
+    seconds, usd = round(record.execution_s or 0, 2), cost_of(record)
+    return MadeVideo(key, when, 'COMPLETED', manifest.profile, seconds, usd, record.worker,
+                     no_price([record.gpu]) if usd is None else '')
 
 def recent_videos(
     store: Store,
@@ -114,8 +116,8 @@ def recent_videos(
 def video_rows(found: Iterable[MadeVideo]) -> list[tuple[str, ...]]:
     "Videos for people"
     def cell(value: float | None, form: str) -> str: return '-' if value is None else format(value, form)
-    return [(v.at, v.state, cell(v.seconds, '.1f'), cell(v.usd, '.4f'), v.profile or '-', v.worker or '-', v.key)
-            for v in found]
+    def cost(v: MadeVideo) -> str: return v.unpriced or cell(v.usd, '.4f')
+    return [(v.at, v.state, cell(v.seconds, '.1f'), cost(v), v.profile or '-', v.worker or '-', v.key) for v in found]
 
 # %% ../nbs/60_cli_operate.ipynb #0d80b6b9
 @operate.command(name='jobs')

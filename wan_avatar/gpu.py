@@ -31,7 +31,18 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from .cards import CARDS, PRODUCTION, GpuRun, Measured, Peak, least_seconds, operations, read_run, write_run
+from wan_avatar.cards import (
+    CARDS,
+    PRODUCTION,
+    GpuRun,
+    Measured,
+    Peak,
+    code_commit,
+    least_seconds,
+    operations,
+    read_run,
+    write_run,
+)
 from .comfy import Comfy, run, running_comfy
 from .frames import SIZE, Rectangle
 from .gpu_charts import write_report
@@ -432,13 +443,8 @@ def fresh_run(facts: Mapping[str, str], stats: Mapping[str, Any], **more: Any) -
     if facts: versions['driver'] = facts['driver_version']
     major, _, minor = facts.get('compute_cap', '0.0').partition('.')
     now = datetime.now(UTC).isoformat(timespec='seconds')
-    commit = os.environ.get('WAN_AVATAR_GIT_SHA') or _commit()
-    return GpuRun(card=facts.get('name', 'cpu'), capability=(int(major), int(minor)), at=now, commit=commit,
+    return GpuRun(card=facts.get('name', 'cpu'), capability=(int(major), int(minor)), at=now, commit=code_commit(),
                   memory_gb=device['vram_total'] / 1e9, versions=versions, **more)
-
-def _commit() -> str:
-    asked = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or 'unknown'
 
 def folder_of(card: str) -> str:
     "A card's folder: as the table names it, else its own name in a form for folders"

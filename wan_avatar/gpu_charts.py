@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNMEASURED', 'Columns', 'NAME_COLUMNS', 'KERNEL_COLUMNS', 'TIME_COLUMNS', 'MEMORY_COLUMNS', 'POWER_COLUMNS',
            'CODE_COLUMNS', 'COLUMNS', 'VERDICTS', 'EMULATED', 'PARTS', 'PHASE_LABELS', 'OUTCOMES', 'KEPT', 'HEAD',
-           'fits', 'table_of', 'whole_windows', 'draw_window', 'pool_sizes', 'shown_case', 'draw_memory',
+           'fits', 'table_of', 'made_with', 'whole_windows', 'draw_window', 'pool_sizes', 'shown_case', 'draw_memory',
            'write_report', 'cards_section']
 
 # %% ../nbs/58_gpu_charts.ipynb #2a8318cc
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .canvas import Canvas, Look, mark, shortened, spans, swatches
 from .cards import CARDS, PRODUCTION, RUNS, Card, GpuRun, Measured, least_seconds, operations, read_run
 from .files import whole_file
 from .frames import SIZE
@@ -122,36 +123,22 @@ def table_of(run: GpuRun) -> str: # Markdown
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/58_gpu_charts.ipynb #8337d7e2
-PARTS = {'load': '#bbbbbb', 'pictures': '#56b4e9', 'encode': '#cc79a7', 'steps': '#009e73', 'decode': '#e69f00',
-         'frames': '#d55e00', 'limit by the datasheet': '#000000'}
-_EARLIER = {'steps of earlier code': '#a6dbcb'}
+PARTS = {
+    'load': Look('#dcdcdc', 'files to the GPU, once a worker', '...'),
+    'pictures': Look('#56b4e9', 'conditioning pictures are prepared'),
+    'encode': Look('#cc79a7', 'the VAE encodes them'),
+    'steps': Look('#009e73', 'passes of the transformer'),
+    'steps of earlier code': Look('#a6dbcb', 'measured at an earlier commit', '////'),
+    'decode': Look('#e69f00', 'the VAE decodes'),
+    'frames': Look('#d55e00', 'frames to the disk')}
 
 def _is_earlier(case: Measured, run: GpuRun) -> bool: return case.commit not in ('', run.commit)
 
-def _panels(title: str, rows: Sequence[int]) -> tuple[Any, list[Any]]: # figure, axes below each other
-    "A figure with as many rows of bars in each panel"
-    # imported only to draw: it is slow
-    from matplotlib.figure import Figure
-    size = 0.38 * sum(rows) + 0.9 * len(rows) + 0.9
-    figure = Figure(figsize=(11, size), layout='constrained', dpi=110)
-    axes = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={'height_ratios': [n + 0.8 for n in rows]})[:, 0]
-    figure.suptitle(title, x=0.01, ha='left', fontsize=13, fontweight='bold')
-    for a, n in zip(axes, rows, strict=True):
-        a.spines[['top', 'right']].set_visible(False)
-        a.tick_params(labelsize=10)
-        a.set_ylim(n - 0.4, -0.6)
-    return figure, list(axes)
-
-def _saved(figure: Any, path: Path | str) -> Path: # `path`
-    figure.savefig(path)
-    return Path(path)
-
-def _colour_key(colours: Mapping[str, str]) -> list[Any]:
-    from matplotlib.patches import Patch
-    return [Patch(color=colour, label=name) for name, colour in colours.items()]
-
-def _key(figure: Any, marks: Sequence[Any]) -> None:
-    figure.legend(handles=marks, loc='outside lower center', ncols=len(marks), fontsize=10, frameon=False)
+def made_with(run: GpuRun) -> str:
+    "What was measured where, in one line"
+    torch = f', torch {run.versions["torch"]}' if 'torch' in run.versions else ''
+    return (f'production\'s graph at full size, weights of random numbers · {run.card} · {run.at[:10]}, '
+            f'commit {run.commit}{torch}')
 
 def _labels(cases: Sequence[Measured], usual: Measured) -> list[str]:
     "Names, with what is unusual about the window and not in the name"
@@ -161,7 +148,7 @@ def _labels(cases: Sequence[Measured], usual: Measured) -> list[str]:
         if c.frames != usual.frames and frames not in c.name: found.append(frames)
         if (c.width, c.height) != (usual.width, usual.height): found.append(f'{c.width}x{c.height}')
         return found
-    return ['\n'.join([c.name, *unlike(c)]) for c in cases]
+    return ['\n'.join([shortened(c.name), *unlike(c)]) for c in cases]
 
 def whole_windows(run: GpuRun) -> list[Measured]:
     "Cases that went through all of a window, with as many steps as any of them had"
@@ -170,44 +157,58 @@ def whole_windows(run: GpuRun) -> list[Measured]:
     return [c for c in found if len(c.steps_s) == most]
 
 # %% ../nbs/58_gpu_charts.ipynb #1a7a0687
-def _window_bar(axes: Any, row: int, case: Measured) -> None:
+def _window_bar(canvas: Canvas, axes: Any, row: int, case: Measured) -> set[str]: # parts that there are
     "Parts after each other, the limit of the steps below them"
     steps = [('steps', s) for s in case.steps_s]
     before = [('pictures', case.pictures_s), ('encode', case.encode_s)]
     after = [('decode', case.decode_s), ('frames', case.frames_s)]
-    left = 0.0
-    for name, seconds in [*before, *steps, *after]:
-        axes.barh(row, seconds, left=left, color=PARTS[name], edgecolor='white', linewidth=0.8, height=0.55)
+    left, used = 0.0, set()
+    for name, seconds in (part for part in [*before, *steps, *after] if part[1]):
+        spans(axes, [(row, left, left + seconds)], PARTS[name], 0.55)
         left += seconds
+        used.add(name)
     start = case.pictures_s + case.encode_s
-    if case.least_s:
-        axes.barh(row + 0.36, case.least_s * len(steps), left=start, color=PARTS['limit by the datasheet'], height=0.1)
-    axes.text(left, row, f' {left:.1f} s', va='center', fontsize=11, fontweight='bold')
+    if case.least_s: axes.plot([start, start + case.least_s * len(steps)], [row + 0.37] * 2, color='black', lw=3)
+    canvas.beside(axes, left, row, f'{left:.1f} s', fontsize=11, fontweight='bold')
+    return used
 
-def _draw_windows(axes: Any, cases: Sequence[Measured], usual: Measured, slowest: Measured) -> None:
+def _draw_windows(
+    canvas: Canvas, axes: Any, cases: Sequence[Measured], usual: Measured, slowest: Measured
+) -> set[str]: # parts that there are
     "Windows, and the load of the case in which it took longest"
-    for row, case in enumerate(cases): _window_bar(axes, row, case)
+    used = set[str]().union(*(_window_bar(canvas, axes, row, case) for row, case in enumerate(cases)))
     labels = _labels(cases, usual)
     load = slowest.load_s
     if load:
-        axes.barh(len(cases), load, color=PARTS['load'], height=0.55)
-        axes.text(load, len(cases), f' {load:.1f} s', va='center', fontsize=11, fontweight='bold')
-        labels.append(f'loading the models, once\n({slowest.name})')
+        spans(axes, [(len(cases), 0, load)], PARTS['load'], 0.55)
+        canvas.beside(axes, load, len(cases), f'{load:.1f} s', fontsize=11, fontweight='bold')
+        labels.append(f'loading the models, once\n({shortened(slowest.name, 26)})')
+        used.add('load')
     steps = len(cases[0].steps_s)
-    longest = max(load, *(c.window_s or 0 for c in cases))
-    axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, longest * 1.1),
+    axes.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, max(load, *(c.window_s or 0 for c in cases)) or 1),
              xlabel=f'seconds of a window of {steps} step{"s" * (steps != 1)}')
+    return used
 
-def _draw_steps(axes: Any, cases: Sequence[Measured], usual: Measured, run: GpuRun) -> None:
+def _draw_steps(
+    canvas: Canvas, axes: Any, cases: Sequence[Measured], usual: Measured, run: GpuRun
+) -> set[str]: # parts that there are
+    used = set()
     for row, c in enumerate(cases):
-        name = 'steps of earlier code' if _is_earlier(c, run) else 'steps'
-        axes.barh(row, c.step_s, color=(PARTS | _EARLIER)[name], height=0.55)
+        used.add(name := 'steps of earlier code' if _is_earlier(c, run) else 'steps')
+        spans(axes, [(row, 0, c.step_s or 0)], PARTS[name], 0.55)
         if c.least_s: axes.plot([c.least_s] * 2, [row - 0.36, row + 0.36], color='black', lw=3)
         share = f' ({c.share * 100:.0f} %)' if c.share else ''
-        axes.text(c.step_s, row, f' {c.step_s:.2f} s{share}', va='center', fontsize=10.5)
-    longest = max(c.step_s or 0 for c in cases)
-    axes.set(yticks=range(len(cases)), yticklabels=_labels(cases, usual), xlim=(0, longest * 1.18),
+        canvas.beside(axes, max(c.step_s or 0, c.least_s or 0), row, f'{c.step_s:.2f} s{share}', fontsize=10.5)
+    longest = max(max(c.step_s or 0, c.least_s or 0) for c in cases)
+    axes.set(yticks=range(len(cases)), yticklabels=_labels(cases, usual), xlim=(0, longest or 1),
              xlabel='seconds of one step (in brackets: share of the datasheet\'s rate)')
+    return used
+
+def _panels(rows: Sequence[int]) -> Canvas:
+    "As many rows of bars in each panel below each other"
+    canvas = Canvas(0.38 * sum(rows) + 0.9 * len(rows), [n + 0.8 for n in rows])
+    for a, n in zip(canvas.axes, rows, strict=True): a.set_ylim(n - 0.4, -0.6)
+    return canvas
 
 def draw_window(run: GpuRun, path: Path | str) -> Path: # `path`
     "Whole windows by their parts, and a step of every case, against the limit"
@@ -218,23 +219,24 @@ def draw_window(run: GpuRun, path: Path | str) -> Path: # `path`
     rows = [len(steps)] if steps else []
     if windows and slowest: rows.insert(0, len(windows) + bool(slowest.load_s))
     usual = f' ({steps[0].frames} frames, {steps[0].width}x{steps[0].height})' if steps else ''
-    figure, axes = _panels(f'{run.card}: where a window\'s seconds go{usual}', rows or [1])
-    if not steps: _nothing(axes[0], 'no case finished a step')
+    canvas = _panels(rows or [1])
+    used, key = set[str](), []
+    if not steps: canvas.nothing(canvas.axes[0], 'no case finished a step')
     else:
-        if windows and slowest: _draw_windows(axes[0], windows, steps[0], slowest)
-        _draw_steps(axes[-1], steps, steps[0], run)
-        earlier = any(_is_earlier(c, run) for c in steps)
-        _key(figure, _colour_key(PARTS | _EARLIER if earlier else PARTS))
-    return _saved(figure, path)
-
-def _nothing(axes: Any, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha='center', va='center', transform=axes.transAxes, fontsize=13, color='#555555')
-    axes.axis('off')
+        if windows and slowest: used |= _draw_windows(canvas, canvas.axes[0], windows, steps[0], slowest)
+        used |= _draw_steps(canvas, canvas.axes[-1], steps, steps[0], run)
+        key = swatches({k: PARTS[k] for k in PARTS if k in used})
+        limit = 'limit: the steps at the rate of the datasheet'
+        if any(c.least_s for c in steps): key.append(mark(limit, ls='-', color='black', lw=3))
+    canvas.frame(f'Where a window\'s seconds go{usual}', made_with(run), key)
+    return canvas.save(path)
 
 # %% ../nbs/58_gpu_charts.ipynb #03b2961e
 PHASE_LABELS = {'encode': 'VAE encodes', 'forward': 'steps', 'decode': 'VAE decodes'}
 OUTCOMES = {True: ('#009e73', '✓'), False: ('#d55e00', '✗'), None: ('#555555', '?')}
-KEPT = {'allocated': '#0072b2', 'reserved': '#56b4e9', 'nvidia-smi': '#d55e00'}
+KEPT = {'allocated': Look('#0072b2', 'by tensors'),
+        'reserved': Look('#56b4e9', 'by torch, for tensors to come too'),
+        'nvidia-smi': Look('#d55e00', 'all of the card, the driver\'s own too')}
 
 def pool_sizes() -> dict[float, list[str]]: # GB of the smallest card -> pools
     "The memory that every worker of a pool has"
@@ -253,18 +255,21 @@ def _memory_rows(run: GpuRun) -> list[tuple[str, float, float, float | None, Mea
     if case := shown_case(run):
         for phase, p in case.peaks.items():
             rows.append((PHASE_LABELS.get(phase, phase), p.allocated_gb, p.reserved_gb, None, case))
-        rows.append((f'all phases\n({case.name})', *_most(case), case.smi_gb, case))
+        rows.append((f'all phases\n({shortened(case.name)})', *_most(case), case.smi_gb, case))
     return rows + [(f'emulated: held to {c.cap_gb:g} GB', *_most(c), c.smi_gb, c) for c in _emulated(run)]
 
 def _most(case: Measured) -> tuple[float, float]: # GB allocated, reserved
     return max((p.allocated_gb for p in case.peaks.values()), default=0.0), _reserved(case) or 0.0
 
-def _memory_bar(axes: Any, row: int, allocated: float, reserved: float, smi: float | None, case: Measured) -> None:
+def _memory_bar(
+    canvas: Canvas, row: int, allocated: float, reserved: float, smi: float | None, case: Measured
+) -> None:
     "A bar of held memory, and beside it the amount, or whether the case fits"
-    axes.barh(row, reserved, color=KEPT['reserved'], height=0.6)
-    axes.barh(row, allocated, color=KEPT['allocated'], height=0.6)
+    (axes,) = canvas.axes
+    spans(axes, [(row, 0, reserved)], KEPT['reserved'], 0.6)
+    spans(axes, [(row, 0, allocated)], KEPT['allocated'], 0.6)
     if case.cap_gb is None:
-        if smi is not None: axes.plot([smi], [row], 'D', color=KEPT['nvidia-smi'], ms=9)
+        if smi is not None: axes.plot([smi], [row], 'D', color=KEPT['nvidia-smi'].colour, ms=9)
         text = ' / '.join(f'{gb:.1f}' for gb in (allocated, reserved, smi) if gb is not None) + ' GB'
         end = max(allocated, reserved, smi or 0)
         look = {}
@@ -274,39 +279,43 @@ def _memory_bar(axes: Any, row: int, allocated: float, reserved: float, smi: flo
         text = f'{sign} {_verdict(case)}'
         end = max(reserved, case.cap_gb)
         look = {'color': colour, 'fontweight': 'bold'}
-    axes.annotate(text, (end, row), (9, 0), textcoords='offset points', va='center', fontsize=10.5,
-                  bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5}, **look)
+    behind = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5}
+    canvas.beside(axes, end, row, text, 9, fontsize=10.5, bbox=behind, **look)
 
-def _memory_key() -> list[Any]:
-    from matplotlib.lines import Line2D
-    bars = _colour_key({k: KEPT[k] for k in ('allocated', 'reserved')})
-    return [*bars,
-            Line2D([], [], color=KEPT['nvidia-smi'], marker='D', ls='', markersize=9, label='nvidia-smi'),
-            Line2D([], [], color='black', lw=3, label='limit of an emulated card'),
-            Line2D([], [], color='#777777', lw=1.2, ls='--', label='smallest card of a pool')]
+def _memory_key(rows: Sequence[tuple[str, float, float, float | None, Measured]]) -> list[Any]: # what is drawn
+    smi, pool = KEPT['nvidia-smi'], mark('smallest card of a pool', color='#777777', lw=1.2, ls='--')
+    key = swatches({k: KEPT[k] for k in ('allocated', 'reserved')})
+    if any(r[3] is not None and r[4].cap_gb is None for r in rows):
+        key.append(mark(f'nvidia-smi: {smi.meaning}', color=smi.colour, marker='D', ms=8))
+    if any(r[4].cap_gb for r in rows): key.append(mark('limit of an emulated card', color='black', lw=3, ls='-'))
+    return [*key, pool]
 
 # %% ../nbs/58_gpu_charts.ipynb #46fc5709
 def draw_memory(run: GpuRun, path: Path | str) -> Path: # `path`
     "GPU memory of every phase, and of emulated smaller cards, beside the memory of the pools"
     rows = _memory_rows(run)
-    sizes = pool_sizes()
-    title = f'{run.card}: GPU memory by phase, and whether smaller cards would do'
-    figure, (axes,) = _panels(title, [max(len(rows), 1)])
+    canvas = _panels([max(len(rows), 1)])
+    title = 'GPU memory by phase, and whether smaller cards would do'
+    (axes,) = canvas.axes
     if not rows:
-        _nothing(axes, 'no case was finished')
-        return _saved(figure, path)
+        canvas.nothing(axes, 'no case was finished')
+        canvas.frame(title, made_with(run))
+        return canvas.save(path)
+    sizes = pool_sizes()
     for gb, pools in sizes.items():
         axes.axvline(gb, color='#777777', lw=1.2, ls='--', zorder=0)
         axes.text(gb, -0.65, f'{gb:g} GB\n' + '\n'.join(pools), ha='center', va='bottom', fontsize=9, color='#444444')
     for row, (_, allocated, reserved, smi, case) in enumerate(rows):
-        _memory_bar(axes, row, allocated, reserved, smi, case)
+        _memory_bar(canvas, row, allocated, reserved, smi, case)
     whole = len(rows) - len(_emulated(run))
     if 0 < whole < len(rows): axes.axhline(whole - 0.5, color='#999999', lw=0.8)
     most = max([*sizes, *(max(r[1:3]) for r in rows), *(r[3] or 0 for r in rows)])
-    axes.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, most * 1.05),
-             xlabel='GB of GPU memory at most (emulated cards: whether memory suffices, not how fast they are)')
-    _key(figure, _memory_key())
-    return _saved(figure, path)
+    axes.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, most * 1.07),
+             xlabel='GB of GPU memory at most')
+    notes = 'Beside the bars: allocated / reserved / nvidia-smi.' if whole else ''
+    if whole < len(rows): notes += ' Emulated cards show whether memory suffices, not how fast they are.'
+    canvas.frame(title, made_with(run), _memory_key(rows), notes.strip())
+    return canvas.save(path)
 
 # %% ../nbs/58_gpu_charts.ipynb #bcfb3ea5
 def write_report(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ReportError', 'project_root', 'report_path', 'report_parameters', 'read_parameters', 'ReportFailed', 'run_report',
-           'write_summary', 'endpoint_figures_of', 'markdown_table', 'Phase', 'read_phases', 'tiny_phases',
-           'local_phases', 'until_no_worker', 'empty', 'measure_phase', 'wrong_starts', 'compare_folders',
-           'compare_experiment_folders']
+           'write_summary', 'summary_beside', 'endpoint_figures_of', 'facts_of', 'markdown_table', 'Phase',
+           'read_phases', 'tiny_phases', 'local_phases', 'until_no_worker', 'empty', 'measure_phase', 'wrong_starts',
+           'compare_folders', 'compare_experiment_folders']
 
 # %% ../nbs/59_reports.ipynb #4522e3d4
 import ast
@@ -15,13 +15,14 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .canvas import BETWEEN_PARTS
 from .charts import draw_compare
 from .client import Client, EndpointError
 from wan_avatar.comparison import (
@@ -31,10 +32,20 @@ from wan_avatar.comparison import (
     is_experiment,
     measures_in,
 )
-from .experiment_charts import draw_differences
+from .experiment_charts import draw_differences, experiment_said
 from .files import whole_file
 from .hub import ModelHub, model_hub
-from .metrics import JobRecord, RunDifference, compare_runs, measured_job, read_records, start_of
+from wan_avatar.metrics import (
+    JobRecord,
+    RunDifference,
+    RunFacts,
+    compare_runs,
+    conditions_of,
+    measured_job,
+    read_records,
+    start_of,
+    what_differs,
+)
 from .models import LockedFile, Needs, dump_lock, link, load_lock
 from .prompt import Embedding
 from .store import Store
@@ -128,12 +139,25 @@ def write_summary(out: Path, summary: dict[str, Any]) -> Path: # its path
     with whole_file(out / 'summary.json') as part: part.write_text(json.dumps(summary, indent=1) + '\n')
     return out / 'summary.json'
 
-def endpoint_figures_of(
+def summary_beside(
     records: Path # records.jsonl of an earlier run
-) -> list[dict[str, Any]]: # empty: no summary lies beside it
+) -> dict[str, Any]: # empty: there is none
+    "What the report of that run kept; ReportError when it is no JSON object"
+    path = records.parent / 'summary.json'
+    if not path.exists(): return {}
+    try: return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e: raise ReportError(f'{path} is no summary: {e}; remove it') from None
+
+def endpoint_figures_of(records: Path) -> list[dict[str, Any]]: # empty: none are known
     "The endpoint's own figures of that run, so that drawing it again does not lose them"
-    summary = records.parent / 'summary.json'
-    return json.loads(summary.read_text()).get('endpoint_figures', []) if summary.exists() else []
+    return list(summary_beside(records).get('endpoint_figures', []))
+
+def facts_of(records: Path) -> RunFacts:
+    "What the records of that run do not say of it"
+    name = records.parent.name if records.name == 'records.jsonl' else records.stem
+    kept = summary_beside(records).get('conditions', {}) if records.name == 'records.jsonl' else {}
+    known = {f.name for f in fields(RunFacts)}
+    return RunFacts(**{'run': name} | {k: v for k, v in kept.items() if k in known})
 
 def markdown_table(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
     "Rows as Markdown; a `|` in a value does not break it"
@@ -277,18 +301,26 @@ def compare_folders(
 ) -> list[RunDifference]:
     "Two runs side by side: compare.png and summary.json in `out`"
     def records_of(path: Path) -> Path: return path / 'records.jsonl' if path.is_dir() else path
-    def name_of(path: Path) -> str: return path.parent.name if path.name == 'records.jsonl' else path.stem
-    first, second = records_of(a), records_of(b)
-    found = compare_runs(read_records(first), read_records(second))
+    files = [records_of(a), records_of(b)]
+    runs = [read_records(f) for f in files]
+    facts = [facts_of(f) for f in files]
+    found = compare_runs(runs[0], runs[1])
     if not found:
         why = 'they measured other phases, or no job was completed'
         raise ReportError(f'{a} and {b} have no figure in common: {why}')
     out.mkdir(parents=True, exist_ok=True)
-    draw_compare(found, (name_of(first), name_of(second)), out / 'compare.png')
+    sides = [conditions_of(*side) for side in zip(runs, facts, strict=True)]
+    differ = what_differs(*sides)
+    draw_compare(found, (facts[0].run, facts[1].run), out / 'compare.png', _sides_said(sides, differ))
     differences = [asdict(d) | {'verdict': d.verdict} for d in found]
-    summary = {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': differences}
+    summary = {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b), 'differences': differences,
+               'conditions': sides, 'conditions_differ': differ}
     write_summary(out, summary)
     return found
+
+def _sides_said(sides: Sequence[Mapping[str, str]], differ: str) -> str:
+    first, second = (BETWEEN_PARTS.join(side.values()) for side in sides)
+    return f'first: {first}\nsecond: {second}\n' + (f'they differ: {differ}' if differ else 'nothing else differs')
 
 # %% ../nbs/59_reports.ipynb #f9d6c3e6
 def compare_experiment_folders(
@@ -302,7 +334,8 @@ def compare_experiment_folders(
     if not found:
         raise ReportError(f'{a} and {b} have no variant with a number for the same picture and driving video')
     out.mkdir(parents=True, exist_ok=True)
-    draw_differences(found, measures_in(first), out / 'compare.png')
+    said = f'first: {experiment_said(first)}\nsecond: {experiment_said(second)}'
+    draw_differences(found, measures_in(first), out / 'compare.png', said=said)
     differences = [asdict(d) | {'verdict': d.verdict} for d in found]
     alone = set(first['variants']) ^ set(second['variants']) # no partner of this name
     write_summary(out, {'report': 'compare', 'a': os.path.relpath(a), 'b': os.path.relpath(b),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_CHANGE', 'PRESIGN_S', 'Decoded', 'decode_result', 'change', 'get_url', 'until_refused', 'Evidence', 'Check',
            'video_checks', 'answer_checks', 'link_checks', 'gates_of', 'quality_checks', 'checks_of', 'Outcome',
-           'run_smoke', 'Row', 'rows', 'keep_summary']
+           'run_smoke', 'Row', 'rows', 'smoke_facts', 'keep_summary']
 
 # %% ../nbs/57_smoke.ipynb #f012482f
 import hashlib
@@ -23,6 +23,8 @@ import av
 import httpx2
 import numpy as np
 
+from .cards import code_commit
+from .charts import draw_gantt
 from .client import Client, EndpointError, Status, fetch_result, read_manifest
 from .files import sha256_of, whole_file
 from .frames import FPS, SIZE
@@ -30,11 +32,10 @@ from .inputs import MAX_IMAGE_BYTES
 from .job import JobError, output_key, parse_job
 from .judging import COMFY, JudgingFailed, judge_result, not_measured
 from .manifest import Manifest, ManifestDamaged
-from .metrics import JobRecord, measured_job, summarise, write_records
+from .metrics import JobRecord, RunFacts, measured_job, summarise, write_records
 from .mp4 import filmstrip, pictures_at
 from .quality import MEASURES, Gate, Judgement, beyond, worst_second
 from .store import Store, fetch_url
-from .timeline import draw_timeline
 from .workflow import PROFILES
 
 # %% ../nbs/57_smoke.ipynb #e1ef26d4
@@ -273,8 +274,6 @@ def _judged(
 
 def _keep(folder: Path, manifest: Manifest, driving: Path, video: Path, found: Decoded) -> None:
     with whole_file(folder / 'avatar.json') as part: part.write_text(json.dumps(manifest.record(), indent=1) + '\n')
-    title = f'{found.frames} frames, {found.end_s:.1f} s of video'
-    draw_timeline(manifest.timeline, folder / 'timeline.png', title)
     if found.trouble is None: filmstrip(driving, video, folder / 'filmstrip.png')
 
 def _picture_of(job: Mapping[str, Any], store: Store, folder: Path) -> Path | str: # str: why there is none
@@ -335,6 +334,8 @@ class _Run:
         record, status = measured_job(self.client, self.store, job, 'smoke', clock, self.saw)
         evidence = Evidence(job, prefix, status, wanted)
         if status.state == 'COMPLETED': evidence = _judged(status, job, prefix, driving, wanted, self.store, folder)
+        if evidence.manifest:
+            draw_gantt(record, folder / 'timeline.png', facts=smoke_facts(folder.parent, self.client.endpoint))
         return record, evidence
 
     def all(
@@ -409,6 +410,11 @@ def _row_of(name: str, checks: list[Check]) -> Row:
     shown = next((c for c in checks if not c.ok), checks[0])
     return Row(name, sum(c.ok for c in checks), len(checks), shown.wanted, shown.found)
 
+def smoke_facts(folder: Path, endpoint: str) -> RunFacts:
+    "What the records do not say; workers elsewhere may run other code than is here"
+    here = endpoint.startswith('http://127.0.0.1:')
+    return RunFacts(folder.name, code_commit() if here else '')
+
 def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict[str, Any]: # as in summary.json
     "summary.json and records.jsonl of a run"
     records = [o.record for o in outcomes]
@@ -416,7 +422,7 @@ def keep_summary(folder: Path, outcomes: list[Outcome], endpoint: str) -> dict[s
     checks = [asdict(r) | {'ok': r.ok} for r in found]
     quality = [o.quality.record() if o.quality else None for o in outcomes]
     summary = {'report': 'smoke', 'endpoint': endpoint, 'ok': all(r.ok for r in found), 'checks': checks}
-    summary |= {'quality': quality}
+    summary |= {'quality': quality, 'conditions': asdict(smoke_facts(folder, endpoint))}
     summary |= summarise(records)
     folder.mkdir(parents=True, exist_ok=True) # no job may have come so far as to make it
     write_records(folder / 'records.jsonl', records)
