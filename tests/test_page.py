@@ -19,6 +19,7 @@ from wan_avatar.page import serve_page
 from wan_avatar.page_jobs import Desk, JobBook, PageJob
 from wan_avatar.quality import MEASURES, Judgement
 from wan_avatar.queue import FINAL
+from wan_avatar.terminal import BootClock
 
 
 class Bridge:
@@ -107,6 +108,7 @@ def visitor(address): return Visitor(address)
 # who may come in
 
 EVIL = 'http://evil.example'
+@pytest.mark.hostile('requests to the page')
 @pytest.mark.parametrize('method, path, headers, status', [
     ('GET', 'api/jobs', {}, 200),
     ('GET', 'api/jobs', {'Sec-Fetch-Site': 'same-origin'}, 200),
@@ -185,6 +187,7 @@ def test_a_download_has_a_name(visitor):
         answer = visitor.ask('GET', f'api/jobs/known/{part}?download=1')
         assert answer.headers['content-disposition'] == f"attachment; filename*=UTF-8''{name}"
 
+@pytest.mark.hostile('requests to the page')
 @pytest.mark.parametrize('path, status, words', [
     ('api/jobs/nobody', 404, 'the page knows no job'),
     ('api/jobs/known/driving', 404, 'no longer in the bucket'),
@@ -205,6 +208,7 @@ def test_only_files_of_known_jobs_are_sent(visitor, path, status, words):
 # what it takes
 
 LIMIT = 20 * 10**6
+@pytest.mark.hostile('requests to the page')
 @pytest.mark.parametrize('path, body, status, words', [
     ('files/picture?name=ana.png', b'x', 200, 'uploads/'),
     ('files/picture?name=..%2f..%2fana.png', b'y', 200, '"name":"ana.png"'),
@@ -229,7 +233,8 @@ def test_what_is_sent_is_checked(visitor, remembered, path, body, status, words)
     assert words in answer.text
     assert not list(remembered.glob('upload-*'))
 
-def test_a_body_of_unknown_length_is_counted(visitor, address):
+@pytest.mark.hostile('requests to the page')
+def test_a_body_of_unknown_length_is_counted(visitor):
     "Chunked, so nothing is announced; the answer comes before the rest is sent"
     host = visitor.origin.removeprefix('http://')
     connection = http.client.HTTPConnection(host, timeout=30)
@@ -278,6 +283,22 @@ def test_quality_that_cannot_be_measured_says_why(access, remembered, tmp_path):
     desk.measure('known')
     assert desk.quality.one.acquire(timeout=60) # until it has been judged
     assert desk.quality.view('known')['why'].startswith("input_missing: the picture 'uploads/ana.png' is not in the")
+
+def test_a_worker_that_starts_is_seen_and_one_that_cannot_says_why(bucket, tmp_path):
+    boot = BootClock(tmp_path)
+    with LocalEndpoint(['nothing'], {}, tmp_path / 'logs', max_workers=0) as endpoint:
+        access = EndpointAccess(endpoint.address, endpoint.api_key, bucket.environment())
+        desk = Desk(access, tmp_path / 'page', boot=boot)
+        desk.book.put(PageJob('j0', '2026-11-27T11:00:00Z', OWN, 'ana.png', 'wave.mp4'))
+        job = desk.submit({}, KEYS)['id']
+        assert [step['state'] for step in desk.view(job)['steps'][:2]] == ['now', 'todo']
+        boot.event('worker_started', {'worker': 'w1'})
+        boot.log.write_text('boot: the bucket is reachable after 0.1 s\n')
+        (step,) = [step for step in desk.view(job)['steps'] if step['state'] == 'now']
+        assert (step['name'], step['text']) == ('worker', 'the bucket is reachable after 0.1 s')
+        assert desk.view(job)['warning'] is None
+        boot.event('worker_unhealthy', {'why': 'no disk', 'log': 'its last words'})
+        assert desk.view(job)['warning'] == 'the worker did not get ready: no disk\nits last words'
 
 # in a browser
 
