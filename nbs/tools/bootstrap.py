@@ -125,7 +125,7 @@ def main():
         sys.exit(f'Python 3.11 or 3.12 is needed; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11 …')
     worker, dev = ['worker', 'local', 'dev', 'docs'], ['comfy', 'quality']
     make_worker = make_env('.venv', worker, ('python3', 'Python 3 (wan_avatar)'))
-    first = [Step('worker environment', '.venv', requirements(*worker), make_worker, 195),
+    first = [Step('worker environment', '.venv', requirements(*worker), make_worker, 243),
              Step("ComfyUI's source", '.comfy/ComfyUI', COMFY, make_source),
              Step('sample pictures', 'runs/samples', SAMPLES, make_samples)]
     then = [Step("ComfyUI's environment (6 GB)", '.comfy/env', [COMFY, *requirements(*dev)],
