@@ -103,7 +103,7 @@ function drawSteps() {
     announce(step.text ? `${step.title}: ${step.text}` : step.title)
     document.title = `${known ? `${step.percent} % ` : ''}${step.title} · wan_avatar`
   })
-  write(find('running-warning'), job.warning || '')
+  writeWithCode(find('running-warning'), job.warning || '')
   show(find('running-warning'), Boolean(job.warning))
   const box = find('preview-box')
   if (job.preview && box.hidden) find('preview-picture').src = address('preview')
