@@ -78,6 +78,8 @@ function draw(told) {
 
 // commands stand between backticks
 function writeWithCode(node, text) {
+  if (node.dataset.text === text) return
+  node.dataset.text = text
   node.replaceChildren(...text.split('`').map((piece, n) => n % 2 ? make('code', {}, piece) : piece))
 }
 
