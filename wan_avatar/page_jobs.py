@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT_JOBS', 'STEPS', 'View', 'REMEDIES', 'FORM_FIELDS', 'FILE_FIELDS', 'ENDINGS', 'MOST_BYTES', 'PROFILE_WORDS',
-           'SAMPLE_FILES', 'LOOK_S', 'HERE', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'error_view',
-           'timeline_view', 'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type', 'form_fields',
-           'NewestVideos', 'Part', 'Desk']
+           'SAMPLE_FILES', 'LOOK_S', 'HERE', 'PageJob', 'JobBook', 'stage_of', 'steps_of', 'waiting_warning',
+           'error_view', 'timeline_view', 'result_view', 'quality_rows', 'PageRefused', 'QualityDesk', 'media_type',
+           'form_fields', 'NewestVideos', 'Part', 'Desk']
 
 # %% ../nbs/60_page_jobs.ipynb #e4a1127e
 import json
@@ -122,6 +122,18 @@ def steps_of(
         steps[at] |= {'text': text.partition('(')[2].rstrip(')'), 'eta': eta,
                       'percent': min(int(100 * spent / usual), 99)}
     return steps
+
+# %% ../nbs/60_page_jobs.ipynb #f2bcd6a5
+def waiting_warning(
+    workers: Mapping[str, int], # as `/health` counts them, by state
+    trouble: str | None = None # of the last start, where it is known
+) -> str | None: # None: a worker is there, or comes
+    "Why a job that waits may wait for long"
+    if trouble: return trouble
+    if any(workers.get(state) for state in ('initializing', 'idle', 'ready', 'running')): return None
+    if n := workers.get('unhealthy'): return f'{n} workers did not get ready; `wan-avatar logs` says why'
+    if workers.get('throttled'): return 'no GPU of the wanted kinds is free at the moment; the job waits for one'
+    return None
 
 # %% ../nbs/60_page_jobs.ipynb #c96324e4
 REMEDIES: dict[str, str] = {
@@ -321,6 +333,7 @@ class Desk:
         self.files: dict[str, str] = {} # what came through the page since it runs: key -> name
         self.newest = NewestVideos(self.store)
         self.running: dict[str, Status] = {} # the last word on jobs that are not over
+        self.workers: dict[str, int] = {} # of the endpoint, by state, as of when a job waited last
         self.manifests: dict[str, Manifest] = {} # by key
 
     def close(self) -> None: self.quality.close()
@@ -389,7 +402,7 @@ class Desk:
                 'steps': steps_of(job, status, self.boot.now() if self.boot else None),
                 'error': error_view(job), 'seconds': job.seconds,
                 'guard': _guard_of(job, self.store) is not None,
-                'warning': self.boot.trouble if self.boot and job.state == 'IN_QUEUE' else None,
+                'warning': self._warning() if job.state == 'IN_QUEUE' else None,
                 'preview': bool(status and status.progress and status.progress.preview)}
         if job.state != 'COMPLETED' or job.key is None: return said
         manifest = self._manifest(job.key)
@@ -453,7 +466,10 @@ class Desk:
 
     def _worker_starts(self) -> bool:
         if self.boot and self.boot.now(): return True
-        return bool(self.client.health().get('workers', {}).get('initializing'))
+        self.workers = self.client.health().get('workers', {})
+        return bool(self.workers.get('initializing'))
+
+    def _warning(self) -> str | None: return waiting_warning(self.workers, self.boot.trouble if self.boot else None)
 
     def _manifest(self, key: str) -> Manifest | str: # str: why there is none
         if key in self.manifests: return self.manifests[key]

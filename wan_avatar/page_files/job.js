@@ -78,6 +78,8 @@ function draw(told) {
 
 // commands stand between backticks
 function writeWithCode(node, text) {
+  if (node.dataset.text === text) return
+  node.dataset.text = text
   node.replaceChildren(...text.split('`').map((piece, n) => n % 2 ? make('code', {}, piece) : piece))
 }
 
@@ -103,7 +105,7 @@ function drawSteps() {
     announce(step.text ? `${step.title}: ${step.text}` : step.title)
     document.title = `${known ? `${step.percent} % ` : ''}${step.title} · wan_avatar`
   })
-  write(find('running-warning'), job.warning || '')
+  writeWithCode(find('running-warning'), job.warning || '')
   show(find('running-warning'), Boolean(job.warning))
   const box = find('preview-box')
   if (job.preview && box.hidden) find('preview-picture').src = address('preview')
