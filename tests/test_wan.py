@@ -639,6 +639,11 @@ def test_a_prompt_of_ones_own_needs_the_encoder_once(wan, weights, monkeypatch, 
 
 # the production tracker, on networks of random weights
 
+def test_it_says_when_a_jobs_point_is_on_nobody(wan):
+    said = wan.run('body-nobody', **BRIEF, profile='tiny-body', seed=1, person=[0.1, 0.1])['error']
+    assert said.startswith('no_person: person [0.1, 0.1] is on nobody in frame 0')
+    assert said.endswith('people are at [0.50, 0.53]')
+
 def test_wholebody_tracker_in_comfyui(wan, tmp_path):
     before = set(wan.store.list('tracks/wholebody-sam2-3-')) # other files of tests share the bucket
     answer = wan.run('body', **BRIEF, profile='tiny-body', seed=1)
