@@ -23,7 +23,7 @@ from .endpoint import control_from
 from .endpoint_file import DayLimits, read_file
 from .job import first_fault
 from .terminal import AsJson, Code, exit_on_error, exit_with, print_rows
-from .watch import Look, StateDamaged, alone, look_once, post_alert
+from .watch import DayLook, StateDamaged, alone, look_once, post_alert
 
 # %% ../nbs/60_cli_watch.ipynb #6a6e06c7
 def limits_with(
@@ -34,7 +34,7 @@ def limits_with(
     try: return DayLimits.model_validate(limits.model_dump() | {k: v for k, v in given.items() if v is not None})
     except ValidationError as e: raise ValueError(f'--{first_fault(e, "the limit").replace("_", "-", 1)}') from None
 
-def look_rows(look: Look, limits: DayLimits) -> list[tuple[str, ...]]:
+def look_rows(look: DayLook, limits: DayLimits) -> list[tuple[str, ...]]:
     "A look for people: figure, now, limit, state"
     day = look.figures
     ended = day.videos + day.failed
@@ -86,7 +86,7 @@ def _watch(
             except StateDamaged as e: exit_with(str(e), Code.USAGE)
     _answer(look, limits, as_json)
 
-def _answer(look: Look, limits: DayLimits, as_json: bool) -> None:
+def _answer(look: DayLook, limits: DayLimits, as_json: bool) -> None:
     "Print a look, and leave with its exit code"
     if as_json: print(json.dumps(asdict(look)))
     else:

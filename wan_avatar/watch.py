@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LISTED_KEYS', 'list_videos', 'record_of', 'WatchedJob', 'WatchState', 'StateDamaged', 'load_state', 'save_state',
            'alone', 'state_of_day', 'count_failed', 'Day', 'Alert', 'day_of', 'alerts_of', 'most_workers',
-           'stop_workers', 'AlertNotSent', 'post_alert', 'read_day', 'Look', 'look_once']
+           'stop_workers', 'AlertNotSent', 'post_alert', 'read_day', 'DayLook', 'look_once']
 
 # %% ../nbs/55_watch.ipynb #afa09d55
 import fcntl
@@ -211,7 +211,7 @@ def read_day(
     return whole
 
 @dataclass(frozen=True)
-class Look:
+class DayLook:
     "What one look found and did"
     figures: Day
     alerts: list[Alert] # that stand
@@ -226,7 +226,7 @@ def look_once(
     path: Path, # of the state
     now: datetime, # UTC
     post: Callable[[str], None] | None = None # an alert; None: nobody is told
-) -> Look:
+) -> DayLook:
     "Count, stop, tell; a look that cannot be finished is told too, and its error raised"
     state = state_of_day(load_state(path), f'{now:%Y-%m-%d}')
     def tell(alerts: list[Alert]) -> tuple[list[str], str]: return _tell(alerts, file.name, state, path, post)
@@ -240,7 +240,7 @@ def look_once(
     alerts = [_stopped(control, remote, a) if a.kind == 'cost' else a for a in found]
     posted, trouble = tell(alerts)
     most = 0 if any(a.kind == 'cost' for a in alerts) else most_workers(remote)
-    return Look(figures, alerts, posted, most, trouble)
+    return DayLook(figures, alerts, posted, most, trouble)
 
 def _count(
     control: Control,
