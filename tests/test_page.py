@@ -16,7 +16,7 @@ from wan_avatar.access import EndpointAccess
 from wan_avatar.handler import Handler
 from wan_avatar.local import LocalEndpoint
 from wan_avatar.page import serve_page
-from wan_avatar.page_jobs import Desk, JobBook, PageJob
+from wan_avatar.page_jobs import Desk, JobBook, PageJob, PageRefused, Part
 from wan_avatar.quality import MEASURES, Judgement
 from wan_avatar.queue import FINAL
 from wan_avatar.terminal import BootClock
@@ -276,6 +276,25 @@ def test_the_page_says_that_its_endpoint_is_gone(bucket, tmp_path):
         assert (answer.status_code, '127.0.0.1:9' in answer.json()['error']) == (502, True)
         listed = visitor.ask('GET', 'api/jobs').json()['jobs']
         assert [job['state'] for job in listed if job['id'] == 'j1'] == ['IN_QUEUE']
+
+def test_a_video_that_somebody_else_sent_can_be_compared_and_made_again(bucket, tmp_path):
+    "What it was made of, its manifest names; any other key stays out of reach"
+    keys = {'input_image_minio_path': 'people/else.png', 'driving_video_path': 'templates/else.mp4'}
+    with LocalEndpoint(['nothing'], {}, tmp_path / 'logs', max_workers=0) as endpoint:
+        own = bucket.environment() | {'OUTPUT_PREFIX': 'elsewhere/'}
+        desk = Desk(EndpointAccess(endpoint.address, endpoint.api_key, own), tmp_path / 'page')
+        more = {'minio_key': 'elsewhere/j7.mp4', 'job_id': 'j7', 'start_s': 1.5, 'person': 'left', 'input_keys': keys}
+        desk.store.write_json('elsewhere/j7.mp4.json', MADE | more)
+        for key in ('elsewhere/j7.mp4', *keys.values()): desk.store.write_bytes(key, BYTES, 'video/mp4')
+        files = {'picture': 'people/else.png', 'driving': 'templates/else.mp4'}
+        with pytest.raises(PageRefused, match='choose the picture'): desk.submit({}, files)
+        seen = desk.view('j7')
+        assert {part: f['key'] for part, f in seen['files'].items()} == files
+        assert seen['fields'] == {'profile': 'draft', 'start_seconds': 1.5, 'person': 'left'}
+        assert desk.part('j7', 'driving') == Part('templates/else.mp4', 'else.mp4', 'video/mp4')
+        again = desk.submit(seen['fields'], files)['id']
+        assert desk.job(again).fields == seen['fields'] | keys
+        with pytest.raises(PageRefused): desk.submit({}, files | {'picture': 'secret.mp4'})
 
 def test_quality_that_cannot_be_measured_says_why(access, remembered, tmp_path):
     desk = Desk(access, tmp_path / 'page', comfy_dir=tmp_path)

@@ -44,7 +44,7 @@ class PageJob:
     "A job as the page remembers it"
     id: str
     at: str # when it was sent, UTC, ISO 8601
-    fields: Mapping[str, Any] = field(default_factory=dict) # of the `Job`; empty: somebody else sent it
+    fields: Mapping[str, Any] = field(default_factory=dict) # of the `Job`; of somebody else's: what its manifest names
     picture: str = '' # what its files are called where they came from
     driving: str = ''
     state: str = 'IN_QUEUE' # as the endpoint said last; UNKNOWN: neither endpoint nor bucket knows it any more
@@ -368,6 +368,7 @@ class Desk:
         for job in self.book.newest():
             for part, name in (('picture', job.picture), ('driving', job.driving)):
                 if key and job.fields.get(FILE_FIELDS[part]) == key: return name
+        if any(key in made.input_keys.values() for made in self.manifests.values()): return PurePosixPath(key).name
         raise PageRefused(400, 'choose the picture and the video again: the page no longer knows them')
 
     # jobs
@@ -385,7 +386,7 @@ class Desk:
         "A job that the page knows: one it sent, or one of the bucket's newest; PageRefused"
         if job := self.book.jobs.get(job_id): return job
         for video in self.newest.videos():
-            if PurePosixPath(video.key).stem == job_id: return _from_bucket(video)
+            if PurePosixPath(video.key).stem == job_id: return _from_bucket(video, self._manifest(video.key))
         raise PageRefused(404, f'the page knows no job {shorten(job_id)}; it may be older than what is listed here')
 
     def cancel(self, job_id: str) -> View:
@@ -485,15 +486,20 @@ def _wishes(job: PageJob) -> View: return {n: v for n, v in job.fields.items() i
 
 def _files(job: PageJob) -> View: # for the form: key and name
     keys = {part: job.fields.get(name) for part, name in FILE_FIELDS.items()}
-    return {part: {'key': key, 'name': getattr(job, part)} for part, key in keys.items() if key}
+    return {part: {'key': key, 'name': getattr(job, part) or PurePosixPath(key).name}
+            for part, key in keys.items() if key}
 
 def _row(job: PageJob) -> View:
     return {'id': job.id, 'at': job.at, 'state': job.state, 'stage': STEPS[job.stage], 'profile':
             job.fields.get('profile') or '', 'picture': job.picture, 'driving': job.driving, 'seconds': job.seconds}
 
-def _from_bucket(video: MadeVideo) -> PageJob:
+def _from_bucket(video: MadeVideo, made: Manifest | str = '') -> PageJob: # str: there is none
     at = video.at.replace(' ', 'T') + 'Z'
-    fields = {'profile': video.profile} if video.profile else {}
+    fields: dict[str, Any] = {'profile': video.profile} if video.profile else {}
+    if isinstance(made, Manifest):
+        stretch = {'start_seconds': made.start_s or None, 'duration_seconds': made.stretch_s, 'person': made.person}
+        fields |= made.input_keys | {name: value for name, value in stretch.items() if value is not None}
+        if made.height > made.width: fields['size'] = '720x1280'
     return PageJob(PurePosixPath(video.key).stem, at, fields, state='COMPLETED', key=video.key, seconds=video.seconds)
 
 def _forgotten(job: PageJob, store: Store, why: str) -> PageJob:
