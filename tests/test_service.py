@@ -28,6 +28,7 @@ from wan_avatar.handler import Handler
 from wan_avatar.inputs import Inputs, fetch_inputs, room_needed
 from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
 from wan_avatar.manifest import BootReport, Manifest, SceneReport
+from wan_avatar.mark import MADE
 from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
 from wan_avatar.render import Rendered
@@ -287,7 +288,7 @@ def made(tmp_path_factory):
     "Two finished videos of one job, as two machines might render it"
     folders = [tmp_path_factory.mktemp(name) for name in 'ab']
     for shade, folder in enumerate(folders, 1):
-        with Encoder(folder / 'avatar.mp4', (64, 64)) as encoder:
+        with Encoder(folder / 'avatar.mp4', (64, 64), source_type=MADE) as encoder:
             for n in range(24): encoder.write(np.full((64, 64, 3), n * shade, np.uint8))
     def inputs(of: int, frames: int = 24) -> Inputs:
         clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),

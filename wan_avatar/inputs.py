@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIDEO_RATE', 'MAX_VIDEO_BYTES', 'SIZES', 'MAX_IMAGE_BYTES', 'MAX_IMAGE_SECONDS', 'MAX_FETCH_SECONDS',
-           'MAX_VIDEO_SECONDS', 'driving_key', 'input_keys', 'check_keys', 'room_needed', 'check_start',
+           'MAX_VIDEO_SECONDS', 'input_keys', 'driving_key', 'check_keys', 'room_needed', 'check_start',
            'check_variant', 'Inputs', 'take_image', 'take_video', 'fetch_inputs']
 
 # %% ../nbs/40_inputs.ipynb #1b23b5a4
@@ -25,19 +25,19 @@ from .tasks import in_thread, together
 from .workflow import Profile, check_weights
 
 # %% ../nbs/40_inputs.ipynb #db6501f9
+def input_keys(job: Job, settings: Settings) -> dict[str, str]: # by field of the job
+    "Keys of what a job reads from the bucket; addresses, which may hold secrets, are not among them"
+    video = None if job.driving_video_url else job.driving_video_path or settings.default_driving_video_path
+    keys = {'input_image_minio_path': job.input_image_minio_path, 'driving_video_path': video}
+    return {field: key for field, key in keys.items() if key is not None}
+
 def driving_key(job: Job, settings: Settings) -> str | None: # None: it comes from an address
     "Key of the driving video: the job's, or the worker's default"
-    if job.driving_video_url is not None: return None
-    key = job.driving_video_path or settings.default_driving_video_path
-    if key is None:
+    key = input_keys(job, settings).get('driving_video_path')
+    if key is None and job.driving_video_url is None:
         missing = 'driving_video_path is missing, and this worker has no DEFAULT_DRIVING_VIDEO_PATH'
         raise JobError('bad_input', missing)
     return key
-
-def input_keys(job: Job, settings: Settings) -> dict[str, str]: # by field of the job
-    "Keys of what a job reads from the bucket; addresses, which may hold secrets, are not among them"
-    keys = {'input_image_minio_path': job.input_image_minio_path, 'driving_video_path': driving_key(job, settings)}
-    return {field: key for field, key in keys.items() if key is not None}
 
 def check_keys(job: Job, settings: Settings) -> None:
     "JobError `bad_input` unless the job has a driving video and may have its keys read; the worker's own default may"
