@@ -42,6 +42,7 @@ from wan_avatar.experiment_charts import (
 )
 from wan_avatar.frames import read_frames
 from wan_avatar.manifest import BootReport
+from wan_avatar.mark import COMPOSED
 from wan_avatar.metrics import JobRecord
 from wan_avatar.mp4 import Encoder, check_mp4, pictures_at
 from wan_avatar.quality import MEASURES, Measure
@@ -418,7 +419,8 @@ def test_variants_play_in_step_and_no_longer_than_asked(clips, tmp_path):
     def tell(done, total): told.append((done, total))
     made = side_by_side(grid(clips, 2, 2, {(0, 1): NOT_RUN}), tmp_path / 'v.mp4', 2.4, tell)
     layout = video_layout(4)
-    assert check_mp4(made, frames=28 + 12, size=layout.size, has_audio=False).fps == 24 # half of the time each, at most
+    figures = check_mp4(made, frames=28 + 12, size=layout.size, has_audio=False, source_type=COMPOSED)
+    assert figures.fps == 24 # half of the time each, at most
     assert told == [(n, 40) for n in range(1, 41)]
     frames = list(read_frames(made))
     def numbers(tile): return [number_at(f, layout.place(tile), layout.tile) for f in frames]

@@ -1,6 +1,7 @@
 """The local endpoint under the SDK's worker and the SDK's client"""
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -194,6 +195,16 @@ def test_runsync_waits_no_longer_than_asked(site):
     assert time.monotonic() - began < 3
     go.touch()
     site.until(said['id'], 'COMPLETED')
+
+def test_a_caller_who_hangs_up_is_no_fault(site, caplog):
+    "As a worker that is killed while it reports, or a browser tab that is closed in an upload"
+    caplog.set_level(logging.DEBUG, 'wan_avatar.local')
+    host, port = site.endpoint.socket.getsockname()
+    head = f'POST /v2/local/run HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {site.endpoint.api_key}\r\n'
+    with socket.create_connection((host, port)) as half: half.sendall(f'{head}Content-Length: 1000\r\n\r\n{{'.encode())
+    poll(lambda: 'hung up' in caplog.text)
+    assert site.http.get('/health').status_code == 200
+    assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
 
 def test_purge_queue(site, client):
     go = site.folder / 'go-purge'

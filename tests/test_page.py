@@ -4,8 +4,12 @@ import asyncio
 import base64
 import http.client
 import json
+import logging
 import os
 import re
+import socket
+import threading
+import time
 from pathlib import Path
 
 import httpx2
@@ -265,6 +269,19 @@ def test_a_wrong_wish_names_its_field(visitor, fields, files, words, field):
     assert answer.status_code == 400
     assert words in answer.json()['error']
     assert answer.json().get('field', '') == field
+
+def test_a_tab_that_is_closed_in_an_upload_is_no_fault(address, visitor, remembered, caplog):
+    caplog.set_level(logging.DEBUG, 'wan_avatar.local')
+    host = visitor.origin.removeprefix('http://')
+    cookie = '; '.join(f'{name}={value}' for name, value in visitor.http.cookies.items())
+    head = [f'POST {visitor.base}api/files/driving?name=a.mp4 HTTP/1.1', f'Host: {host}', f'Origin: {visitor.origin}',
+            f'Cookie: {cookie}', 'Content-Length: 1000', '', 'half']
+    with socket.create_connection(host.split(':')) as half: half.sendall('\r\n'.join(head).encode())
+    until = time.monotonic() + 20
+    while 'hung up' not in caplog.text and time.monotonic() < until: threading.Event().wait(0.02)
+    assert 'hung up' in caplog.text
+    assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
+    assert not list(remembered.glob('upload-*'))
 
 def test_the_page_says_that_its_endpoint_is_gone(bucket, tmp_path):
     access = EndpointAccess('http://127.0.0.1:9/v2/x', 'k', bucket.environment())

@@ -30,6 +30,7 @@ from .client import EndpointError
 from .config import SettingsError
 from .files import check_room, whole_file
 from .job import JobError, printable, shorten
+from .local import bare_app
 from .page_jobs import ENDINGS, MOST_BYTES, Desk, PageRefused, Part, media_type
 from .queue import RequestRefused, parse_json
 from .store import Store
@@ -312,9 +313,9 @@ def _file_routes(app: 'FastAPI', base: str, desk: Desk) -> None:
 
 def page_app(desk: Desk, door: Door) -> 'ASGIApp':
     "The page as an ASGI application"
-    from fastapi import FastAPI, Request, Response
+    from fastapi import Request, Response
     from fastapi.responses import JSONResponse
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app = bare_app()
 
     async def refused(request: Request, e: Exception) -> Response:
         status, told = error_answer(e)

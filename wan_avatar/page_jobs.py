@@ -445,10 +445,9 @@ class Desk:
         if job.over: return job
         try: status = self.client.status(job.id)
         except UnknownJob as e: return self._noted(_forgotten(job, self.store, str(e)))
-        waits = status.state == 'IN_QUEUE'
         self.running[job.id] = status
         if status.over: self.running.pop(job.id, None)
-        stage = job.stage if status.over else stage_of(status, waits and self._worker_starts())
+        stage = job.stage if status.over else stage_of(status, status.state == 'IN_QUEUE' and self._worker_starts())
         output = status.output if isinstance(status.output, dict) else {}
         key = output.get('minio_key') if status.state == 'COMPLETED' else None
         return self._noted(replace(job, state=status.state, stage=stage, key=key, error=status.error,
