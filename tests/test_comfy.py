@@ -556,7 +556,8 @@ COLLECTED = [ # COMFY_TREE; exit status; files that are collected; words
 @pytest.mark.parametrize('tree, code, files, words', COLLECTED)
 def test_what_runs_on_a_tree(tree, code, files, words):
     env = {k: v for k, v in os.environ.items() if k != 'COMFY_TREE'} | ({'COMFY_TREE': tree} if tree else {})
-    command = [sys.executable, '-m', 'pytest', '--collect-only']
+    few = '--ignore-glob=*/test_[!sew]*.py' # all of them would take ten seconds to collect
+    command = [sys.executable, '-m', 'pytest', '--collect-only', few]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     found = {line.split('.py')[0].split('/')[-1] for line in said.splitlines() if '.py::' in line}
