@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOCAL', 'NO_BUCKET', 'PICTURE_ENDINGS', 'VIDEO_ENDINGS', 'LOOKUP_S', 'SAME_PRESS_S', 'EndpointAccess', 'open_bucket',
            'find_endpoint', 'note_endpoint', 'find_bucket', 'InputRefused', 'looks_like_path', 'file_named',
-           'job_inputs', 'ask_about', 'job_policy', 'Interrupts', 'local_environment', 'until_signal', 'RunsAlready',
-           'local_endpoint', 'endpoint_or_local', 'runs_here']
+           'job_inputs', 'ask_about', 'job_policy', 'Interrupts', 'comfy_here', 'local_environment', 'until_signal',
+           'RunsAlready', 'local_endpoint', 'endpoint_or_local', 'runs_here']
 
 # %% ../nbs/60_access.ipynb #ac3a76d9
 import fcntl
@@ -239,6 +239,10 @@ class Interrupts:
         if self.presses: raise KeyboardInterrupt
 
 # %% ../nbs/60_access.ipynb #f97673bb
+def comfy_here() -> Path:
+    "COMFY_DIR of a command on this machine"
+    return Path(os.environ.get('COMFY_DIR', '.comfy'))
+
 def local_environment(
     folder: Path, # of the local endpoint
     profile: str = 'draft'

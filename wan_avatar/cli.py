@@ -31,6 +31,7 @@ from wan_avatar.access import (
     InputRefused,
     Interrupts,
     ask_about,
+    comfy_here,
     endpoint_or_local,
     file_named,
     find_bucket,
@@ -301,7 +302,7 @@ def _up(
     with exit_on_error():
         try:
             with (local_endpoint(folder, event, **limits) as (local, access),
-                  serve_page(access, folder / 'page', page_port, boot=boot, comfy_dir=_comfy_dir()) as page):
+                  serve_page(access, folder / 'page', page_port, boot=boot, comfy_dir=comfy_here()) as page):
                 plain(_instructions(local, access, folder, page))
                 _beside(local, watch_jobs(local.endpoint.pool, say), say)
                 if reload: _beside(local, renew_on_change(local.endpoint.pool, say), say)
@@ -315,8 +316,6 @@ def _beside(local: Local, work: Coroutine[Any, Any, None], say: Callable[[str], 
     def over(done: 'Future[None]') -> None:
         if not done.cancelled() and (error := done.exception()): say(f'{type(error).__name__}: {error}')
     if loop := local.endpoint.loop: asyncio.run_coroutine_threadsafe(work, loop).add_done_callback(over)
-
-def _comfy_dir() -> Path: return Path(os.environ.get('COMFY_DIR', '.comfy'))
 
 def _instructions(local: Local, access: EndpointAccess, folder: Path, page: str) -> str:
     return f'''page      {page}
@@ -351,7 +350,7 @@ def _page_command(
         place = re.sub(r'\W+', '-', endpoint.rpartition('://')[2]).strip('-')
         try:
             with until_signal(), serve_page(access, folder or Path('runs/pages') / place, page_port, place=endpoint,
-                                            comfy_dir=_comfy_dir()) as page:
+                                            comfy_dir=comfy_here()) as page:
                 print(f'page      {page}\nendpoint  {access.endpoint}\nCtrl-C stops it.', flush=True)
                 while True: signal.pause()
         except KeyboardInterrupt:

@@ -11,7 +11,6 @@ import asyncio
 import functools
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .access import LOCAL, endpoint_or_local, job_inputs, until_signal
+from .access import LOCAL, comfy_here, endpoint_or_local, job_inputs, until_signal
 from .bench import BENCHES, run_bench
 from .client import Client, Status
 from .comparison import VariantDifference, is_experiment
@@ -91,7 +90,7 @@ def _smoke(
             on_status, on_done = _gate_progress(screen, jobs, concurrency)
             def on_judging(done: int, total: int) -> None:
                 screen.show('quality', 'judging what was made', done, total, f'{done} of {total} frames')
-            comfy = Path(os.environ.get('COMFY_DIR', '.comfy'))
+            comfy = comfy_here()
             outcomes = run_smoke(client, store, job, Path(driving), out, jobs, concurrency, prefix, on_status, on_done,
                                  comfy, on_judging)
             summary = keep_summary(out, outcomes, access.endpoint)
@@ -203,7 +202,7 @@ def bench(
     if unknown := set(names or ()) - {*BENCHES, GPU}:
         exit_with(f'no bench {", ".join(sorted(unknown))}; there are {", ".join([*BENCHES, GPU])}', Code.USAGE)
     if names == [GPU]:
-        comfy_dir = Path(os.environ.get('COMFY_DIR', '.comfy')).resolve()
+        comfy_dir = comfy_here().resolve()
         root = out or Path('runs/local/gpu' if small else 'runs/gpu')
         wanted = Options(root, comfy_dir, models, seconds, cases, small, unquantised, tracker_seconds)
         return _bench_gpu(wanted, as_json)
@@ -234,7 +233,7 @@ def _tiny_weights(
     face: Annotated[bool, typer.Option(help='with the encoders of the close-up, 71 MB')] = False
 ) -> None:
     "Write tiny random checkpoints for the profile wan22-animate-tiny."
-    comfy = Path(os.environ.get('COMFY_DIR', '.comfy')).resolve()
+    comfy = comfy_here().resolve()
     python = comfy / 'env/bin/python'
     if not python.exists():
         exit_with(f'no ComfyUI environment in {comfy}; run make setup, or set COMFY_DIR', Code.USAGE)

@@ -22,9 +22,9 @@ from rich.progress import track
 
 from .access import LOCAL, InputRefused, find_bucket
 from .cli_operate import LocalFolder
-from .client import UPLOADS
+from .client import UPLOADS, read_manifest
 from .job import shorten
-from .manifest import MANIFEST_BYTES, Manifest, ManifestDamaged, parse_manifest
+from .manifest import Manifest, ManifestDamaged
 from .store import Listed, Store
 from .terminal import AsJson, Code, Endpoint, exit_on_error, exit_with, print_rows
 
@@ -82,9 +82,8 @@ def judge_inputs(
 # %% ../nbs/60_cli_forget.ipynb #a9ea8065
 Progress = Callable[[Iterable[Manifest | None], int], Iterable[Manifest | None]] # (manifests as they come, how many)
 
-def _read(store: Store, key: str) -> Manifest | None: # None: gone, or damaged
-    data = store.read_bytes(key, MANIFEST_BYTES)
-    try: return None if data is None else parse_manifest(data, key)
+def _read(store: Store, key: str) -> Manifest | None: # of a manifest; None: gone, or damaged
+    try: return read_manifest(store, key.removesuffix('.json'))
     except ManifestDamaged: return None
 
 def read_manifests(
@@ -116,7 +115,7 @@ def find_traces(
     "Everything in the bucket that a name's results are, or were made of; InputRefused when it is not clear whose"
     if not re.fullmatch(r'[A-Za-z0-9._-]{1,128}', name):
         raise InputRefused(f'{shorten(name)} is no id: it has letters, digits, ".", "_" and "-", 128 at most')
-    prefix = f'{store.settings.output_prefix.strip("/")}/'.lstrip('/')
+    prefix = store.settings.output_folder
     listing = store.look(prefix)
     kind, results = _whose(name, kind, prefix, listing.objects)
     manifests = {o.key for o in listing.objects if what_is(o.key) == 'manifest'}

@@ -252,9 +252,9 @@ def find_forgotten(
 ) -> Manifest | None: # None: no video of it, or no manifest
     "The manifest of a job, by its id alone; ManifestDamaged"
     name = f'{job_id}.mp4'
-    prefix = store.settings.output_prefix.strip('/')
+    folder = store.settings.output_folder
     if not re.fullmatch(r'[\w.-]{1,128}', job_id): return None
-    key: str | None = f'{prefix}/{name}'.lstrip('/')
+    key: str | None = folder + name
     if not store.stat(str(key)): # below a user or an avatar, then
-        key = next((k for k in store.list(f'{prefix}/'.lstrip('/')) if k.rpartition('/')[2] == name), None)
+        key = next((k for k in store.list(folder) if k.rpartition('/')[2] == name), None)
     return read_manifest(store, key) if key else None

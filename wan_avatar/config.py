@@ -200,6 +200,11 @@ class Settings(WeightSettings):
             object.__setattr__(self, 'minio_region', named) # a default that depends on another field
         return self
 
+    @property
+    def output_folder(self) -> str:
+        "What the keys of all results begin with: OUTPUT_PREFIX and one slash; empty: the whole bucket"
+        return f'{self.output_prefix.strip("/")}/'.lstrip('/')
+
 # %% ../nbs/01_config.ipynb #22794629
 def _address_problems(settings: Settings) -> list[str]:
     problems = []

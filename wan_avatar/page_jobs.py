@@ -26,6 +26,7 @@ from .access import PICTURE_ENDINGS, VIDEO_ENDINGS, EndpointAccess, job_policy
 from .cli_operate import MadeVideo, recent_videos
 from .client import Client, EndpointError, Status, UnknownJob, find_forgotten, read_manifest, upload_file
 from .files import whole_file
+from .inputs import MAX_IMAGE_BYTES, MAX_VIDEO_BYTES
 from .job import ErrorCode, Job, JobError, guard_key, output_key, parse_job, shorten
 from .judging import COMFY, JudgingFailed, judge_result, not_measured
 from .launch import private_folder
@@ -253,7 +254,7 @@ class QualityDesk:
 FORM_FIELDS = ('profile', 'start_seconds', 'duration_seconds', 'quality', 'size', 'person', 'prompt', 'seed', 'preview')
 FILE_FIELDS = {'picture': 'input_image_minio_path', 'driving': 'driving_video_path'}
 ENDINGS = {'picture': PICTURE_ENDINGS, 'driving': VIDEO_ENDINGS}
-MOST_BYTES = {'picture': 20 * 10**6, 'driving': 2 * 10**9} # that a worker takes
+MOST_BYTES = {'picture': MAX_IMAGE_BYTES, 'driving': MAX_VIDEO_BYTES} # that a worker takes
 PROFILE_WORDS = {
     'draft': 'preview on a CPU, in seconds', 'wan22-animate': 'production, needs a GPU',
     'wan22-animate-reference': 'official sampling, slow', 'wan22-animate-tiny': 'random weights, for tests'}
@@ -293,9 +294,8 @@ class NewestVideos:
         "Newest first"
         with self.lock:
             if time.monotonic() < self.at + LOOK_S: return self.found
-            prefix = self.store.settings.output_prefix.strip('/')
             try:
-                self.found = recent_videos(self.store, f'{prefix}/'.lstrip('/'), 20)[0]
+                self.found = recent_videos(self.store, self.store.settings.output_folder, 20)[0]
                 self.trouble = ''
             except JobError as e: self.trouble = e.message
             self.at = time.monotonic()

@@ -293,9 +293,13 @@ def bust(
     face: np.ndarray # (..., 4)
 ) -> np.ndarray: # (..., 4)
     "Head and shoulders around the box of a face"
+    return _grown_box(face, FACE_MARGIN, FACE_MARGIN, 0.9)
+
+def _grown_box(face: np.ndarray, beside: float, above: float, below: float) -> np.ndarray: # (..., 4)
+    "A face's box grown by shares of its width and height"
     left, top, right, bottom = np.moveaxis(np.asarray(face, float), -1, 0)
     w, h = right - left, bottom - top
-    return np.stack([left - FACE_MARGIN * w, top - FACE_MARGIN * h, right + FACE_MARGIN * w, bottom + 0.9 * h], axis=-1)
+    return np.stack([left - beside * w, top - above * h, right + beside * w, bottom + below * h], axis=-1)
 
 def other_faces(
     faces: np.ndarray, # (m, 4)
@@ -335,9 +339,7 @@ def figure(
     face: np.ndarray # (..., 4)
 ) -> np.ndarray: # (..., 4)
     "All that may be seen of the person around a face: half a head above it, seven below, and an arm on each side"
-    left, top, right, bottom = np.moveaxis(np.asarray(face, float), -1, 0)
-    w, h = right - left, bottom - top
-    return np.stack([left - 1.2 * w, top - 0.6 * h, right + 1.2 * w, bottom + 7 * h], axis=-1)
+    return _grown_box(face, 1.2, 0.6, 7)
 
 TURNED_AWAY = 3 * FPS # frames: for so long somebody without a face is taken to be where they were
 IN_FRONT = 1.2 # a face that is larger by this factor is nearer to the camera, and its trunk before others
