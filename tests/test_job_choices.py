@@ -225,7 +225,7 @@ def test_an_upright_job(service, upright):
     made = service.run('upright', **job, size='auto')
     assert (made.get('width'), made.get('height'), made.get('frames')) == (720, 1280, 12), made
     told = json.loads(service.store.read_bytes(f'{made["minio_key"]}.json', 10**6))
-    assert told['track_object'].startswith('tracks/mediapipe-4/720x1280-24/')
+    assert told['track_object'].startswith('tracks/mediapipe-5/720x1280-24/')
     wide = service.run('wide', **job)
     assert (wide['width'], wide['height']) == (1280, 720)
 

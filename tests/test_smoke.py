@@ -281,7 +281,7 @@ BEST = {name: m.best for name, m in MEASURES.items()} # no result could be bette
 
 def judged_as(profile: str = 'draft', **found) -> Evidence:
     "A good delivery with these numbers, the others being the best"
-    return replace(GOOD, quality=judgement_of(BEST | found, {}, 'mediapipe-4'), manifest=written(profile=profile))
+    return replace(GOOD, quality=judgement_of(BEST | found, {}, 'mediapipe-5'), manifest=written(profile=profile))
 
 def failed_of(d: Evidence) -> set[str]: return {c.name for c in checks_of(d) if not c.ok}
 
@@ -326,7 +326,7 @@ def quality_of(delivered, comfy, folder, **changed) -> list:
 
 def test_the_worst_second_is_named_and_its_frames_are_kept(delivered, tmp_path):
     course = {'ghost': [0.3], 'background_ssim': [0.99], 'lip_correlation': [None]}
-    said = judgement_of(BEST | {'ghost': 0.05}, course, 'mediapipe-4')
+    said = judgement_of(BEST | {'ghost': 0.05}, course, 'mediapipe-5')
     rows = quality_of(delivered, comfy_that_says(tmp_path, said.record()), tmp_path)
     assert rows[-1].name == 'quality: worst second'
     assert rows[-1].found == 'from 0 s on, by ghost: 0.30'

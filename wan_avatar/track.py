@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'LIGHTS', 'FACE_CONFIDENCE', 'LEAST_PRESENT',
            'MOST_GUESSED', 'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL',
-           'SLEEVES', 'BARE', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track', 'pack_mask', 'unpack_mask',
-           'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive', 'parse_track',
-           'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face', 'track_facts',
-           'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera', 'steady_if_still',
-           'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light', 'touched_pieces',
-           'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'track_video', 'ours_only',
-           'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug',
-           'wholebody_points']
+           'SLEEVES', 'BARE', 'EVERY', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track',
+           'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
+           'Archive', 'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key',
+           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
+           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present',
+           'skin_colour', 'face_light', 'touched_pieces', 'light_of_stretches', 'inside_bars', 'scene_colours',
+           'scene_grain', 'head_of', 'midway', 'track_video', 'ours_only', 'common_share', 'bridge_gaps', 'track_image',
+           'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug', 'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -46,7 +47,7 @@ from .people import PersonFilter, Wish
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
-TRACKERS = {'mediapipe': 'mediapipe-4', 'wholebody-sam2': 'wholebody-sam2-3'}
+TRACKERS = {'mediapipe': 'mediapipe-5', 'wholebody-sam2': 'wholebody-sam2-3'}
 
 GROUPS = ('body', 'left_hand', 'right_hand', 'face') # MediaPipe's
 
@@ -778,54 +779,146 @@ def scene_grain(
     if free.sum() < 8: return np.full(3, np.nan, np.float32)
     return np.quantile(noise[free], .1, axis=0).astype(np.float32)
 
+# %% ../nbs/21_track.ipynb #c32130bb
+EVERY = 2 # Holistic looks at one frame in so many
+MOST_MOVED = 0.6 # of a head's width, from one looked at frame to the next; another person's is further away
+
+def head_of(
+    groups: Sequence[np.ndarray] # as GROUPS names them
+) -> tuple[np.ndarray, float]: # (2,) middle of the face, or the nose; the width of face or shoulders; nan: unseen
+    "Where a head is, and how large its person"
+    body, _, _, face = groups
+    has_face = not np.isnan(face).all()
+    shoulders = np.nan_to_num(np.linalg.norm(body[11, :2] - body[12, :2]))
+    width = float(max(shoulders, np.ptp(face[:, 0]) if has_face else 0))
+    return (face[:, :2].mean(0) if has_face else body[0, :2]), width
+
+def midway(
+    view: np.ndarray, # (h, w, 3) uint8: the frame between
+    before: tuple[np.ndarray, Sequence[np.ndarray]], # the picture before it, and its points, as GROUPS names them
+    after: tuple[np.ndarray, Sequence[np.ndarray]] # likewise
+) -> list[np.ndarray]: # as GROUPS names them
+    "Points of a frame from its neighbours: in the middle, or where one has none the other's"
+    (one, width), (other, another) = head_of(before[1]), head_of(after[1])
+    if np.linalg.norm(one - other) > MOST_MOVED * max(width, another): # a cut, or another person
+        like = min(before, after, key=lambda found: np.abs(found[0].astype(np.int16) - view).mean())
+        before = after = like
+    def middle(a: np.ndarray, b: np.ndarray) -> np.ndarray: # (k, 3)
+        return b if np.isnan(a).all() else a if np.isnan(b).all() else (a + b) / 2
+    return [middle(a, b) for a, b in zip(before[1], after[1], strict=True)]
+
 # %% ../nbs/21_track.ipynb #578243ff
 AHEAD = 2 # frames that the point detector is given before the points of the first are taken
 _STEP_US = 33_333 # microseconds from frame to frame, as MediaPipe's own `process` counts them
 _STUCK_S = 60 # seconds without a result from MediaPipe
 
-class _PointsAhead:
-    "Points of frames in their order, found while later frames are already looked at; each as if it came alone"
-    def __init__(self) -> None:
-        self.holistic = _holistic(static=False)
-        self.given = self.taken = 0 # microseconds
-        self.left = {name: SimpleQueue[Any]() for name in _STREAMS} # what has left the graph, in order
+class _Leaving:
+    "What leaves a graph of MediaPipe, in order"
+    def __init__(self, graph: Any, *streams: str):
+        self.graph = graph
+        self.left = {name: SimpleQueue[Any]() for name in streams}
         self.newest: dict[str, Any] = {}
-        self.holistic._graph_outputs = self # into which MediaPipe puts what leaves its graph
 
-    def __enter__(self) -> '_PointsAhead': return self
-
-    def __exit__(self, *exc: object) -> None: self.holistic.close()
-
-    def __setitem__(self, stream: str, packet: Any) -> None:
+    def __setitem__(self, stream: str, packet: Any) -> None: # MediaPipe calls this
         if stream in self.left: self.left[stream].put(packet)
 
-    def give(self, view: np.ndarray) -> None: # (h, w, 3) uint8 RGB
-        "The next frame"
+    def at(self, stream: str, time: int) -> Any: # MediaPipe's list of landmarks, or None
+        "A frame's part of a stream; the graph tells, by a later or an empty packet, that there is nothing"
         import mediapipe as mp
-        self.given += _STEP_US
-        image = mp.packet_creator.create_image_frame(image_format=mp.ImageFormat.SRGB, data=view)
-        self.holistic._graph.add_packet_to_input_stream(stream='image', packet=image.at(self.given))
-
-    def take(self, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
-        "The points of the first frame that was given and not yet taken"
-        self.taken += _STEP_US
-        return _point_groups(SimpleNamespace(**{name: self._found(name) for name in _STREAMS}), size)
-
-    def _found(self, stream: str) -> Any: # MediaPipe's list of landmarks, or None
-        "A stream of the frame that is taken; the graph tells, by a later or an empty packet, that there is nothing"
-        import mediapipe as mp
-        while stream not in self.newest or self.newest[stream].timestamp.value < self.taken:
+        while stream not in self.newest or self.newest[stream].timestamp.value < time:
             self.newest[stream] = self._next(stream)
         packet = self.newest[stream]
-        if packet.is_empty() or packet.timestamp.value != self.taken: return None
+        if packet.is_empty() or packet.timestamp.value != time: return None
         return mp.packet_getter.get_proto(packet)
 
     def _next(self, stream: str) -> Any: # MediaPipe's packet
         for _ in range(_STUCK_S):
             try: return self.left[stream].get(timeout=1)
             except Empty:
-                if self.holistic._graph.has_error(): self.holistic._graph.wait_until_idle() # raises it
+                if self.graph.has_error(): self.graph.wait_until_idle() # raises it
         raise JobError('internal', f'MediaPipe gave no {stream} for {_STUCK_S} s')
+
+def _image_packet(view: np.ndarray) -> Any: # (h, w, 3) uint8 RGB
+    import mediapipe as mp
+    return mp.packet_creator.create_image_frame(image_format=mp.ImageFormat.SRGB, data=view)
+
+class _PointsAhead:
+    "Points of frames in their order, found while later frames are already looked at; each as if it came alone"
+    def __init__(self) -> None:
+        self.holistic = _holistic(static=False)
+        self.given = self.taken = 0 # microseconds
+        self.left = _Leaving(self.holistic._graph, *_STREAMS)
+        self.holistic._graph_outputs = self.left # into which MediaPipe puts what leaves its graph
+
+    def __enter__(self) -> '_PointsAhead': return self
+
+    def __exit__(self, *exc: object) -> None: self.holistic.close()
+
+    def give(self, view: np.ndarray) -> None: # (h, w, 3) uint8 RGB
+        "The next frame"
+        self.given += _STEP_US
+        self.holistic._graph.add_packet_to_input_stream(stream='image', packet=_image_packet(view).at(self.given))
+
+    def take(self, size: tuple[int, int]) -> list[np.ndarray]: # as GROUPS names them
+        "The points of the first frame that was given and not yet taken"
+        self.taken += _STEP_US
+        found = {name: self.left.at(name, self.taken) for name in _STREAMS}
+        return _point_groups(SimpleNamespace(**found), size)
+
+# %% ../nbs/21_track.ipynb #31ae79c9
+_FACE_GRAPH = '''
+input_stream: "image"
+input_stream: "where"
+input_side_packet: "refine"
+output_stream: "face"
+node {
+  calculator: "FaceLandmarkCpu"
+  input_stream: "IMAGE:image"
+  input_stream: "ROI:where"
+  input_side_packet: "WITH_ATTENTION:refine"
+  output_stream: "LANDMARKS:face"
+}
+'''
+
+class _FaceNear:
+    "Finds a face near another one"
+    def __init__(self) -> None:
+        import mediapipe as mp
+        from google.protobuf import text_format
+        from mediapipe.framework.calculator_pb2 import CalculatorGraphConfig
+        config = text_format.Parse(_FACE_GRAPH, CalculatorGraphConfig())
+        self.graph = mp.CalculatorGraph(graph_config=config)
+        self.left = _Leaving(self.graph, 'face')
+        self.graph.observe_output_stream('face', self.left.__setitem__, True) # empty packets, too
+        self.graph.start_run({'refine': mp.packet_creator.create_bool(True)})
+        self.given = 0 # microseconds
+
+    def __enter__(self) -> '_FaceNear': return self
+
+    def __exit__(self, *exc: object) -> None: self.graph.close()
+
+    def find(
+        self,
+        view: np.ndarray, # (h, w, 3) uint8 RGB
+        face: np.ndarray, # (478, 3): where it may be
+        size: tuple[int, int] # width, height that points count in
+    ) -> np.ndarray: # (478, 3); nan: no face is there
+        "The face"
+        import mediapipe as mp
+        if np.isnan(face).any(): return np.full_like(face, np.nan)
+        self.given += _STEP_US
+        where = mp.packet_creator.create_proto(_face_square(face, size))
+        for stream, packet in (('image', _image_packet(view)), ('where', where)):
+            self.graph.add_packet_to_input_stream(stream=stream, packet=packet.at(self.given))
+        return _points(self.left.at('face', self.given), len(face), size, 'z')
+
+def _face_square(face: np.ndarray, size: tuple[int, int]) -> Any: # MediaPipe's NormalizedRect
+    from mediapipe.framework.formats.rect_pb2 import NormalizedRect
+    low, high = face[:, :2].min(0), face[:, :2].max(0)
+    x, y = (low + high) / 2 / size
+    width, height = 1.5 * (high - low).max() / np.array(size)
+    across = face[263, :2] - face[33, :2] # from eye to eye
+    return NormalizedRect(x_center=x, y_center=y, width=width, height=height, rotation=float(np.arctan2(*across[::-1])))
 
 # %% ../nbs/21_track.ipynb #7dc1f502
 def track_video(
@@ -839,25 +932,74 @@ def track_video(
     small = (640, max(round(640 * size[1] / size[0]), 1))
     people = PersonFilter(small, wish)
     found = _TrackUnderWay(size, small, n, wish is not None)
-    source, waiting = iter(frames), deque[tuple]()
-    with (_opencv_alone(), _PointsAhead() as points, _selfie_segmenter(landscape=True) as segmenter,
-          _face_detector() as detector, ThreadPoolExecutor(1) as pool):
-        upcoming = pool.submit(_next_view, source, small, detector, people)
-        while (seen := upcoming.result()) is not None or waiting:
-            if seen is not None:
-                frame, view, alone, any_face, own = seen
-                points.give(alone)
-                beside = pool.submit(_mask_and_camera, view, alone, own, segmenter, found.camera)
-                waiting.append((frame, view, any_face, own, beside))
-                upcoming = pool.submit(_next_view, source, small, detector, people)
-                if len(waiting) <= AHEAD: continue
-            frame, view, any_face, own, beside = waiting.popleft()
-            found.add(pool, frame, points.take(size), beside.result(), any_face)
-            if any_face and not found.rows[-1][0]: found.look_again(pool, view, own, segmenter)
+    with (_opencv_alone(), _selfie_segmenter(landscape=True) as segmenter, _face_detector() as detector,
+          ThreadPoolExecutor(1) as pool):
+        seen = _looked_at(iter(frames), pool, partial(_next_view, small=small, detector=detector, people=people),
+                          partial(_mask_and_camera, segmenter=segmenter, camera=found.camera))
+        for frame, groups in _with_points(seen, size):
+            found.add(pool, frame, groups)
+            if frame.any_face and not found.rows[-1][0]: found.look_again(pool, frame, segmenter)
             if progress: progress(len(found.rows), n)
         if found.added: found.added.result()
     rows = ours_only(found.rows, people, size[0] / small[0], pack_mask(np.zeros(small[::-1], bool)))
     return _mediapipe_track(size, small, bridge_gaps(rows, found.unsure, small), found)
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    "A frame that was looked at"
+    frame: np.ndarray # (h, w, 3) uint8 RGB
+    view: np.ndarray # (b, a, 3) uint8: its small copy
+    alone: np.ndarray # (b, a, 3) uint8: that without other people
+    any_face: bool
+    own: np.ndarray | None # (b, a) bool: where our person may be; None: anywhere
+    beside: Future[Any] # of `_mask_and_camera`
+
+_View = tuple[np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray | None] # the others of these, in this order
+
+def _looked_at(
+    source: Iterator[np.ndarray],
+    pool: ThreadPoolExecutor, # of one thread
+    next_view: Callable[[Iterator[np.ndarray]], _View | None],
+    mask_and_camera: Callable[[np.ndarray, np.ndarray, np.ndarray | None], Any]
+) -> Iterator[_Seen]:
+    "Frames with what is found beside their points; the next one is decoded meanwhile"
+    upcoming = pool.submit(next_view, source)
+    while (found := upcoming.result()) is not None:
+        _, view, alone, _, own = found
+        beside = pool.submit(mask_and_camera, view, alone, own)
+        upcoming = pool.submit(next_view, source)
+        yield _Seen(*found, beside)
+
+def _with_points(
+    frames: Iterator[_Seen],
+    size: tuple[int, int] # width, height of a frame
+) -> Iterator[tuple[_Seen, list[np.ndarray]]]: # the frame, and its points as GROUPS names them
+    "Frames with their points, in order; the last one is always looked at"
+    given = deque[tuple[_Seen | None, _Seen]]() # a frame between, and the one that Holistic was given after it
+    with _PointsAhead() as points, _FaceNear() as near:
+        before: tuple[np.ndarray, list[np.ndarray]] | None = None
+        def taken() -> Iterator[tuple[_Seen, list[np.ndarray]]]:
+            nonlocal before
+            between, seen = given.popleft()
+            after = seen.view, points.take(size)
+            if between and before:
+                groups = midway(between.view, before, after)
+                groups[-1] = near.find(between.alone, groups[-1], size)
+                yield between, groups
+            before = after
+            yield seen, after[1]
+        between = None
+        for i, seen in enumerate(frames):
+            if i % EVERY: between = seen
+            else:
+                points.give(seen.alone)
+                given.append((between, seen))
+                between = None
+            if len(given) > AHEAD: yield from taken()
+        if between:
+            points.give(between.alone)
+            given.append((None, between))
+        while given: yield from taken()
 
 @contextmanager
 def _opencv_alone() -> Iterator[None]:
@@ -884,30 +1026,28 @@ class _TrackUnderWay:
         self.grains: list[np.ndarray] = [] # (3,) of some of them
         self.added: Future[Any] | None = None # the newest frame of the plate
 
-    def add(self, pool: ThreadPoolExecutor, frame: np.ndarray, groups: list, beside: tuple, any_face: bool) -> None:
+    def add(self, pool: ThreadPoolExecutor, seen: _Seen, groups: list[np.ndarray]) -> None:
         "Add the findings of the detectors in a frame"
-        mask, away, moved, colours = beside
+        mask, away, moved, colours = seen.beside.result()
         moved = steady_camera(moved * [1, 1, self.size[0] / self.small[0]], self.size)
         here = is_present(groups[0], groups[3], mask)
         if not here:
             groups = [np.full_like(g, np.nan) for g in groups]
             if mask.any(): self.unsure[len(self.rows)] = pack_mask(mask)
         elif self.named: mask = touched_pieces(mask, groups, self.small[0] / self.size[0])
-        if not (here or any_face): away = np.full_like(away, 255)
+        if not (here or seen.any_face): away = np.full_like(away, 255)
         if len(self.rows) % self.every == 0:
             if self.added: self.added.result() # raises what failed there
             body = groups[0] * [self.small[0] / self.size[0], self.small[1] / self.size[1], 1]
             away = draw_arms(away.copy(), body, 0, .5)
-            self.added = pool.submit(self._measure, frame, away, moved, groups[3])
+            self.added = pool.submit(self._measure, seen.frame, away, moved, groups[3])
         self.scene.append(colours)
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
-    def look_again(
-        self, pool: ThreadPoolExecutor, view: np.ndarray, own: np.ndarray | None, segmenter: Any
-    ) -> None:
+    def look_again(self, pool: ThreadPoolExecutor, seen: _Seen, segmenter: Any) -> None:
         "A face that is not known to be ours was painted over, and may be ours for all that: an outline without that"
-        soft = pool.submit(segmenter.process, view).result().segmentation_mask # the pool's thread alone may use it
-        if (mask := _certain(soft, own)).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
+        soft = pool.submit(segmenter.process, seen.view).result().segmentation_mask # its thread alone may use it
+        if (mask := _certain(soft, seen.own)).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
 
     def _measure(self, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
         self.plate.add(frame, away, moved)
@@ -927,8 +1067,8 @@ class _TrackUnderWay:
 
 def _next_view(
     source: Iterator[np.ndarray], small: tuple[int, int], detector: Any, people: PersonFilter
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray | None] | None:
-    "The next frame, its small copy, that without other people, is there a face, and where ours may be (None: anywhere)"
+) -> _View | None: # None: there is none
+    "The next frame"
     import cv2
     if (frame := next(source, None)) is None: return None
     view = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
@@ -980,12 +1120,10 @@ def ours_only(
     "Rows that show another person become rows without a person"
     points = np.full((len(rows), 2), np.nan)
     scale = np.zeros(len(rows))
-    for i, (here, _, _, body, _, _, face) in enumerate(rows):
+    for i, (here, _, _, *groups) in enumerate(rows):
         if not here: continue
-        has_face = not np.isnan(face).all()
-        points[i] = (face[:, :2].mean(0) if has_face else body[0, :2]) / zoom
-        shoulders = np.nan_to_num(np.linalg.norm(body[11, :2] - body[12, :2]))
-        scale[i] = max(shoulders, np.ptp(face[:, 0]) if has_face else 0) / zoom
+        at, width = head_of(groups)
+        points[i], scale[i] = at / zoom, width / zoom
     def without_person(row: tuple[Any, ...]) -> tuple[Any, ...]:
         return False, row[1], empty, *(np.full_like(g, np.nan) for g in row[3:])
     ours = people.frames_of_ours(points, scale)
