@@ -34,6 +34,7 @@ from wan_avatar.track import (
     largest_piece,
     light_of_stretches,
     load_track,
+    midway,
     pack_mask,
     pack_points,
     parse_track,
@@ -501,6 +502,31 @@ def test_skin_and_debug_picture():
     assert np.array_equal(draw_debug(frame, track, 1), frame)
     assert not np.array_equal(draw_debug(frame, track, 0), frame)
 
+# the frames between
+
+def groups_at(x: float, *seen: str) -> list[np.ndarray]:
+    "A person whose face is 100 pixels wide, of whom these groups were seen"
+    body, hands, face = np.full((33, 3), x), np.full((21, 3), x), np.full((478, 3), x)
+    face[::2, 0] += 100
+    found = zip(GROUPS, (body, hands, hands, face), strict=True)
+    return [points if name in seen else np.full_like(points, np.nan) for name, points in found]
+
+@pytest.mark.parametrize('before, after, level, wanted', [ # `level`: of the picture; 0 is that before, 100 that after
+    (groups_at(0, *GROUPS), groups_at(20, *GROUPS), 50, groups_at(10, *GROUPS)),
+    (groups_at(0, *GROUPS), groups_at(59, *GROUPS), 50, groups_at(29.5, *GROUPS)), # as fast as a head moves
+    (groups_at(0, *GROUPS), groups_at(61, *GROUPS), 40, groups_at(0, *GROUPS)), # another one
+    (groups_at(0, *GROUPS), groups_at(61, *GROUPS), 60, groups_at(61, *GROUPS)),
+    (groups_at(0, 'body', 'face'), groups_at(9, *GROUPS), 0, [
+        *groups_at(4.5, 'body')[:1], *groups_at(9, *GROUPS)[1:3], *groups_at(4.5, 'face')[3:]]), # hands come in
+    (groups_at(5, *GROUPS), groups_at(0), 50, groups_at(5, *GROUPS)), # somebody leaves
+    (groups_at(0), groups_at(5, *GROUPS), 50, groups_at(5, *GROUPS)),
+    (groups_at(0), groups_at(0), 50, groups_at(0)),
+])
+def test_frames_between_lie_midway(before, after, level, wanted):
+    def picture(value: int) -> np.ndarray: return np.full((4, 6, 3), value, np.uint8)
+    found = midway(picture(level), (picture(0), before), (picture(100), after))
+    for name, a, b in zip(GROUPS, found, wanted, strict=True): np.testing.assert_allclose(a, b, err_msg=name)
+
 # MediaPipe, which is in ComfyUI's environment
 
 ROOT = Path(__file__).parents[1]
@@ -540,6 +566,45 @@ with track._PointsAhead() as points: # nothing was given: nothing comes
 
 def test_points_found_ahead_are_those_found_alone(samples):
     command = [ROOT / '.comfy/env/bin/python', '-c', AHEAD, samples / 'pexels.mp4']
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+BETWEEN = '''
+import sys
+from concurrent.futures import Future
+import numpy as np
+from wan_avatar import track
+from wan_avatar.media import open_video
+
+def views():
+    with open_video(sys.argv[1]) as container:
+        seen = [f.reformat(640, 360, 'rgb24').to_ndarray() for f, _ in zip(container.decode(video=0), range(16))]
+    blank = np.full_like(seen[0], 90)
+    return [*seen[:5], blank, blank, blank, *seen[5:]] # nobody is there, and somebody again
+
+def points(process, given): return [track._point_groups(process(view), (640, 360)) for view in given]
+
+given = views()
+for n in (19, 18): # the last frame is one between, or not
+    looked_at = sorted({*range(0, n, 2), n - 1})
+    with track._holistic(static=False) as holistic: all_of_them = points(holistic.process, given[:n])
+    with track._holistic(static=False) as holistic: some = points(holistic.process, [given[i] for i in looked_at])
+    seen = [track._Seen(view, view, view, True, None, Future()) for view in given[:n]]
+    found = list(track._with_points(iter(seen), (640, 360)))
+    assert [frame for frame, _ in found] == seen, 'in order, each once'
+    for i, groups in zip(looked_at, some):
+        for a, b in zip(found[i][1], groups): assert np.array_equal(a, b, equal_nan=True), i
+    for i in sorted(set(range(n)) - set(looked_at)):
+        face, whole = found[i][1][3], all_of_them[i][3]
+        assert np.isnan(face).all() == np.isnan(whole).all(), i
+        if np.isnan(face).all(): continue
+        assert np.median(np.linalg.norm(face[:, :2] - whole[:, :2], axis=1)) < 1.5, i
+    assert any(np.isnan(groups[3]).all() for _, groups in found), 'frames without a face are among them'
+'''
+
+def test_frames_between_have_their_own_face(samples):
+    command = [ROOT / '.comfy/env/bin/python', '-c', BETWEEN, samples / 'pexels.mp4']
     environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

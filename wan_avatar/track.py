@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'LIGHTS', 'FACE_CONFIDENCE', 'LEAST_PRESENT',
            'MOST_GUESSED', 'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL',
-           'SLEEVES', 'BARE', 'EVERY', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track',
+           'SLEEVES', 'BARE', 'HOLISTIC_EVERY', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track',
            'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
            'Archive', 'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key',
            'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
@@ -780,7 +780,7 @@ def scene_grain(
     return np.quantile(noise[free], .1, axis=0).astype(np.float32)
 
 # %% ../nbs/21_track.ipynb #c32130bb
-EVERY = 2 # Holistic looks at one frame in so many
+HOLISTIC_EVERY = 2 # Holistic looks at one frame in so many
 MOST_MOVED = 0.6 # of a head's width, from one looked at frame to the next; another person's is further away
 
 def head_of(
@@ -990,7 +990,7 @@ def _with_points(
             yield seen, after[1]
         between = None
         for i, seen in enumerate(frames):
-            if i % EVERY: between = seen
+            if i % HOLISTIC_EVERY: between = seen
             else:
                 points.give(seen.alone)
                 given.append((between, seen))
