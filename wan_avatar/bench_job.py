@@ -42,7 +42,7 @@ from .files import sha256_of, whole_file
 from .frames import FPS, SIZE, read_frames
 from .inputs import Inputs
 from .launch import ComfyPlace
-from .measure import SAMPLES, Measurement, fresh_endpoint, sample_job, timed_job
+from .measure import SAMPLES, Measurement, bucket_apart, fresh_endpoint, sample_job, timed_job
 from .normalise import Clip, normalise_video
 from .render import scene_of, scene_report
 from .segments import WHOLE, grow_mask, window_pictures
@@ -183,7 +183,8 @@ def plain_s(
 def _bench_handler(say: Callable[[str], None]) -> list[Measurement]:
     "A job's seconds outside pictures, from pick-up to result, against the same steps in a plain worker"
     spent: dict[str, list[float]] = {'own': [], 'plain': [], 'beside': [], 'refused': []}
-    with fresh_endpoint() as (_, client, store), tempfile.TemporaryDirectory() as d:
+    with (fresh_endpoint() as (local, client, store), tempfile.TemporaryDirectory() as d,
+          bucket_apart(local.bucket) as alone):
         say('handler: making videos of 20 MB')
         folder = Path(d)
         heavy = heavy_video(SAMPLES / 'pexels.mp4', folder / 'heavy.mp4')
@@ -201,7 +202,7 @@ def _bench_handler(say: Callable[[str], None]) -> list[Measurement]:
             spent['beside'].append(_beside_check_s(store, long))
             spent['refused'].append(_refused_s(client))
         size = heavy.stat().st_size
-    return handler_figures(spent, size)
+    return [*handler_figures(spent, size), Measurement('cores of the bucket alone', alone, '')]
 
 RESULT_FRAMES = 456 # 19 s
 
