@@ -620,13 +620,13 @@ def _paint_triangles(
     corners = np.round(np.clip(p, -30000, 30000) * 16).astype(np.int32)
     for k, triangle in enumerate(corners): cv2.fillConvexPoly(ids, triangle, k + 1, cv2.LINE_8, 4)
     painted = ids > 0
-    y, x = (np.arange(side, dtype=np.float32) for side in ids.shape)
+    x, y = np.arange(ids.shape[1], dtype=np.float32), np.arange(ids.shape[0], dtype=np.float32)[:, None]
     which = np.maximum(ids - 1, 0)
     start = q[:, 0] - right * p[:, 0, :1] - down * p[:, 0, 1:]
     values = np.stack([right, down, start, q.min(1), q.max(1)]).astype(np.float32)
     for k in range(2):
         of_x, of_y, of_all, least, most = (v.take(which) for v in values[..., k].copy())
-        found = of_x * x + of_y * y[:, None] + of_all
+        found = of_x * x + of_y * y + of_all
         found = np.clip(found, least, most) # the map of a sliver goes far beyond its corners
         np.copyto(maps[..., k], found, where=painted)
 
@@ -771,8 +771,9 @@ def cover_of_driver(
     "Where the old person was, and a soft rim around"
     import cv2
     w, h = driver.mask_size
-    near = range(max(i - 1, 0), min(i + 2, len(driver.masks)))
-    mask = np.bitwise_or.reduce([_unpacked(driver.masks[k], (w, h)) for k in near])
+    near = max(i - 1, 0), i, min(i + 1, len(driver.masks) - 1)
+    before, now, after = (_unpacked(driver.masks[k], (w, h)) for k in near)
+    mask = np.asarray(cv2.bitwise_or(cv2.bitwise_or(before, now), after), np.uint8)
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
     if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
@@ -815,8 +816,8 @@ def scenery(
     # a cell that differs more than the others is of something that moved
     apart = carry_on((usual + np.clip(apart - usual, -12, 12)).astype(np.float32), both)
     if np.abs(apart).max() > 1.5:
-        area = cv2.add(area, _stretched(np.maximum(apart, 0), driver, box))
-        area = cv2.subtract(area, _stretched(np.maximum(-apart, 0), driver, box))
+        least = float(np.floor(apart.min())) # bytes are the quickest, and have no sign
+        area = cv2.addWeighted(area, 1, _stretched(apart - np.float32(least), driver, box), 1, least)
     if still: return area
     known = cv2.warpAffine(_ramp(driver.plate.shape[1::-1]), here, size, flags=cv2.INTER_LINEAR)
     if known.min() == 1: return area
@@ -986,9 +987,13 @@ def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
     return cv2.resize(mask, driver.plate.shape[1::-1], interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
 
 # %% ../nbs/23_draft.ipynb #9c6a019c
+@lru_cache(1)
+def _aligned(puppet: Puppet, driver: Driver) -> tuple[float, np.ndarray, np.ndarray]: # as `align`; same for all frames
+    return align(puppet.face[SKULL], driver.mean[SKULL])
+
 def _head_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) picture -> frame
     "The head as a flat card: the affine map that suits the outline of its bones best"
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     aligned = scale * puppet.face[FLAT_HEAD] @ turn.T + shift
     rigid = driver.scale[i] * aligned @ driver.turn[i].T + driver.shift[i]
     flat = np.column_stack([puppet.face[FLAT_HEAD, :2], np.ones(len(FLAT_HEAD))])
@@ -996,7 +1001,7 @@ def _head_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) pi
 
 def _trunk_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) picture -> frame
     "The trunk, hung from the neck"
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     neck = ((NECK - shift) @ turn / scale)[:2]
     size = scale * driver.trunk_scale[i]
     c = np.cos(driver.trunk_turn[i])
@@ -1018,9 +1023,9 @@ def _close_seam(
     middle = (face[LIPS[:11]] + face[[78, *LIPS[:10:-1], 308]]) / 2
     seam: np.ndarray = np.zeros(area.shape[:2], np.uint8)
     cv2.polylines(seam, [np.round(middle * 16).astype(np.int32)], False, 255, max(round(gap * .9), 1), cv2.LINE_AA, 4)
-    seam = cv2.GaussianBlur(seam, (0, 0), max(wide / 90, .7)).astype(np.float32)[..., None]
-    seam = seam / 255 * (strength * .9)
-    area[..., :3] = area[..., :3] * (1 - seam) + colour * seam
+    seam = cv2.GaussianBlur(seam, (0, 0), max(wide / 90, .7)).astype(np.float32) * (strength * .9 / 255)
+    colours = cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32)
+    _paint_colours(area, colours * _threefold(1 - seam) + cv2.merge([seam * c for c in colour.tolist()]))
 
 def _fill_mouth(
     warped: np.ndarray, # (h, w, 4) uint8: is painted on
@@ -1036,20 +1041,29 @@ def _fill_mouth(
     if x1 - x0 < 4 or y1 - y0 < 4: return
     wide = float(np.linalg.norm(goal[308, :2] - goal[78, :2]))
     gap = float(np.linalg.norm(goal[14, :2] - goal[13, :2]))
-    strength = np.clip((gap / wide - .03) / .08, 0, 1)
+    strength = float(np.clip((gap / wide - .03) / .08, 0, 1))
     area = warped[y0:y1, x0:x1]
     if strength < 1: _close_seam(area, goal[:, :2] - [x0, y0], gap, puppet.paint[2], 1 - strength)
     if strength == 0: return
     shape: np.ndarray = np.zeros((y1 - y0, x1 - x0), np.uint8)
     cv2.fillPoly(shape, [np.round((rim - [x0, y0]) * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
-    shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 90, .8)).astype(np.float32)[..., None] / 255 * strength
+    shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 90, .8)).astype(np.float32) * (strength / 255)
     place = _teeth_map(puppet, goal, head, wide, gap) - [[0, 0, x0], [0, 0, y0]]
     teeth = cv2.warpAffine(puppet.mouth, place, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR).astype(np.float32)
     depth = np.clip((np.arange(y0, y1) - goal[13, 1]) / (.5 * wide), 0, 1)[:, None, None]
-    flesh = np.array([62, 24, 22]) + depth * np.array([30, 18, 18])
-    inside = flesh * (1 - teeth[..., 3:] / 255) + teeth[..., :3]
-    area[..., :3] = area[..., :3] * (1 - shape) + inside * shape
-    area[..., 3] = np.maximum(area[..., 3], shape[..., 0] * 255)
+    flesh = (np.array([62, 24, 22]) + depth * np.array([30, 18, 18])).astype(np.float32).repeat(x1 - x0, 1)
+    inside = flesh * _threefold(1 - teeth[..., 3] / 255) + cv2.cvtColor(teeth, cv2.COLOR_RGBA2RGB)
+    colours = cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32)
+    _paint_colours(area, colours + (inside - colours) * _threefold(shape))
+    area[..., 3] = np.maximum(area[..., 3], shape * 255)
+
+def _threefold(weight: np.ndarray) -> np.ndarray: # (h, w) float32 -> (h, w, 3); quicker than broadcasting
+    import cv2
+    return np.asarray(cv2.cvtColor(weight, cv2.COLOR_GRAY2RGB))
+
+def _paint_colours(area: np.ndarray, colours: np.ndarray) -> None: # (h, w, 4) uint8, (h, w, 3) float32
+    import cv2
+    cv2.mixChannels([np.clip(colours, 0, 255).astype(np.uint8)], [area], [0, 0, 1, 1, 2, 2])
 
 def _teeth_map(puppet: Puppet, goal: np.ndarray, head: np.ndarray, wide: float, gap: float) -> np.ndarray:
     "(2, 3) from the picture's mouth to the frame's: as wide as the lips, taller as they part"
@@ -1076,7 +1090,7 @@ def _close_eyes(
         if lid.wide < 6 or lid.tall < .04 or x1 - x0 < 4 or y1 - y0 < 4: continue
         area = warped[y0:y1, x0:x1]
         painted = lid.paint(cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32), (x0, y0), puppet.paint[eye])
-        cv2.mixChannels([np.clip(painted, 0, 255).astype(np.uint8)], [area], [0, 0, 1, 1, 2, 2])
+        _paint_colours(area, painted)
 
 class Lid:
     "One eye's lid; lengths are in widths of the eye"
@@ -1134,8 +1148,8 @@ class Lid:
         lashes = self._lashes(s, v - edge) * sides
         shade = self._shade(v - upper, edge - upper, local)
         skin = self._skin(area, at, s, v, upper, lower) * cv2.merge([1 - shade * k for k in (1, 1.3, 1.45)])
-        area = area + (skin - area) * cv2.merge([lid] * 3)
-        return area * cv2.merge([1 - lashes] * 3) + cv2.merge([lashes * c for c in (colour * [.15, .12, .11]).tolist()])
+        area = area + (skin - area) * _threefold(lid)
+        return area * _threefold(1 - lashes) + cv2.merge([lashes * c for c in (colour * [.15, .12, .11]).tolist()])
 
     def _heights(self, s: np.ndarray) -> list[np.ndarray]: # 2 of (h, w): of both rims, through a table
         steps = np.linspace(-.2, 1.2, 1401)
@@ -1241,7 +1255,7 @@ def _moved_person(
 
 @lru_cache(1)
 def _resemblance(puppet: Puppet, driver: Driver) -> Resemblance: # the same for all frames
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     return resemblance(scale * puppet.face @ turn.T + shift, driver.shape)
 
 def _fade_out(person: np.ndarray, reach: float) -> np.ndarray: # the same, or a copy
@@ -1279,14 +1293,12 @@ def _lay_over(
     if not rim.any(): return
     def pixels(picture: np.ndarray) -> np.ndarray: return picture.view(np.uint32)[..., 0] # quick to pick some of
     own, behind = (pixels(picture)[rim].view(np.uint8).reshape(-1, 1, 4) for picture in (person, out))
-    alpha = own[..., 3]
-    both = 255 - cv2.multiply(255 - alpha, 255 - behind[..., 3], scale=1 / 255)
+    alpha = cv2.extractChannel(own, 3)
+    both = 255 - cv2.multiply(255 - alpha, 255 - cv2.extractChannel(behind, 3), scale=1 / 255)
     share = cv2.divide(alpha, both, scale=255)
-    lit = cv2.LUT(cv2.divide(own, _fourfold(alpha), scale=255), rgba)
-    parts = (lit, share), (behind, 255 - share)
-    mixed = np.asarray(cv2.add(*(cv2.multiply(part, _fourfold(of), scale=1 / 255) for part, of in parts)))
-    mixed[..., 3] = both
+    def wide(values: np.ndarray) -> np.ndarray: return cv2.cvtColor(values, cv2.COLOR_GRAY2RGBA) # (n, 1, 4)
+    lit = cv2.LUT(cv2.divide(own, wide(alpha), scale=255), rgba)
+    mixed = np.asarray(cv2.add(cv2.multiply(lit, wide(share), scale=1 / 255),
+                               cv2.multiply(behind, wide(255 - share), scale=1 / 255)))
+    cv2.insertChannel(both, mixed, 3)
     pixels(out)[rim] = mixed.view(np.uint32).ravel()
-
-def _fourfold(values: np.ndarray) -> np.ndarray: # (n, 1) uint8 -> (n, 1, 4)
-    return np.repeat(values, 4, 1)[:, None]
