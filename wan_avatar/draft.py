@@ -616,11 +616,12 @@ def _paint_triangles(
     # what a value grows by for a pixel to the right, and for one down
     ex, ey, fx, fy = (v[good, None] / area[good, None] for v in (ex, ey, fx, fy))
     right, down = e * fy - f * ey, f * ex - e * fx
-    ids = np.zeros(maps.shape[:2], np.int32)
+    h, w = maps.shape[:2]
+    ids = np.zeros((h, w), np.int32)
     corners = np.round(np.clip(p, -30000, 30000) * 16).astype(np.int32)
     for k, triangle in enumerate(corners): cv2.fillConvexPoly(ids, triangle, k + 1, cv2.LINE_8, 4)
     painted = ids > 0
-    x, y = np.arange(ids.shape[1], dtype=np.float32), np.arange(ids.shape[0], dtype=np.float32)[:, None]
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
     which = np.maximum(ids - 1, 0)
     start = q[:, 0] - right * p[:, 0, :1] - down * p[:, 0, 1:]
     values = np.stack([right, down, start, q.min(1), q.max(1)]).astype(np.float32)
@@ -773,7 +774,7 @@ def cover_of_driver(
     w, h = driver.mask_size
     near = max(i - 1, 0), i, min(i + 1, len(driver.masks) - 1)
     before, now, after = (_unpacked(driver.masks[k], (w, h)) for k in near)
-    mask = np.asarray(cv2.bitwise_or(cv2.bitwise_or(before, now), after), np.uint8)
+    mask: np.ndarray = cv2.bitwise_or(cv2.bitwise_or(before, now), after)
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
     if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
