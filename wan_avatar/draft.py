@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKULL', 'OVAL', 'FLAT_HEAD', 'LIPS', 'LIDS', 'EYE_CORNERS', 'LIP_RIMS', 'ARMS', 'PAINT_POINTS', 'PAINT_SHADES',
-           'NECK', 'HELD', 'Box', 'GROWN', 'RIM', 'OWN_SKIN', 'TAKEN', 'HAND_LINES', 'PALM', 'CELL', 'align', 'Puppet',
-           'make_puppet', 'cut_out', 'extend_cut_out', 'pyramid', 'triangulate', 'face_mesh', 'mouth_picture',
+           'NECK', 'HELD', 'Box', 'Placed', 'GROWN', 'RIM', 'OWN_SKIN', 'TAKEN', 'HAND_LINES', 'PALM', 'CELL', 'align',
+           'Puppet', 'make_puppet', 'cut_out', 'extend_cut_out', 'pyramid', 'triangulate', 'face_mesh', 'mouth_picture',
            'paint_colours', 'Driver', 'upright', 'running_mean', 'make_driver', 'features', 'gaze', 'Resemblance',
            'resemblance', 'with_expression', 'apply_affine', 'inverse_affine', 'inverse_map', 'bend_points',
            'arm_joints', 'cover_of_driver', 'scenery', 'carry_on', 'light_table', 'add_grain', 'hand_shape', 'Lid',
@@ -608,19 +608,28 @@ def _paint_triangles(
 ) -> None:
     "Write into each triangle the affine map given by its corners"
     import cv2
-    e = p[:, 1:] - p[:, :1]
-    f = q[:, 1:] - q[:, :1]
-    good = np.abs(e[:, 0, 0] * e[:, 1, 1] - e[:, 0, 1] * e[:, 1, 0]) > 1e-4
-    p = p[good]
-    q = q[good]
-    linear = np.linalg.solve(e[good], f[good])
-    ids = np.zeros(maps.shape[:2], np.int32)
+    (ex, ey), (fx, fy) = (np.moveaxis(p[:, k] - p[:, 0], -1, 0) for k in (1, 2))
+    area = ex * fy - ey * fx
+    good = np.abs(area) > 1e-4
+    p, q = p[good], q[good]
+    e, f = q[:, 1] - q[:, 0], q[:, 2] - q[:, 0]
+    # what a value grows by for a pixel to the right, and for one down
+    ex, ey, fx, fy = (v[good, None] / area[good, None] for v in (ex, ey, fx, fy))
+    right, down = e * fy - f * ey, f * ex - e * fx
+    h, w = maps.shape[:2]
+    ids = np.zeros((h, w), np.int32)
     corners = np.round(np.clip(p, -30000, 30000) * 16).astype(np.int32)
-    for k, triangle in enumerate(corners, 1): cv2.fillConvexPoly(ids, triangle, k, cv2.LINE_8, 4)
-    y, x = np.nonzero(ids)
-    which = ids[y, x] - 1 # triangle of each pixel that one covers
-    found = np.einsum('ni,nij->nj', np.stack([x, y], 1) - p[which, 0], linear[which]) + q[which, 0]
-    maps[y, x] = np.clip(found, q.min(1)[which], q.max(1)[which]) # the map of a sliver goes far beyond its corners
+    for k, triangle in enumerate(corners): cv2.fillConvexPoly(ids, triangle, k + 1, cv2.LINE_8, 4)
+    painted = ids > 0
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+    which = np.maximum(ids - 1, 0)
+    start = q[:, 0] - right * p[:, 0, :1] - down * p[:, 0, 1:]
+    values = np.stack([right, down, start, q.min(1), q.max(1)]).astype(np.float32)
+    for k in range(2):
+        of_x, of_y, of_all, least, most = (v.take(which) for v in values[..., k].copy())
+        found = of_x * x + of_y * y + of_all
+        found = np.clip(found, least, most) # the map of a sliver goes far beyond its corners
+        np.copyto(maps[..., k], found, where=painted)
 
 def _rasterise(
     maps: np.ndarray, # (h, w, 2) float32: is overwritten where the mesh lies
@@ -645,7 +654,7 @@ def _rasterise(
     _paint_triangles(coarse, at[order], still[order])
     # no saw teeth where the cheek hides the rest of the face
     coarse = cv2.blur(coarse, (3, 3), borderType=cv2.BORDER_REPLICATE)
-    area[:] = cv2.resize(coarse, (nx * step, ny * step), interpolation=cv2.INTER_LINEAR)
+    cv2.resize(coarse, (nx * step, ny * step), dst=area, interpolation=cv2.INTER_LINEAR)
 
 # %% ../nbs/23_draft.ipynb #f867389f
 def bend_points(
@@ -734,7 +743,7 @@ def _points_of_picture(
     c0, c1 = np.clip([columns[0] - 1, columns[-1] + 2], 0, where.shape[1])
     maps = cv2.resize(where[r0:r1, c0:c1], ((c1 - c0) * step, (r1 - r0) * step))
     x, y = (c0 - 1) * step, (r0 - 1) * step
-    maps = np.ascontiguousarray(maps[max(-y, 0):size[1] - y, max(-x, 0):size[0] - x])
+    maps = maps[max(-y, 0):size[1] - y, max(-x, 0):size[0] - x]
     x, y = max(x, 0), max(y, 0)
     still = place(np.concatenate([puppet.face[:, :2], puppet.ring]))
     _rasterise(maps, moved - [x, y, 0], still, puppet.triangles)
@@ -748,8 +757,13 @@ def _near_person(puppet: Puppet, where: np.ndarray) -> np.ndarray: # (r, c) bool
 
 # %% ../nbs/23_draft.ipynb #ad720005
 Box = tuple[int, int, int, int] # left, top, right, bottom
+Placed = tuple[np.ndarray, tuple[int, int]] # part of a frame, (h, w, ...) uint8, and its corner in the frame
 GROWN = 1 / 64 # of the frame's width: how far the old person's place is grown
 RIM = 1 / 160 # of the frame's width: how wide its soft rim is, outside of that
+
+@lru_cache(8)
+def _unpacked(mask: bytes, size: tuple[int, int]) -> np.ndarray: # (h, w) uint8, 0 or 1; not to be changed
+    return unpack_mask(mask, size).view(np.uint8) # frames beside each other want the same ones
 
 def cover_of_driver(
     driver: Driver,
@@ -758,8 +772,9 @@ def cover_of_driver(
     "Where the old person was, and a soft rim around"
     import cv2
     w, h = driver.mask_size
-    near = range(max(i - 1, 0), min(i + 2, len(driver.masks)))
-    mask = np.any([unpack_mask(driver.masks[k], (w, h)) for k in near], axis=0).view(np.uint8)
+    near = max(i - 1, 0), i, min(i + 1, len(driver.masks) - 1)
+    before, now, after = (_unpacked(driver.masks[k], (w, h)) for k in near)
+    mask: np.ndarray = cv2.bitwise_or(cv2.bitwise_or(before, now), after)
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
     if not mask.any(): return np.zeros((0, 0), np.uint8), (0, 0)
@@ -772,7 +787,7 @@ def cover_of_driver(
     x0, y0 = max(left - reach, 0), max(top - reach, 0)
     x1, y1 = min(left + wide + reach, w), min(top + tall + reach, h)
     away = cv2.distanceTransform(1 - mask[y0:y1, x0:x1], cv2.DIST_L2, 3)
-    soft = np.clip((grown + rim - away) * (255 / rim), 0, 255).astype(np.uint8)
+    soft = 255 - cv2.convertScaleAbs(np.maximum(away - np.float32(grown), 0), alpha=255 / rim)
     (x0, y0), (x1, y1) = np.round(np.array([[x0, y0], [x1, y1]]) * zoom).astype(int).tolist()
     return cv2.resize(soft, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR), (x0, y0)
 
@@ -801,11 +816,11 @@ def scenery(
     usual = np.median(apart[both], axis=0) if both.any() else np.zeros(3)
     # a cell that differs more than the others is of something that moved
     apart = carry_on((usual + np.clip(apart - usual, -12, 12)).astype(np.float32), both)
-    if np.abs(apart).max() > 1.5: area = cv2.add(area, _stretched(apart, driver, box).astype(np.int16), dtype=cv2.CV_8U)
+    if np.abs(apart).max() > 1.5: area = _changed(area, apart, driver, box)
     if still: return area
     known = cv2.warpAffine(_ramp(driver.plate.shape[1::-1]), here, size, flags=cv2.INTER_LINEAR)
     if known.min() == 1: return area
-    fill = np.clip(_stretched(carry_on(live, seen), driver, box) + .5, 0, 255).astype(np.uint8)
+    fill = _stretched(carry_on(live, seen), driver, box)
     return cv2.blendLinear(area, fill, known, 1 - known)
 
 def _plate_cells(driver: Driver, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (r, c, 3), (r, c) bool
@@ -825,7 +840,13 @@ def _ramp(size: tuple[int, int]) -> np.ndarray: # (h, w) float32: 1 inside, sink
     across, down = (np.minimum(np.arange(n), np.arange(n)[::-1]) / max(w / 50, 1) for n in (w, h))
     return np.minimum(np.minimum(across, down[:, None]), 1).astype(np.float32)
 
-def _stretched(cells: np.ndarray, driver: Driver, box: Box) -> np.ndarray: # (b, a, 3) float32
+def _changed(area: np.ndarray, by: np.ndarray, driver: Driver, box: Box) -> np.ndarray: # (b, a, 3) uint8
+    "Colours of a box, and what the cells say added; as bytes, which are the quickest and have no sign"
+    import cv2
+    least = float(np.floor(by.min()))
+    return np.asarray(cv2.addWeighted(area, 1, _stretched(by - np.float32(least), driver, box), 1, least), np.uint8)
+
+def _stretched(cells: np.ndarray, driver: Driver, box: Box) -> np.ndarray: # (b, a, 3) uint8
     "Values of cells for the pixels of a box; at a quarter of the size first, which is quicker"
     import cv2
     left, top, right, bottom = box
@@ -837,6 +858,7 @@ def _stretched(cells: np.ndarray, driver: Driver, box: Box) -> np.ndarray: # (b,
     back = np.column_stack([np.diag(step / cell), (corner + step / 2) / cell - .5])
     coarse = cv2.warpAffine(cells, back, fewer.tolist(), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                             borderMode=cv2.BORDER_REPLICATE)
+    coarse = np.clip(coarse + .5, 0, 255).astype(np.uint8)
     return cv2.resize(coarse, size.tolist(), interpolation=cv2.INTER_LINEAR)
 
 def carry_on(
@@ -892,12 +914,14 @@ def _seen(light: np.ndarray) -> np.ndarray: # sRGB values of light, 0 to 1
 
 # %% ../nbs/23_draft.ipynb #100ed4db
 @lru_cache(2)
-def _film_grain(w: int, h: int, grain: tuple[float, ...]) -> np.ndarray: # (h + 256, w + 256, 4) int16; the last: none
+def _film_grain(w: int, h: int, grain: tuple[float, ...]) -> list[np.ndarray]: # 2 of (h + 256, w + 256, 4) uint8
+    "What is added to and what is taken from RGBA; bytes are added five times as quickly as other numbers"
     import cv2
     rng = np.random.default_rng(1)
     grey, colours = (rng.standard_normal((h + 256, w + 256, k), np.float32) for k in (1, 3))
     noise = cv2.GaussianBlur(grey * .8 + colours * .6, (0, 0), .6)
-    return np.dstack([np.round(noise * (grain / noise.std())), np.zeros_like(grey)]).astype(np.int16)
+    noise = np.dstack([np.round(noise * (grain / noise.std())), np.zeros_like(grey)])
+    return [np.clip(part, 0, 255).astype(np.uint8) for part in (noise, -noise)]
 
 def add_grain(
     area: np.ndarray, # (b, a, 4) uint8: is changed
@@ -909,8 +933,9 @@ def add_grain(
     if grain.max() < .5: return
     h, w = area.shape[:2]
     x, y = np.random.default_rng(i).integers(0, 256, 2)
-    noise = _film_grain(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes, so that it is kept
-    cv2.add(area, noise[y:y + h, x:x + w], dst=area, dtype=cv2.CV_8U)
+    more, less = _film_grain(-(-w // 256) * 256, -(-h // 256) * 256, tuple(grain.tolist())) # few sizes: it is kept
+    cv2.add(area, more[y:y + h, x:x + w], dst=area)
+    cv2.subtract(area, less[y:y + h, x:x + w], dst=area)
 
 # %% ../nbs/23_draft.ipynb #b7e5f396
 HAND_LINES = ((0, 1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16), (17, 18, 19, 20)) # from the thumb on
@@ -936,17 +961,18 @@ def _spare_hands(
     area: np.ndarray, # (b, a, 4) uint8: is changed
     driver: Driver,
     i: int, # frame
-    box: Box,
-    solid: np.ndarray # (b, a) uint8: alpha of the person
+    box: Box, # of the area
+    placed: Placed # the person
 ) -> None:
     "Leave out the driver's hands where they are in front of the person"
     import cv2
-    b, a = solid.shape
+    b, a = area.shape[:2]
+    person, corner = placed
     for points, sure in zip(driver.hands[i] - box[:2], driver.hands_sure[i], strict=True):
         if not sure > 0 or np.isnan(points).any(): continue
-        x, y = points.round().astype(int).T
-        over = (x >= 0) & (x < a) & (y >= 0) & (y < b)
-        share = (solid[y[over], x[over]] > 127).sum() / len(points)
+        at = (points + box[:2] - corner).round().astype(int)
+        x, y = at[((at >= 0) & (at < person.shape[1::-1])).all(1)].T
+        share = (person[y, x, 3] > 127).sum() / len(points)
         strength = sure * np.clip(share * 6 - .6, 0, 1)
         if strength == 0: continue
         shape = hand_shape(points, (a, b))
@@ -961,14 +987,18 @@ def _spare_hands(
 def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
     "The old person's mask in a box, a pixel of it more"
     import cv2
-    mask = cv2.dilate(unpack_mask(driver.masks[i], driver.mask_size).view(np.uint8) * 255, np.ones((3, 3), np.uint8))
+    mask = cv2.dilate(_unpacked(driver.masks[i], driver.mask_size) * 255, np.ones((3, 3), np.uint8))
     left, top, right, bottom = box
     return cv2.resize(mask, driver.plate.shape[1::-1], interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
 
 # %% ../nbs/23_draft.ipynb #9c6a019c
+@lru_cache(1)
+def _aligned(puppet: Puppet, driver: Driver) -> tuple[float, np.ndarray, np.ndarray]: # as `align`; same for all frames
+    return align(puppet.face[SKULL], driver.mean[SKULL])
+
 def _head_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) picture -> frame
     "The head as a flat card: the affine map that suits the outline of its bones best"
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     aligned = scale * puppet.face[FLAT_HEAD] @ turn.T + shift
     rigid = driver.scale[i] * aligned @ driver.turn[i].T + driver.shift[i]
     flat = np.column_stack([puppet.face[FLAT_HEAD, :2], np.ones(len(FLAT_HEAD))])
@@ -976,7 +1006,7 @@ def _head_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) pi
 
 def _trunk_map(puppet: Puppet, driver: Driver, i: int) -> np.ndarray: # (2, 3) picture -> frame
     "The trunk, hung from the neck"
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     neck = ((NECK - shift) @ turn / scale)[:2]
     size = scale * driver.trunk_scale[i]
     c = np.cos(driver.trunk_turn[i])
@@ -998,9 +1028,9 @@ def _close_seam(
     middle = (face[LIPS[:11]] + face[[78, *LIPS[:10:-1], 308]]) / 2
     seam: np.ndarray = np.zeros(area.shape[:2], np.uint8)
     cv2.polylines(seam, [np.round(middle * 16).astype(np.int32)], False, 255, max(round(gap * .9), 1), cv2.LINE_AA, 4)
-    seam = cv2.GaussianBlur(seam, (0, 0), max(wide / 90, .7)).astype(np.float32)[..., None]
-    seam = seam / 255 * (strength * .9)
-    area[..., :3] = area[..., :3] * (1 - seam) + colour * seam
+    seam = cv2.GaussianBlur(seam, (0, 0), max(wide / 90, .7)).astype(np.float32) * (strength * .9 / 255)
+    colours = cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32)
+    _paint_colours(area, colours * _threefold(1 - seam) + cv2.merge([seam * c for c in colour.tolist()]))
 
 def _fill_mouth(
     warped: np.ndarray, # (h, w, 4) uint8: is painted on
@@ -1016,20 +1046,29 @@ def _fill_mouth(
     if x1 - x0 < 4 or y1 - y0 < 4: return
     wide = float(np.linalg.norm(goal[308, :2] - goal[78, :2]))
     gap = float(np.linalg.norm(goal[14, :2] - goal[13, :2]))
-    strength = np.clip((gap / wide - .03) / .08, 0, 1)
+    strength = float(np.clip((gap / wide - .03) / .08, 0, 1))
     area = warped[y0:y1, x0:x1]
     if strength < 1: _close_seam(area, goal[:, :2] - [x0, y0], gap, puppet.paint[2], 1 - strength)
     if strength == 0: return
     shape: np.ndarray = np.zeros((y1 - y0, x1 - x0), np.uint8)
     cv2.fillPoly(shape, [np.round((rim - [x0, y0]) * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
-    shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 90, .8)).astype(np.float32)[..., None] / 255 * strength
+    shape = cv2.GaussianBlur(shape, (0, 0), max(wide / 90, .8)).astype(np.float32) * (strength / 255)
     place = _teeth_map(puppet, goal, head, wide, gap) - [[0, 0, x0], [0, 0, y0]]
     teeth = cv2.warpAffine(puppet.mouth, place, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR).astype(np.float32)
     depth = np.clip((np.arange(y0, y1) - goal[13, 1]) / (.5 * wide), 0, 1)[:, None, None]
-    flesh = np.array([62, 24, 22]) + depth * np.array([30, 18, 18])
-    inside = flesh * (1 - teeth[..., 3:] / 255) + teeth[..., :3]
-    area[..., :3] = area[..., :3] * (1 - shape) + inside * shape
-    area[..., 3] = np.maximum(area[..., 3], shape[..., 0] * 255)
+    flesh = (np.array([62, 24, 22]) + depth * np.array([30, 18, 18])).astype(np.float32).repeat(x1 - x0, 1)
+    inside = flesh * _threefold(1 - teeth[..., 3] / 255) + cv2.cvtColor(teeth, cv2.COLOR_RGBA2RGB)
+    colours = cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32)
+    _paint_colours(area, colours + (inside - colours) * _threefold(shape))
+    area[..., 3] = np.maximum(area[..., 3], shape * 255)
+
+def _threefold(weight: np.ndarray) -> np.ndarray: # (h, w) float32 -> (h, w, 3); quicker than broadcasting
+    import cv2
+    return np.asarray(cv2.cvtColor(weight, cv2.COLOR_GRAY2RGB))
+
+def _paint_colours(area: np.ndarray, colours: np.ndarray) -> None: # (h, w, 4) uint8, (h, w, 3) float32
+    import cv2
+    cv2.mixChannels([np.clip(colours, 0, 255).astype(np.uint8)], [area], [0, 0, 1, 1, 2, 2])
 
 def _teeth_map(puppet: Puppet, goal: np.ndarray, head: np.ndarray, wide: float, gap: float) -> np.ndarray:
     "(2, 3) from the picture's mouth to the frame's: as wide as the lips, taller as they part"
@@ -1047,6 +1086,7 @@ def _close_eyes(
     closed: float # 0 to 1
 ) -> None:
     "Slide the upper lids down"
+    import cv2
     if closed < .06: return
     for eye, ends in enumerate(EYE_CORNERS):
         up, low = (goal[[ends[0], *side[eye * 7:eye * 7 + 7], ends[1]], :2] for side in LIDS)
@@ -1054,7 +1094,8 @@ def _close_eyes(
         x0, y0, x1, y1 = lid.box(warped.shape[1::-1])
         if lid.wide < 6 or lid.tall < .04 or x1 - x0 < 4 or y1 - y0 < 4: continue
         area = warped[y0:y1, x0:x1]
-        area[..., :3] = np.clip(lid.paint(area[..., :3].astype(np.float32), (x0, y0), puppet.paint[eye]), 0, 255)
+        painted = lid.paint(cv2.cvtColor(area, cv2.COLOR_RGBA2RGB).astype(np.float32), (x0, y0), puppet.paint[eye])
+        _paint_colours(area, painted)
 
 class Lid:
     "One eye's lid; lengths are in widths of the eye"
@@ -1093,30 +1134,46 @@ class Lid:
         colour: np.ndarray # (3,) of the skin around the eye
     ) -> np.ndarray: # (h, w, 3)
         "Skin over the eye, and lashes at its edge"
+        import cv2
         h, w = area.shape[:2]
-        where = self._own(np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1) + at).astype(np.float32)
-        s, v = where[..., 0], where[..., 1]
-        upper, lower = (np.interp(s, rim.real, rim.imag) for rim in self.rims)
+        # float32 throughout, and a plane for each number: half the time of float64 and of broadcasting
+        x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+        start = self._own(np.array(at)).tolist()
+        s, v = (x * ax + y * ay + c for (ax, ay), c in zip((self.axes / self.wide).tolist(), start, strict=True))
+        upper, lower = self._heights(s)
         edge = upper + (lower * .75 - upper) * self.closed
         local = np.sqrt(np.clip((lower - upper) / self.tall, .05, 1))
         strength = min((self.closed - .06) * 6, 1)
         sides = np.clip((s + .14) / .14, 0, 1) * np.clip((1.06 - s) / .12, 0, 1) * strength
         lid = np.clip((v - upper) / (.6 * self.tall * local) + 1.9, 0, 1) * np.clip((edge - v) * self.wide + .5, 0, 1)
-        gone = np.clip((lower - v) / (.15 * self.tall) + 1, 0, 1) * (v > edge) * np.clip(self.closed * 5 - 4, 0, 1)
-        skin = self._skin(area, at, s, v, upper, lower)
-        bulge = np.sin(np.pi * np.clip((v - upper) / np.maximum(edge - upper, .02), 0, 1))
-        fold = np.exp(-((v - upper + .1) / .09) ** 2) * self.closed
-        shade = .1 - .06 * bulge + .12 * np.exp(-np.maximum(edge - v, 0) / .07) + .06 * fold * local
-        shade = np.where(v < edge, shade * (.5 + .5 * self.closed), 0)
-        skin = skin * (1 - shade[..., None] * [1, 1.3, 1.45])
-        area = area + (skin - area) * (np.maximum(lid, gone) * sides)[..., None]
-        return area + (colour * [.15, .12, .11] - area) * (self._lashes(s, v - edge) * sides)[..., None]
+        if self.closed > .8: # what was white goes, below the edge too
+            gone = np.clip((lower - v) / (.15 * self.tall) + 1, 0, 1) * (v > edge) * (self.closed * 5 - 4)
+            lid = np.maximum(lid, gone)
+        lid *= sides
+        lashes = self._lashes(s, v - edge) * sides
+        shade = self._shade(v - upper, edge - upper, local)
+        skin = self._skin(area, at, s, v, upper, lower) * cv2.merge([1 - shade * k for k in (1, 1.3, 1.45)])
+        area = area + (skin - area) * _threefold(lid)
+        return area * _threefold(1 - lashes) + cv2.merge([lashes * c for c in (colour * [.15, .12, .11]).tolist()])
+
+    def _heights(self, s: np.ndarray) -> list[np.ndarray]: # 2 of (h, w): of both rims, through a table
+        steps = np.linspace(-.2, 1.2, 1401)
+        at = np.clip(s * 1000 + 200.5, 0, 1400).astype(np.intp)
+        return [np.interp(steps, rim.real, rim.imag).astype(np.float32).take(at) for rim in self.rims]
+
+    def _shade(self, below: np.ndarray, tall: np.ndarray, local: np.ndarray) -> np.ndarray: # (h, w), 0 to 1
+        "On the lid: its bulge, the fold, the shadow at the lashes; `below` its upper end, of the height `tall`"
+        bulge = np.sin(np.pi * np.clip(below / np.maximum(tall, .02), 0, 1))
+        fold = np.exp(-((below + .1) / .09) ** 2) * self.closed
+        shade = .1 - .06 * bulge + .12 * np.exp(-np.maximum(tall - below, 0) / .07) + .06 * fold * local
+        return shade * (below < tall) * (.5 + .5 * self.closed)
 
     def _skin(self, area, at, s, v, upper, lower) -> np.ndarray: # (h, w, 3)
         "Between the colours above and below the eye, with the texture of the skin below"
         import cv2
+        to_pixels = np.column_stack([self.axes.T * self.wide, self.corner - at]).tolist()
         def take(picture: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray:
-            x, y = np.moveaxis(np.stack([s, v], -1) * self.wide @ self.axes + self.corner - at, -1, 0)
+            x, y = (s * along + v * down + start for along, down, start in to_pixels)
             return cv2.remap(picture, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR,
                              borderMode=cv2.BORDER_REPLICATE)
         soft = cv2.GaussianBlur(area, (0, 0), max(.05 * self.wide, .6))
@@ -1125,8 +1182,7 @@ class Lid:
         ends = take(soft, np.stack([grid, grid]), np.stack([up - 1.25 * self.tall, low + .65 * self.tall]))
         ends = cv2.blur(ends, (5, 1), borderType=cv2.BORDER_REPLICATE)
         share = np.clip((v - upper + 1.25 * self.tall) / (lower - upper + 1.9 * self.tall), 0, 1)
-        skin = cv2.remap(ends, ((s - .08) / .84 * 11).astype(np.float32), share.astype(np.float32), cv2.INTER_LINEAR,
-                         borderMode=cv2.BORDER_REPLICATE)
+        skin = cv2.remap(ends, (s - .08) * (11 / .84), share, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         texture = take(area - soft, s, lower + .35 * self.tall + np.abs(lower - v) * .7)
         return skin + np.clip(texture, -10, 10)
 
@@ -1153,26 +1209,23 @@ def draw(
     person, corner = _moved_person(puppet, driver, i)
     box = _around([(cover, at), (person, corner)])
     if box is None: return out
-    person = _placed(person, corner, box)
+    if cover.size: _show_scenery(_part(out, cover, at), scenery(driver, i, _around([(cover, at)]) or box), cover)
+    if person.size: _lay_over(_part(out, person, corner), person, light_table(puppet.light, driver.light[i], relight))
     area = out[box[1]:box[3], box[0]:box[2]]
-    table = light_table(puppet.light, driver.light[i], relight)
-    _compose(area, person, _placed(cover, at, box), scenery(driver, i, box), table)
     add_grain(area, driver.grain, i)
-    _spare_hands(area, driver, i, box, person[..., 3])
+    _spare_hands(area, driver, i, box, (person, corner))
     return out
 
-def _around(parts: list[tuple[np.ndarray, tuple[int, int]]]) -> Box | None: # the smallest box around all
+def _around(parts: list[Placed]) -> Box | None: # the smallest box around all
     sides = [(x, y, x + part.shape[1], y + part.shape[0]) for part, (x, y) in parts if part.size]
     if not sides: return None
     left, top, right, bottom = zip(*sides, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
-def _placed(part: np.ndarray, corner: tuple[int, int], box: Box) -> np.ndarray: # as large as the box
-    "A part of a picture in a larger one, empty around"
-    out = np.zeros((box[3] - box[1], box[2] - box[0], *part.shape[2:]), np.uint8)
-    x, y = corner[0] - box[0], corner[1] - box[1]
-    out[y:y + part.shape[0], x:x + part.shape[1]] = part
-    return out
+def _part(frame: np.ndarray, part: np.ndarray, corner: tuple[int, int]) -> np.ndarray: # a view
+    "Where a part of a frame lies in it"
+    x, y = corner
+    return frame[y:y + part.shape[0], x:x + part.shape[1]]
 
 # %% ../nbs/23_draft.ipynb #b7fde804
 def _moved_person(
@@ -1207,7 +1260,7 @@ def _moved_person(
 
 @lru_cache(1)
 def _resemblance(puppet: Puppet, driver: Driver) -> Resemblance: # the same for all frames
-    scale, turn, shift = align(puppet.face[SKULL], driver.mean[SKULL])
+    scale, turn, shift = _aligned(puppet, driver)
     return resemblance(scale * puppet.face @ turn.T + shift, driver.shape)
 
 def _fade_out(person: np.ndarray, reach: float) -> np.ndarray: # the same, or a copy
@@ -1221,28 +1274,36 @@ def _cell_centres(size: tuple[int, int]) -> np.ndarray: # (r, c, 2): their centr
     return np.stack(np.meshgrid(*(np.arange(-1, v // CELL + 2) * CELL + CELL / 2 - .5 for v in size)), -1)
 
 # %% ../nbs/23_draft.ipynb #1c985a06
-def _compose(
+def _show_scenery(
     out: np.ndarray, # (b, a, 4) uint8: is written to
-    person: np.ndarray, # (b, a, 4) uint8 premultiplied
-    cover: np.ndarray, # (b, a) uint8
     scene: np.ndarray, # (b, a, 3) uint8
+    cover: np.ndarray # (b, a) uint8
+) -> None:
+    "The scenery, where the old person has to be covered"
+    import cv2
+    cv2.cvtColor(scene, cv2.COLOR_RGB2RGBA, dst=out)
+    cv2.insertChannel(cover, out, 3)
+
+def _lay_over(
+    out: np.ndarray, # (b, a, 4) uint8 straight: is painted on
+    person: np.ndarray, # (b, a, 4) uint8 premultiplied
     table: np.ndarray # (256, 3) uint8: light
 ) -> None:
-    "The person over the scenery over nothing: straight colours and alpha"
+    "The person over what is there: straight colours and alpha"
     import cv2
+    rgba = np.column_stack([table, np.arange(256, dtype=np.uint8)])[:, None]
     solid = cv2.extractChannel(person, 3)
-    rest = 255 - solid
-    lit = cv2.LUT(cv2.cvtColor(person, cv2.COLOR_BGRA2BGR), table[:, None])
-    colours = cv2.add(cv2.multiply(scene, cv2.cvtColor(rest, cv2.COLOR_GRAY2BGR), scale=1 / 255), lit)
-    alpha = 255 - cv2.multiply(rest, 255 - cover, scale=1 / 255)
-    # at the person's rim, colours are shares of what is there
-    rim = cv2.findNonZero(cv2.inRange(solid, 1, 250))
-    if rim is not None:
-        columns, rows = rim.reshape(-1, 2).T
-        there = person[rows, columns]
-        share = there[:, 3:] / np.float32(255)
-        bare = np.minimum(there[:, :3] / share + np.float32(.5), 255).astype(np.uint8)
-        behind = cover[rows, columns, None] / np.float32(255) * (1 - share)
-        own = cv2.LUT(bare[:, None], table[:, None])[:, 0]
-        colours[rows, columns] = (own * share + scene[rows, columns] * behind) / (share + behind) + np.float32(.5)
-    cv2.mixChannels([colours, alpha], [out], [0, 0, 1, 1, 2, 2, 3, 3])
+    cv2.copyTo(cv2.LUT(person, rgba), cv2.inRange(solid, 255, 255), out)
+    rim = solid - np.uint8(1) < 254 # neither 0 nor 255
+    if not rim.any(): return
+    def pixels(picture: np.ndarray) -> np.ndarray: return picture.view(np.uint32)[..., 0] # quick to pick some of
+    own, behind = (pixels(picture)[rim].view(np.uint8).reshape(-1, 1, 4) for picture in (person, out))
+    alpha = cv2.extractChannel(own, 3)
+    both = 255 - cv2.multiply(255 - alpha, 255 - cv2.extractChannel(behind, 3), scale=1 / 255)
+    share = cv2.divide(alpha, both, scale=255)
+    def wide(values: np.ndarray) -> np.ndarray: return cv2.cvtColor(values, cv2.COLOR_GRAY2RGBA) # (n, 1, 4)
+    lit = cv2.LUT(cv2.divide(own, wide(alpha), scale=255), rgba)
+    mixed = np.asarray(cv2.add(cv2.multiply(lit, wide(share), scale=1 / 255),
+                               cv2.multiply(behind, wide(255 - share), scale=1 / 255)))
+    cv2.insertChannel(both, mixed, 3)
+    pixels(out)[rim] = mixed.view(np.uint32).ravel()
