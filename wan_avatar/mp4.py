@@ -33,7 +33,7 @@ from .media import decode_frames, open_video, probe, video_stream
 from .sound import packets_of_stretch
 
 # %% ../nbs/25_mp4.ipynb #9686162a
-DELIVERY_H264 = {'preset': 'veryfast', 'crf': '18'}
+DELIVERY_H264 = {'preset': 'veryfast', 'crf': '18', 'x264-params': 'partitions=i8x8:subme=1'}
 
 class Encoder:
     "An MP4 that appears under its name when it is complete"

@@ -933,8 +933,8 @@ def track_video(
     people = PersonFilter(small, wish)
     found = _TrackUnderWay(size, small, n, wish is not None)
     with (_opencv_alone(), _selfie_segmenter(landscape=True) as segmenter, _face_detector() as detector,
-          ThreadPoolExecutor(1) as pool):
-        seen = _looked_at(iter(frames), pool, partial(_next_view, small=small, detector=detector, people=people),
+          ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as decoding):
+        seen = _looked_at(iter(frames), decoding, pool, partial(_next_view, small=small, detector=detector, people=people),
                           partial(_mask_and_camera, segmenter=segmenter, camera=found.camera))
         for frame, groups in _with_points(seen, size):
             found.add(pool, frame, groups)
@@ -958,16 +958,17 @@ _View = tuple[np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray | None] # the
 
 def _looked_at(
     source: Iterator[np.ndarray],
-    pool: ThreadPoolExecutor, # of one thread
+    decoding: ThreadPoolExecutor, # of one thread
+    pool: ThreadPoolExecutor, # of another one
     next_view: Callable[[Iterator[np.ndarray]], _View | None],
     mask_and_camera: Callable[[np.ndarray, np.ndarray, np.ndarray | None], Any]
 ) -> Iterator[_Seen]:
     "Frames with what is found beside their points; the next one is decoded meanwhile"
-    upcoming = pool.submit(next_view, source)
+    upcoming = decoding.submit(next_view, source)
     while (found := upcoming.result()) is not None:
         _, view, alone, _, own = found
         beside = pool.submit(mask_and_camera, view, alone, own)
-        upcoming = pool.submit(next_view, source)
+        upcoming = decoding.submit(next_view, source)
         yield _Seen(*found, beside)
 
 def _with_points(
