@@ -963,12 +963,12 @@ def _looked_at(
     next_view: Callable[[Iterator[np.ndarray]], _View | None],
     mask_and_camera: Callable[[np.ndarray, np.ndarray, np.ndarray | None], Any]
 ) -> Iterator[_Seen]:
-    "Frames with what is found beside their points; the next one is decoded meanwhile"
-    upcoming = decoding.submit(next_view, source)
-    while (found := upcoming.result()) is not None:
+    "Frames with what is found beside their points; the next ones are decoded meanwhile"
+    upcoming = deque(decoding.submit(next_view, source) for _ in range(AHEAD))
+    while (found := upcoming.popleft().result()) is not None:
         _, view, alone, _, own = found
         beside = pool.submit(mask_and_camera, view, alone, own)
-        upcoming = decoding.submit(next_view, source)
+        upcoming.append(decoding.submit(next_view, source))
         yield _Seen(*found, beside)
 
 def _with_points(
