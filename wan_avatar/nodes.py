@@ -193,7 +193,9 @@ class AvatarSegment:
 def _load_puppet_and_driver(reference: Path, reference_track: Path, track: Path) -> tuple[Puppet, Driver]:
     import cv2
     cv2.setNumThreads(1) # frames are drawn side by side: threads within each would wait for those of the others
-    return make_puppet(read_image(reference), load_track(reference_track)), make_driver(load_track(track))
+    with ThreadPoolExecutor(1) as beside:
+        driver = beside.submit(lambda: make_driver(load_track(track)))
+        return make_puppet(read_image(reference), load_track(reference_track)), driver.result()
 
 _LOADING = threading.Lock() # held by one thread, while the others wait for what it loads
 

@@ -19,6 +19,7 @@ from .normalise import Clip
 from .people import Wish
 from .run import Run, cache_file, cached_bytes
 from .store import Store
+from .tasks import together
 from wan_avatar.track import (
     TRACKERS,
     Track,
@@ -132,7 +133,7 @@ async def track_driving(
         if track is None:
             wish = Wish.of(inputs.person, clip.content, clip.size) if inputs.person else None
             await track_file(run, clip.path, 'video', progress, wish=wish)
-            await asyncio.to_thread(cache_file, store, key, target)
-            track = await asyncio.to_thread(load_track, target)
+            kept = asyncio.to_thread(cache_file, store, key, target)
+            track, _ = await together(asyncio.to_thread(load_track, target), kept)
     check_person(track, 'video', profile.face_for)
     return target, track

@@ -298,10 +298,10 @@ TINY = replace(
     encoder=_tiny(weight('text_encoder')), encoder_sha256='tiny', prompt='a person', negative_prompt='nobody', gates={},
     values={**WAN.values, 'scale': 0.056, 'steps': 2}) # a whole frame is sampled at 64x48
 
-# the draft carries nothing from window to window, but is rendered in the same windows as production; what it draws
-# has soft edges of its own, and colours that do not drift
+# the draft carries nothing from window to window; while one is drawn, the one before it is encoded, so short ones keep
+# all cores busy from early on. What it draws has soft edges of its own, and colours that do not drift
 _DRAWN = {'rectangle': False, 'feather': 0, 'match_drift': False}
-_DRAFT = Profile('draft', graph='draft', tracker='mediapipe', needs_face=True,
+_DRAFT = Profile('draft', graph='draft', tracker='mediapipe', needs_face=True, length=49,
                  values=asdict(PlanRules()) | asdict(ComposeRules()) | _DRAWN | {'relight_strength': 1.0},
                  gates={k: v for k, v in _GATES.items() if k != 'background_psnr'} | {
                      'seam': (None, 2.5), 'flicker': (None, 3.0), 'background_ssim': (0.85, None)})
