@@ -16,8 +16,9 @@ from PIL import Image
 
 from wan_avatar.apart import Apart
 from wan_avatar.bucket import bucket_server
+from wan_avatar.clocks import Stretch
 from wan_avatar.config import load_settings
-from wan_avatar.frames import read_frames
+from wan_avatar.frames import FPS, read_frames
 from wan_avatar.handler import Handler
 from wan_avatar.mp4 import Encoder
 from wan_avatar.normalise import normalise_video
@@ -243,7 +244,9 @@ def service(bucket, samples, tmp_path_factory):
 
 def cut(source: Path, frames: int, folder: Path) -> Path:
     "The first frames of a clip as a driving video of its own, 640x360 with sound"
-    clip = normalise_video(source, folder / 'whole.mp4', folder / 'sound.m4a', 60, size=(640, 360))
+    stretch = Stretch(0, frames / FPS)
+    clip = normalise_video(source, folder / 'part.mp4', folder / 'sound.m4a', 60, size=(640, 360), stretch=stretch)
+    assert clip.frames == frames
     with Encoder(folder / 'cut.mp4', size=(640, 360), audio=clip.audio) as encoder:
-        for frame in read_frames(clip.path, count=frames): encoder.write(frame)
+        for frame in read_frames(clip.path): encoder.write(frame)
     return folder / 'cut.mp4'
