@@ -231,10 +231,10 @@ def service(bucket, samples, tmp_path_factory):
     "One service for all tests that do not break its settings; inputs are in its bucket, and its windows are short"
     short = PROFILES['draft'].changed(length=13) # faults of windows need no 77 frames
     made = sparing_service(bucket, tmp_path_factory.mktemp('work'), [short])
-    for name in ('astronaut.png', 'single_face.mp4', 'no_face.mp4'):
+    for name in ('astronaut.png', 'single_face.mp4'):
         made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-    for name, frames in (('two windows', 20), ('brief', 12)):
-        clip = cut(samples / 'pexels.mp4', frames, tmp_path_factory.mktemp('cut'))
+    for name, source, frames in (('two windows', 'pexels', 20), ('brief', 'pexels', 12), ('no_face', 'no_face', 12)):
+        clip = cut(samples / f'{source}.mp4', frames, tmp_path_factory.mktemp('cut'))
         made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
     face = next(read_frames(samples / 'single_face.mp4', start=10))
     Image.fromarray(face).save(picture := tmp_path_factory.mktemp('face') / 'face.png')
