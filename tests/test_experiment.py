@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLES
 
 from wan_avatar.experiment import (
     Experiment,
@@ -85,14 +85,24 @@ def test_paths_are_seen_from_the_file(tmp_path, samples):
     assert found.driving == {'talk': tmp_path / 'clip.mp4'} and found.variants['own'].graph == tmp_path / 'mine.json'
     assert found.name == 'light' and found.baseline == 'plain'
 
-def experiment_of(tmp_path: Path, samples: Path, **more) -> Experiment:
-    told = {'name': 'x', 'pictures': {'ana': samples / 'astronaut.png', 'himself': 3},
-            'driving': {'talk': samples / 'single_face.mp4'}, 'seconds': 0.5,
+@pytest.fixture(scope='module')
+def clips(samples, tmp_path_factory) -> Path:
+    "Three short driving videos"
+    folder = tmp_path_factory.mktemp('clips')
+    for name, source, start in (('nod', 'single_face', 0), ('talk', 'pexels', 60), ('late', 'pexels', 120)):
+        frames = list(read_frames(samples / f'{source}.mp4', start, 24))
+        with Encoder(folder / f'{name}.mp4', size=frames[0].shape[1::-1]) as encoder:
+            for frame in frames: encoder.write(frame)
+    return folder
+
+def experiment_of(clips: Path, **more) -> Experiment:
+    told = {'name': 'x', 'pictures': {'ana': SAMPLES / 'astronaut.png', 'himself': 3},
+            'driving': {'talk': clips / 'nod.mp4'}, 'seconds': 0.5,
             'variants': {'plain': {}, 'half': {'relight_strength': 0.5}}}
     return Experiment.model_validate(told | more)
 
-def test_every_combination_once(tmp_path, samples):
-    found = experiment_of(tmp_path, samples, seeds=[1, 2], variants={'plain': {}, 'seeded': {'seed': 9}})
+def test_every_combination_once(tmp_path, clips):
+    found = experiment_of(clips, seeds=[1, 2], variants={'plain': {}, 'seeded': {'seed': 9}})
     cells = [t.cell for t in plan_trials(found, tmp_path)]
     seeds = [('plain', 1), ('seeded', 9), ('plain', 2)]
     assert cells == [(p, 'talk', *s) for p in ('ana', 'himself') for s in seeds]
@@ -124,22 +134,22 @@ AGAIN = [ # what is changed before the experiment is run again, how many of its 
 ]
 
 @pytest.mark.parametrize('change, again', [pytest.param(c, n, id=what) for what, c, n in AGAIN])
-def test_what_is_there_already_is_not_made_again(tmp_path, samples, change, again):
-    first = experiment_of(tmp_path, samples)
+def test_what_is_there_already_is_not_made_again(tmp_path, clips, change, again):
+    first = experiment_of(clips)
     run = TrialRunner(first, tmp_path / 'out')
     assert len(run.open()) == 4
     done(run)
     told = change(first.model_dump(), tmp_path / 'out')
     assert len(TrialRunner(Experiment.model_validate(told), tmp_path / 'out').open()) == again
 
-def test_what_other_code_made_is_made_again(tmp_path, samples):
-    found = experiment_of(tmp_path, samples)
+def test_what_other_code_made_is_made_again(tmp_path, clips):
+    found = experiment_of(clips)
     done(TrialRunner(found, tmp_path / 'out', code='before'))
     assert [len(TrialRunner(found, tmp_path / 'out', code=c).open()) for c in ('before', 'after')] == [0, 4]
     assert len(code_digest()) == 16
 
-def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path, samples):
-    run = TrialRunner(experiment_of(tmp_path, samples), tmp_path / 'out')
+def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path, clips):
+    run = TrialRunner(experiment_of(clips), tmp_path / 'out')
     done(run, 'FAILED')
     assert len(run.open()) == 4
     done(run)
@@ -151,29 +161,19 @@ def test_what_failed_is_tried_again_and_what_was_cut_off_is_passed_over(tmp_path
     with lines.open('a') as f: f.write('{}\n')
     with pytest.raises(ExperimentError, match='line 10'): read_trials(tmp_path / 'out')
 
-def test_a_driving_video_that_was_replaced_is_read_anew(tmp_path, samples):
+def test_a_driving_video_that_was_replaced_is_read_anew(tmp_path, clips):
     clip = tmp_path / 'clip.mp4'
-    clip.write_bytes((samples / 'single_face.mp4').read_bytes())
-    found = experiment_of(tmp_path, samples, driving={'talk': clip})
+    clip.write_bytes((clips / 'nod.mp4').read_bytes())
+    found = experiment_of(clips, driving={'talk': clip})
     done(TrialRunner(found, tmp_path / 'out'))
-    clip.write_bytes((samples / 'pexels.mp4').read_bytes())
+    clip.write_bytes((clips / 'talk.mp4').read_bytes())
     assert len(TrialRunner(found, tmp_path / 'out').open()) == 4
 
-def test_a_frame_that_is_not_there(tmp_path, samples):
-    found = experiment_of(tmp_path, samples, pictures={'himself': 10**6})
+def test_a_frame_that_is_not_there(tmp_path, clips):
+    found = experiment_of(clips, pictures={'himself': 10**6})
     with pytest.raises(ExperimentError, match='has no frame 1000000'): TrialRunner(found, tmp_path / 'out')
 
 # as its user runs it
-
-@pytest.fixture(scope='module')
-def clips(samples, tmp_path_factory) -> Path:
-    "Three short driving videos"
-    folder = tmp_path_factory.mktemp('clips')
-    for name, source, start in (('nod', 'single_face', 0), ('talk', 'pexels', 60), ('late', 'pexels', 120)):
-        frames = list(read_frames(samples / f'{source}.mp4', start, 24))
-        with Encoder(folder / f'{name}.mp4', size=frames[0].shape[1::-1]) as encoder:
-            for frame in frames: encoder.write(frame)
-    return folder
 
 @pytest.fixture(scope='module')
 def ran(samples, clips, tmp_path_factory):
