@@ -38,7 +38,7 @@ from .compose import ComposeRules, Tone, compose_frame
 from .config import Settings
 from .delivery import Attempt, prove, upload_proven
 from .ffmpeg import bench_media, timed_call
-from .files import sha256_of, whole_file
+from .files import whole_file
 from .frames import FPS, SIZE, read_frames
 from .inputs import Inputs
 from .launch import ComfyPlace
@@ -215,12 +215,12 @@ def _beside_check_s(
     store: Store,
     result: Path # MP4 as large as a result may be
 ) -> float: # seconds
-    "Seconds that uploading a result adds to checking it; a job does both at once"
+    "Seconds that hashing and uploading a result add to checking it; a job does all at once"
     clip = SimpleNamespace(frames=RESULT_FRAMES, size=SIZE, fps=FPS, audio=None, audio_s=0.0)
     inputs = Inputs(result.parent, result, cast(Clip, clip), sha256='') # checking a result needs no more of its clip
     shutil.copy(result, inputs.result)
     attempt = Attempt(store, 'bench/result.mp4', uuid.uuid4().hex) # a video of the same attempt would not be sent again
-    check = timed_call(lambda: prove(inputs, Timeline(), sha256_of(inputs.result), None))
+    check = timed_call(lambda: prove(inputs, Timeline(), None))
     upload = upload_proven(inputs, attempt, Timeline(), None, lambda done, total: None)
     both = timed_call(lambda: asyncio.run(upload))
     return max(both - check, 0.0)

@@ -59,7 +59,6 @@ def sign(result: Result, store: Store, presign_s: int) -> Result:
 def prove(
     inputs: Inputs,
     timeline: Timeline,
-    sha256: str, # of the video
     source_type: str | None # that its profile says of it; None: nothing
 ) -> dict[str, Any]: # fields of the result
     "Check a finished video against its inputs; JobError `internal` names the figure that is wrong"
@@ -68,7 +67,7 @@ def prove(
     with timeline.stage('check'):
         found = check_mp4(inputs.result, clip.frames, clip.size, clip.fps, clip.audio is not None, clip.audio_s,
                           source_type)
-        return {name: getattr(found, name) for name in names} | {'sha256': sha256}
+        return {name: getattr(found, name) for name in names}
 
 # %% ../nbs/40_delivery.ipynb #815aee5a
 @dataclass(frozen=True)
@@ -157,13 +156,14 @@ async def upload_proven(
     source_type: str | None, # that its profile says of it; None: nothing
     progress: Callable[[int, int], None] # bytes done, and in all
 ) -> dict[str, Any]: # fields of the result
-    "Upload the video while it is checked; the first failure is raised at once"
-    digest = await asyncio.to_thread(sha256_of, inputs.result)
-    async def upload() -> None:
+    "Hash and upload the video while it is checked; the first failure is raised at once"
+    async def upload() -> str: # its SHA-256
+        digest = await asyncio.to_thread(sha256_of, inputs.result)
         with timeline.stage('upload', bytes=inputs.result.stat().st_size):
             await in_thread(attempt.put, inputs.result, digest, progress)
-    proven, _ = await together(asyncio.to_thread(prove, inputs, timeline, digest, source_type), upload())
-    return dict(proven)
+        return digest
+    proven, digest = await together(asyncio.to_thread(prove, inputs, timeline, source_type), upload())
+    return {**proven, 'sha256': digest}
 
 def manifest_of(
     run: JobRun,
