@@ -189,7 +189,7 @@ class Service:
         self.context = self.booted.result(timeout=120)
         self.store = self.context.store
         self.comfy = self.context.comfy
-        self.handler = Handler(self.context, self.note)
+        self.handler = Handler(self.context, self.note, interval_s=0.1) # short windows are soon over
 
     async def note(self, event: dict, update: dict) -> None: self.reports.append((event['id'], update))
 
@@ -229,11 +229,11 @@ def sparing_service(*args, **more: str) -> Service:
 @pytest.fixture(scope='session')
 def service(bucket, samples, tmp_path_factory):
     "One service for all tests that do not break its settings; inputs are in its bucket, and its windows are short"
-    short = PROFILES['draft'].changed(length=13) # faults of windows need no 77 frames
+    short = PROFILES['draft'].changed(length=29) # faults of windows need no long ones
     made = sparing_service(bucket, tmp_path_factory.mktemp('work'), [short])
     for name in ('astronaut.png', 'single_face.mp4'):
         made.store.upload(samples / name, f'in/{name}', 'application/octet-stream')
-    for name, source, frames in (('two windows', 'pexels', 20), ('brief', 'pexels', 12), ('no_face', 'no_face', 12)):
+    for name, source, frames in (('two windows', 'pexels', 48), ('brief', 'pexels', 12), ('no_face', 'no_face', 12)):
         clip = cut(samples / f'{source}.mp4', frames, tmp_path_factory.mktemp('cut'))
         made.store.upload(clip, f'in/{name}.mp4', 'video/mp4')
     face = next(read_frames(samples / 'single_face.mp4', start=10))

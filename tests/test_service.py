@@ -52,7 +52,7 @@ def alone(service):
 
 def test_result_is_what_was_promised(service, alone):
     figures = {k: alone[k] for k in ('width', 'height', 'fps', 'frames', 'has_audio')}
-    assert figures == {'width': 1280, 'height': 720, 'fps': 24, 'frames': 20, 'has_audio': True}
+    assert figures == {'width': 1280, 'height': 720, 'fps': 24, 'frames': 48, 'has_audio': True}
     assert alone['minio_key'] == 'avatars/alone.mp4'
     assert service.store.stat(alone['minio_key'])['bytes'] == alone['bytes']
     manifest = Manifest.model_validate(service.store.read_json('avatars/alone.mp4.json'))

@@ -762,7 +762,7 @@ GROWN = 1 / 64 # of the frame's width: how far the old person's place is grown
 RIM = 1 / 160 # of the frame's width: how wide its soft rim is, outside of that
 
 @lru_cache(8)
-def _unpacked(mask: bytes, size: tuple[int, int]) -> np.ndarray: # (h, w) uint8, 0 or 1; not to be changed
+def _mask_of(mask: bytes, size: tuple[int, int]) -> np.ndarray: # (h, w) uint8, 0 or 1; not to be changed
     return unpack_mask(mask, size).view(np.uint8) # frames beside each other want the same ones
 
 def cover_of_driver(
@@ -773,7 +773,7 @@ def cover_of_driver(
     import cv2
     w, h = driver.mask_size
     near = max(i - 1, 0), i, min(i + 1, len(driver.masks) - 1)
-    before, now, after = (_unpacked(driver.masks[k], (w, h)) for k in near)
+    before, now, after = (_mask_of(driver.masks[k], (w, h)) for k in near)
     mask: np.ndarray = cv2.bitwise_or(cv2.bitwise_or(before, now), after)
     zoom = np.array(driver.plate.shape[1::-1]) / (w, h)
     draw_arms(mask, driver.body[i] / [*zoom, 1], 1, .22)
@@ -987,7 +987,7 @@ def _spare_hands(
 def _own_pixels(driver: Driver, i: int, box: Box) -> np.ndarray: # (b, a) uint8
     "The old person's mask in a box, a pixel of it more"
     import cv2
-    mask = cv2.dilate(_unpacked(driver.masks[i], driver.mask_size) * 255, np.ones((3, 3), np.uint8))
+    mask = cv2.dilate(_mask_of(driver.masks[i], driver.mask_size) * 255, np.ones((3, 3), np.uint8))
     left, top, right, bottom = box
     return cv2.resize(mask, driver.plate.shape[1::-1], interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
 

@@ -26,7 +26,7 @@ Send = Callable[[dict[str, Any], dict[str, Any]], Awaitable[None]] # (job event,
 async def progress_feed(
     event: dict[str, Any], # the job, as RunPod gave it
     send: Send,
-    interval_s: float = 0.5, # least time between updates
+    interval_s: float, # least time between updates
     drain_s: float = 5 # longest wait for one update
 ) -> AsyncIterator[Report]:
     "Gives a function that takes updates at any rate; the newest one is sent"
@@ -62,9 +62,15 @@ async def _send_one(send: Send, event: dict[str, Any], update: dict[str, Any], t
 # %% ../nbs/41_handler.ipynb #7fa0c1b6
 class Handler:
     "Answers RunPod's jobs on one worker"
-    def __init__(self, worker: WorkerContext, send: Send):
+    def __init__(
+        self,
+        worker: WorkerContext,
+        send: Send,
+        interval_s: float = 0.5 # least time between updates of a job's progress
+    ):
         self.worker = worker
         self.send = send
+        self.interval_s = interval_s
 
     async def __call__(self, event: dict[str, Any]) -> dict[str, Any]: # `Result.answer()`, or an error
         "One job, from event to answer"
@@ -72,7 +78,7 @@ class Handler:
         job_id = str(event.get('id'))
         outcome = 'CANCELLED'
         try:
-            async with progress_feed(event, self.send) as report:
+            async with progress_feed(event, self.send, self.interval_s) as report:
                 result = await make_avatar(job_id, parse_job(event.get('input')), self.worker, report, timeline)
             outcome = 'COMPLETED'
             return result.answer()

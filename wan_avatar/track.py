@@ -934,8 +934,9 @@ def track_video(
     found = _TrackUnderWay(size, small, n, wish is not None)
     with (_opencv_alone(), _selfie_segmenter(landscape=True) as segmenter, _face_detector() as detector,
           ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as decoding):
-        seen = _looked_at(iter(frames), decoding, pool, partial(_next_view, small=small, detector=detector, people=people),
-                          partial(_mask_and_camera, segmenter=segmenter, camera=found.camera))
+        next_view = partial(_next_view, small=small, detector=detector, people=people)
+        mask_and_camera = partial(_mask_and_camera, segmenter=segmenter, camera=found.camera)
+        seen = _looked_at(iter(frames), decoding, pool, next_view, mask_and_camera)
         for frame, groups in _with_points(seen, size):
             found.add(pool, frame, groups)
             if frame.any_face and not found.rows[-1][0]: found.look_again(pool, frame, segmenter)
