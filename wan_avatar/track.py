@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'LIGHTS', 'FACE_CONFIDENCE', 'LEAST_PRESENT',
            'MOST_GUESSED', 'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL',
-           'SLEEVES', 'BARE', 'HOLISTIC_EVERY', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track',
-           'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
-           'Archive', 'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key',
-           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
-           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present',
-           'skin_colour', 'face_light', 'touched_pieces', 'light_of_stretches', 'inside_bars', 'scene_colours',
-           'scene_grain', 'head_of', 'midway', 'track_video', 'ours_only', 'common_share', 'bridge_gaps', 'track_image',
-           'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug', 'wholebody_points']
+           'SLEEVES', 'BARE', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track', 'pack_mask',
+           'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive',
+           'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face',
+           'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera',
+           'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
+           'touched_pieces', 'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'head_of', 'midway',
+           'track_video', 'ours_only', 'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter',
+           'refine_matte', 'draw_debug', 'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -780,7 +780,6 @@ def scene_grain(
     return np.quantile(noise[free], .1, axis=0).astype(np.float32)
 
 # %% ../nbs/21_track.ipynb #c32130bb
-HOLISTIC_EVERY = 2 # Holistic looks at one frame in so many
 MOST_MOVED = 0.6 # of a head's width, from one looked at frame to the next; another person's is further away
 
 def head_of(
@@ -992,12 +991,12 @@ def _with_points(
             yield seen, after[1]
         between = None
         for i, seen in enumerate(frames):
-            if i % HOLISTIC_EVERY: between = seen
+            if i % 2: between = seen # its neighbours are looked at
             else:
                 points.give(seen.alone)
                 given.append((between, seen))
                 between = None
-            if len(given) > AHEAD: yield from taken()
+                if len(given) > AHEAD: yield from taken()
         if between:
             points.give(between.alone)
             given.append((None, between))
