@@ -531,19 +531,27 @@ def test_frames_between_lie_midway(before, after, level, wanted):
 
 ROOT = Path(__file__).parents[1]
 
-AHEAD = '''
+def run_beside_comfy(script: str, clip: Path) -> str: # what it prints
+    command = [ROOT / '.comfy/env/bin/python', '-c', script, clip]
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+VIEWS = '''
 import sys
 import numpy as np
 from wan_avatar import track
 from wan_avatar.media import open_video
 
-def views():
+def views(unseen):
     with open_video(sys.argv[1]) as container:
         seen = [f.reformat(640, 360, 'rgb24').to_ndarray() for f, _ in zip(container.decode(video=0), range(16))]
-    blank = np.full_like(seen[0], 90)
-    return [*seen[:5], blank, blank, *seen[5:]] # nobody is there, and somebody again
+    return [*seen[:5], *[np.full_like(seen[0], 90)] * unseen, *seen[5:]] # nobody is there, and somebody again
+'''
 
-given = views()
+AHEAD = VIEWS + '''
+given = views(2)
 with track._holistic(static=False) as holistic:
     alone = [track._point_groups(holistic.process(view), (640, 360)) for view in given]
 with track._PointsAhead() as points:
@@ -565,27 +573,14 @@ with track._PointsAhead() as points: # nothing was given: nothing comes
 '''
 
 def test_points_found_ahead_are_those_found_alone(samples):
-    command = [ROOT / '.comfy/env/bin/python', '-c', AHEAD, samples / 'pexels.mp4']
-    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_beside_comfy(AHEAD, samples / 'pexels.mp4')
 
-BETWEEN = '''
-import sys
+BETWEEN = VIEWS + '''
 from concurrent.futures import Future
-import numpy as np
-from wan_avatar import track
-from wan_avatar.media import open_video
-
-def views():
-    with open_video(sys.argv[1]) as container:
-        seen = [f.reformat(640, 360, 'rgb24').to_ndarray() for f, _ in zip(container.decode(video=0), range(16))]
-    blank = np.full_like(seen[0], 90)
-    return [*seen[:5], blank, blank, blank, *seen[5:]] # nobody is there, and somebody again
 
 def points(process, given): return [track._point_groups(process(view), (640, 360)) for view in given]
 
-given = views()
+given = views(3)
 for n in (19, 18): # the last frame is one between, or not
     looked_at = sorted({*range(0, n, 2), n - 1})
     with track._holistic(static=False) as holistic: all_of_them = points(holistic.process, given[:n])
@@ -604,10 +599,7 @@ for n in (19, 18): # the last frame is one between, or not
 '''
 
 def test_frames_between_have_their_own_face(samples):
-    command = [ROOT / '.comfy/env/bin/python', '-c', BETWEEN, samples / 'pexels.mp4']
-    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_beside_comfy(BETWEEN, samples / 'pexels.mp4')
 
 OUTLINES = """
 import json, sys
@@ -620,9 +612,7 @@ print(json.dumps([track.present.tolist(), areas]))
 
 def test_a_face_that_comes_back_from_behind_a_hand_keeps_its_outline(samples):
     "In two frames it is not known to be ours yet: without an outline the driver himself would flash up in the result"
-    command = [ROOT / '.comfy/env/bin/python', '-c', OUTLINES, samples / 'pexels.mp4']
-    environment = {'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
-    present, areas = json.loads(done.stdout.splitlines()[-1])
+    printed = run_beside_comfy(OUTLINES, samples / 'pexels.mp4')
+    present, areas = json.loads(printed.splitlines()[-1])
     assert not all(present), 'the detectors lose the person: otherwise this says nothing'
     assert min(areas) > 0.8 * max(areas)
