@@ -245,7 +245,7 @@ def service(bucket, samples, tmp_path_factory):
 def cut(source: Path, frames: int, folder: Path) -> Path:
     "The first frames of a clip as a driving video of its own, 640x360 with sound"
     stretch = Stretch(0, frames / FPS)
-    clip = normalise_video(source, folder / 'part.mp4', folder / 'sound.m4a', 60, size=(640, 360), stretch=stretch)
+    clip = normalise_video(source, folder / 'part.y4m', folder / 'sound.m4a', 60, size=(640, 360), stretch=stretch)
     assert clip.frames == frames
     with Encoder(folder / 'cut.mp4', size=(640, 360), audio=clip.audio) as encoder:
         for frame in read_frames(clip.path): encoder.write(frame)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,7 +246,7 @@ def drawn(path: Path, codec: str, size: tuple[int, int], frames: int, **options:
 
 def normalise(source: Path, folder: Path, progress) -> tuple:
     "Runs apart"
-    clip = normalise_video(source, folder / 'driving.mp4', folder / 'audio.m4a', 60, progress=progress)
+    clip = normalise_video(source, folder / 'driving.y4m', folder / 'audio.m4a', 60, progress=progress)
     return clip, peak_memory()
 
 FOUR_K = [('libx265', 6, {'x265-params': 'log-level=none'}), ('libx264', 18, {'refs': '16'})]
@@ -257,7 +258,7 @@ def test_4k_of_ten_bits_is_read_within_the_limit(apart, tmp_path, codec, frames,
     clip, peak = apart.run(normalise, source, tmp_path, progress=lambda *p: seen.append(p))
     assert (clip.frames, clip.source.width, clip.source.pixel_format) == (frames, 3840, 'yuv420p10le')
     assert clip.path.exists()
-    assert seen[-1] == (frames, frames)
+    assert seen[-1] == (frames, replace(clip, audio=None))
     assert peak < 10**9
 
 @pytest.mark.hostile('processes that read')
@@ -321,5 +322,5 @@ def test_a_cancelled_job_leaves_no_process(apart, tmp_path):
 def test_a_clip_comes_back_whole(apart, tmp_path):
     source = draw_test_video(tmp_path / 'x.mp4', audio='aac', size=(64, 48))
     there, _ = apart.run(normalise, source, tmp_path, progress=print)
-    here = normalise_video(source, tmp_path / 'driving.mp4', tmp_path / 'audio.m4a', 60)
+    here = normalise_video(source, tmp_path / 'driving.y4m', tmp_path / 'audio.m4a', 60)
     assert there == here

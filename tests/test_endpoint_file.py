@@ -298,7 +298,7 @@ def test_detail_of_a_refusal_is_shown_and_secrets_are_not(control, tmp_path):
     ([], IMAGE + '-dirty', 'can mean other content'),
     ([], 'dexsynccom/twin-avatar', 'can mean other content'),
     ([(r'^disk_gb = .*', 'disk_gb = 33')], IMAGE,
-     'the weights of wan22-animate with the text encoder (29.5 GB) and 20 % need 35'),
+     'the weights of wan22-animate with the text encoder (29.5 GB), 20 % and the frames of 2 videos need 36'),
     ([(r'^init_timeout_s = .*\n', '')], IMAGE, None),
     ([(r'^init_timeout_s = .*', 'init_timeout_s = 277')], IMAGE, 'fetches 29.5 GB, which take 295 s at 100 MB/s'),
     ([(r'^execution_timeout_s = .*', 'execution_timeout_s = 840')], IMAGE, 'take at least 789 s on AMPERE_48'),

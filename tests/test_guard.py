@@ -167,7 +167,7 @@ def job_of(bucket, folder, profile: Profile) -> JobRun:
 def test_a_refusal_leaves_a_small_picture(bucket, tmp_path, profile, refused):
     track = person(WALK, masks_at=WALK[::-1])
     run = job_of(bucket, tmp_path, profile)
-    inputs = Inputs(tmp_path, tmp_path / 'p.png', clip_of(tmp_path, lambda i: 90), sha256='')
+    inputs = Inputs(tmp_path, clip_of(tmp_path, lambda i: 90), sha256='')
     key = f'avatars/{profile.name}.guard.jpg'
     if refused:
         with pytest.raises(JobError, match=rf'no_person: .*frame \d+ .*{key}'):
@@ -183,7 +183,7 @@ def test_a_bucket_that_fails_does_not_hide_the_reason(bucket, tmp_path, caplog):
     run = job_of(bucket, tmp_path, get_profile('draft'))
     def broken(*args): raise JobError('storage_failed', 'no room')
     run.worker.store = SimpleNamespace(write_bytes=broken)
-    inputs = Inputs(tmp_path, tmp_path / 'p.png', clip_of(tmp_path, lambda i: 90), sha256='')
+    inputs = Inputs(tmp_path, clip_of(tmp_path, lambda i: 90), sha256='')
     with pytest.raises(JobError, match='no_person'):
         asyncio.run(inspect_track(run, inputs, person(WALK, masks_at=WALK[::-1])))
     assert 'no room' in caplog.text

@@ -133,12 +133,12 @@ STRETCHES = [ # start_seconds, duration_seconds, first frame of the source, fram
 
 @pytest.mark.parametrize('start, seconds, first, count', STRETCHES)
 def test_a_stretch_is_taken_frame_by_frame(long, tmp_path, start, seconds, first, count):
-    clip = normalise_video(long, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, stretch=Stretch(start, seconds))
+    clip = normalise_video(long, tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60, stretch=Stretch(start, seconds))
     seen = [read_test_picture(f) for f in read_frames(clip.path)]
     assert seen == list(range(first, first + count)) and clip.frames == count
 
 def test_the_sound_goes_with_it(long, tmp_path):
-    clip = normalise_video(long, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, stretch=Stretch(2, 1))
+    clip = normalise_video(long, tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60, stretch=Stretch(2, 1))
     with av.open(str(clip.audio)) as container:
         sound = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     assert abs(np.abs(sound).argmax() / 48000 - 0.5) < 0.1 and abs(clip.audio_s - 1) < 0.05
@@ -149,7 +149,7 @@ LIMITS = [ # max_seconds, start, duration, code
 
 @pytest.mark.parametrize('most, start, seconds, code', LIMITS)
 def test_max_seconds_applies_to_the_stretch(long, tmp_path, most, start, seconds, code):
-    targets = tmp_path / 'v.mp4', tmp_path / 'a.m4a'
+    targets = tmp_path / 'v.y4m', tmp_path / 'a.m4a'
     def take(): return normalise_video(long, *targets, most, stretch=Stretch(start, seconds))
     if code is None: assert take().frames
     else:
@@ -159,7 +159,7 @@ def test_max_seconds_applies_to_the_stretch(long, tmp_path, most, start, seconds
 def test_a_frame_that_stays_is_the_first_of_a_stretch(tmp_path):
     "Pictures that came up before the stretch begins, and a rate that is not ours"
     source = draw_test_video(tmp_path / 'slow.mkv', times=[0, 0.5, 2.0, 2.5])
-    clip = normalise_video(source, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, (320, 240), stretch=Stretch(1.0, 1.5))
+    clip = normalise_video(source, tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60, (320, 240), stretch=Stretch(1.0, 1.5))
     seen = [read_test_picture(f) for f in read_frames(clip.path)]
     assert seen == [1] * 24 + [2] * 12
 
@@ -207,7 +207,7 @@ SIZED = [ # source, size of the job, size of the result, content without bars
 @pytest.mark.parametrize('source, asked, size, width', SIZED)
 def test_a_size_of_the_result(request, tmp_path, source, asked, size, width):
     video = request.getfixturevalue(source)
-    clip = normalise_video(video, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, SIZES[asked], stretch=Stretch(0, 0.1))
+    clip = normalise_video(video, tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60, SIZES[asked], stretch=Stretch(0, 0.1))
     assert clip.size == size and abs(clip.content.width - width) <= 2
     assert next(read_frames(clip.path)).shape == (size[1], size[0], 3)
 
@@ -217,7 +217,7 @@ TURNED = [(0, Fraction(1), (1280, 720)), (90, Fraction(1), (720, 1280)), (0, Fra
 @pytest.mark.parametrize('rotation, sar, size', TURNED)
 def test_what_counts_is_how_it_is_shown(tmp_path, rotation, sar, size):
     source = draw_test_video(tmp_path / 's.mp4', 0.2, rotation=rotation, sar=sar)
-    assert normalise_video(source, tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60, None).size == size
+    assert normalise_video(source, tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60, None).size == size
 
 def test_an_upright_job(service, upright):
     service.store.upload(upright, 'in/upright.mp4', 'video/mp4')
@@ -225,7 +225,7 @@ def test_an_upright_job(service, upright):
     made = service.run('upright', **job, size='auto')
     assert (made.get('width'), made.get('height'), made.get('frames')) == (720, 1280, 12), made
     told = json.loads(service.store.read_bytes(f'{made["minio_key"]}.json', 10**6))
-    assert told['track_object'].startswith('tracks/mediapipe-5/720x1280-24/')
+    assert told['track_object'].startswith('tracks/mediapipe-6/720x1280-24/')
     wide = service.run('wide', **job)
     assert (wide['width'], wide['height']) == (1280, 720)
 

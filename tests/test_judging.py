@@ -94,7 +94,7 @@ def asked_of(job: SimpleNamespace, folder: Path, comfy: Path, **changed) -> Judg
 @pytest.mark.parametrize('changed, why', [
     ({'track_object': None}, 'the manifest names no track'),
     ({'rendered_with': None}, 'the manifest names no track'),
-    ({'track_object': 'tracks/mediapipe-5/640x360-24/00.track'}, 'is not the driving video of this job'),
+    ({'track_object': 'tracks/mediapipe-6/640x360-24/00.track'}, 'is not the driving video of this job'),
     ({'frames': N + 1}, f'the video has {N + 1} frames, its driver {N}'),
     ({'store': Cupboard({})}, 'is no longer in the bucket'),
     ({'store': 'damaged'}, 'or damaged'),

@@ -12,7 +12,6 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from av.video.reformatter import Colorspace
 from PIL import Image
 
 from wan_avatar.clocks import ClockPart, Reading, sound_on_one_clock
@@ -34,7 +33,7 @@ LANDSCAPE = slice(160, 1120) # where a 4:3 picture lies in 1280x720
 
 
 def normalised(source, folder, **options):
-    return normalise_video(source, folder / 'out.mp4', folder / 'out.m4a', options.pop('max_seconds', 61), **options)
+    return normalise_video(source, folder / 'out.y4m', folder / 'out.m4a', options.pop('max_seconds', 61), **options)
 
 
 def indices(clip, columns=LANDSCAPE):
@@ -52,7 +51,7 @@ def expected(times, last):
 
 def refused(path, **options):
     with pytest.raises(JobError) as e: normalised(path, path.parent, **options)
-    assert not (path.parent / 'out.mp4').exists()
+    assert not (path.parent / 'out.y4m').exists()
     assert not list(path.parent.glob('.*.part'))
     return e.value
 
@@ -86,7 +85,6 @@ def test_any_container_and_codec(tmp_path, ending, options):
         assert (video.width, video.height) == (1280, 720)
         assert video.pix_fmt == 'yuv420p'
         assert video.average_rate == 24
-        assert video.colorspace == Colorspace.ITU709
 
 
 @pytest.mark.parametrize('fps', [Fraction(24000, 1001), 25, Fraction(30000, 1001), 30, 60, 12, 120, 24, 15, 1])
@@ -857,7 +855,7 @@ def test_a_fragmented_mp4_is_whole_or_refused(tmp_path, flags):
     whole = draw_test_video(tmp_path / 'whole.mp4', seconds=3, size=(96, 64), audio='aac')
     source = remuxed(whole, tmp_path / 'in.mp4', flags)
     assert normalised(source, tmp_path, size=(96, 64)).frames == 72
-    for name in ('out.mp4', 'out.m4a'): (tmp_path / name).unlink()
+    for name in ('out.y4m', 'out.m4a'): (tmp_path / name).unlink()
     data = source.read_bytes()
     for share in (0.3, 0.65, 0.9):
         source.write_bytes(data[:int(len(data) * share)])
@@ -979,7 +977,8 @@ def test_absurd_size_and_rate(tmp_path):
 def test_cancel_and_progress(tmp_path):
     seen = []
     source = draw_test_video(tmp_path / 'in.mp4', seconds=2)
-    error = refused(source, cancelled=lambda: len(seen) >= 10, progress=lambda done, of: seen.append((done, of)))
+    def progress(done, so_far): seen.append((done, so_far.frames))
+    error = refused(source, cancelled=lambda: len(seen) >= 10, progress=progress)
     assert error.code == 'cancelled'
     assert len(seen) == 10
     assert seen[-1] == (10, 48)
@@ -1042,7 +1041,7 @@ print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if
 @pytest.mark.hostile('videos')
 def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pix_fmt, side, at, says):
     source = with_larger_frames(tmp_path / 'in.mov', codec, pix_fmt, side, at)
-    command = [sys.executable, '-c', READ_AND_SAY_MEMORY, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
+    command = [sys.executable, '-c', READ_AND_SAY_MEMORY, source, tmp_path / 'o.y4m', tmp_path / 'o.m4a']
     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     said, mebibytes = run.stdout.splitlines()
     assert says in said
@@ -1053,7 +1052,7 @@ def test_a_frame_larger_than_the_header_says_takes_no_memory(tmp_path, codec, pi
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
     source = written(tmp_path / 'in.mp4', [video_track(True, (1920, 1080), count=100)])
     code = 'import gc\ngc.disable() # frames must not wait for the cycle collector' + READ_AND_SAY_MEMORY
-    command = [sys.executable, '-c', code, source, tmp_path / 'o.mp4', tmp_path / 'o.m4a']
+    command = [sys.executable, '-c', code, source, tmp_path / 'o.y4m', tmp_path / 'o.m4a']
     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     said, mebibytes = run.stdout.splitlines()
     assert said == 'accepted 100'

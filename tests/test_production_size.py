@@ -77,7 +77,7 @@ def only_the_person_is_made(production, delivered: list[np.ndarray], folder: Pat
     tracks = [parse_track(production.store.read_bytes(k, 10**9)) for k in keys]
     track = next(t for t in tracks if len(t) == FRAMES)
     production.store.download('in/thirteen.mp4', folder / 'in.mp4', 'x', 10**9)
-    clip = normalise_video(folder / 'in.mp4', folder / 'driving.mp4', folder / 'sound.m4a', 60)
+    clip = normalise_video(folder / 'in.mp4', folder / 'driving.y4m', folder / 'sound.m4a', 60)
     for i, (ours, theirs) in enumerate(zip(delivered, read_frames(clip.path), strict=True)):
         grown = grow_mask(track.mask(i), SMALL.mask_shape)
         assert np.array_equal(ours[~grown], theirs[~grown]), i

@@ -192,9 +192,9 @@ def test_the_course_says_when(judgements, result, measure, limit, worse):
 def test_the_tracker_that_judges_is_named_where_it_drove():
     found = dict.fromkeys(MEASURES, 0.5)
     of_tracker = {'face_found', 'lip_correlation', 'eye_correlation', 'pose_error', 'body_error', 'hands_kept'}
-    assert set(judgement_of(found, {}, 'mediapipe-5').circular) == of_tracker
+    assert set(judgement_of(found, {}, 'mediapipe-6').circular) == of_tracker
     assert judgement_of(found, {}, 'wholebody-sam2-3').circular == ()
-    without = judgement_of(found | {'hands_kept': 'no hand'}, {}, 'mediapipe-5')
+    without = judgement_of(found | {'hands_kept': 'no hand'}, {}, 'mediapipe-6')
     assert set(without.circular) == of_tracker - {'hands_kept'}
 
 def test_the_command_says_the_same(judged, cases, tmp_path):

@@ -171,7 +171,7 @@ def test_files_are_the_stretch_that_the_list_says(whole, made, tmp_path):
     assert numbers(whole / 'counted.mp4') == list(range(24, 48))
     assert number(whole / 'still.png') == 48
     assert (whole / 'portrait.png').read_bytes() == made['pack/p.png']
-    clip = normalise_video(whole / 'clip.mp4', tmp_path / 'v.mp4', tmp_path / 'a.m4a', 60)
+    clip = normalise_video(whole / 'clip.mp4', tmp_path / 'v.y4m', tmp_path / 'a.m4a', 60)
     assert clip.frames == 24 and clip.audio is None
     assert names(whole) == [*NOTES, 'clip.mp4', 'counted.mp4', 'portrait.png', 'shaken.mp4', 'still.png']
 

@@ -72,7 +72,7 @@ def scene(bucket, samples, tiny, tmp_path_factory):
     made.store.upload(samples / 'astronaut.png', 'in/astronaut.png', 'image/png')
     made.store.upload(video, 'in/walk.mp4', 'video/mp4')
     made.store.write_bytes(track_key(digest, SIZE, FPS), dump_track(track()), 'application/octet-stream')
-    clip = normalise_video(video, work / 'driving.mp4', work / 'none.m4a', 60)
+    clip = normalise_video(video, work / 'driving.y4m', work / 'none.m4a', 60)
     made.driver = list(read_frames(clip.path))
     yield made
     made.close()
@@ -153,7 +153,7 @@ import numpy as np
 from pathlib import Path
 from wan_avatar.frames import Rectangle
 from wan_avatar.nodes import WindowInputs, _tail
-inputs = WindowInputs(*[Path()] * 2, Path({str(folder.parent.parent / "driving.mp4")!r}), Path(), 0, 9,
+inputs = WindowInputs(*[Path()] * 2, Path({str(folder.parent.parent / "driving.y4m")!r}), Path(), 0, 9,
                       Rectangle(240, 112, 480, 560), Path({str(folder / "tail.u8")!r}))
 np.save({str(folder / "seen.npy")!r}, _tail(inputs, (480, 560)).numpy())
 '''

@@ -25,7 +25,7 @@ from wan_avatar.comfy import Child, Comfy, ComfyProcess, Restarts
 from wan_avatar.delivery import Outrun, deliver, find_result
 from wan_avatar.frames import Rectangle
 from wan_avatar.handler import Handler
-from wan_avatar.inputs import Inputs, fetch_inputs, room_needed
+from wan_avatar.inputs import Inputs, room_needed
 from wan_avatar.job import Job, JobError, ProgressUpdate, manifest_key
 from wan_avatar.manifest import BootReport, Manifest, SceneReport
 from wan_avatar.mark import MADE
@@ -37,7 +37,7 @@ from wan_avatar.store import Store, fetch_url
 from wan_avatar.tasks import Background
 from wan_avatar.timeline import Timeline
 from wan_avatar.track import load_track, track_key
-from wan_avatar.tracks import load_cached_track, track_early
+from wan_avatar.tracks import load_cached_track
 from wan_avatar.worker import shut_down
 from wan_avatar.workflow import get_profile, prepare
 
@@ -293,7 +293,7 @@ def made(tmp_path_factory):
     def inputs(of: int, frames: int = 24) -> Inputs:
         clip = SimpleNamespace(frames=frames, size=(64, 64), fps=24, audio=None, audio_s=0.0, notes=(),
                                content=Rectangle(0, 0, 64, 64), stretch=EVERYTHING)
-        return Inputs(folders[of], folders[of] / 'reference.png', clip, sha256='0' * 64)
+        return Inputs(folders[of], clip, sha256='0' * 64)
     return inputs
 
 def delivery(service, key: str, inputs: Inputs, store: Store | None = None):
@@ -426,7 +426,7 @@ def from_the_web(service, disk, source):
         try:
             fetch_url(url, disk / 'x', allow_private=True, ports={web.server_port})
         finally: web.shutdown()
-def normalised(service, disk, source): normalise_video(source, disk / 'driving.mp4', disk / 'audio.m4a', 60)
+def normalised(service, disk, source): normalise_video(source, disk / 'driving.y4m', disk / 'audio.m4a', 60)
 def tracked(service, disk, source):
     filler = disk / 'filler' # until the disk has no room for a track of 4 kB
     with pytest.raises(OSError), filler.open('wb', buffering=0) as out:
@@ -474,13 +474,20 @@ def test_a_job_on_a_full_disk(service, monkeypatch, asks):
     assert 'render' not in service.stages(f'full-{asks}')
     assert list((service.settings.work_dir / 'jobs').iterdir()) == []
 
+def test_a_video_that_is_too_long_for_the_disk_is_not_the_workers_fault(service):
+    (service.settings.work_dir / 'jobs').mkdir(exist_ok=True)
+    for _ in mounted(service.settings.work_dir / 'jobs', '140m'): answer = service.run('too-long-here', **JOB)
+    assert answer['error'].startswith('too_long: the driving video lasts 2 s; '), answer
+    assert 'MB of its frames are still to be written' in answer['error']
+    assert 'refresh_worker' not in answer
+
 def test_a_job_asks_for_its_room_before_it_starts(service, monkeypatch):
     monkeypatch.setattr('wan_avatar.inputs.VIDEO_RATE', 10**12)
     service.reports.clear()
     answer = service.run('no-room', **JOB, max_seconds=10)
     assert answer['refresh_worker'] is True
     assert service.stages('no-room') == []
-    assert 'storage_failed: a job of at most 10 s needs 20,000,' in answer['error']
+    assert 'storage_failed: a job of at most 10 s needs 10,000,' in answer['error']
     assert 'a margin of 100 MB, and ' in answer['error']
     assert ' MB are free' in answer['error']
 
@@ -497,50 +504,6 @@ def test_out_of_time_says_how_far_it_came(service, bucket):
     answer = service.background.submit(handler({'id': 'hurried', 'input': JOB})).result(timeout=60)
     assert answer['error'].startswith('timed_out: the job took longer than 1 s (JOB_SECONDS); so far: '), answer
     assert 'download' in answer['error'], answer
-
-# the picture is looked at while the video is still fetched
-
-TAKEN, FREE = True, False
-
-@pytest.mark.parametrize('renderer, fault, tracked', [
-    (FREE, None, 1),
-    (FREE, JobError('no_person', 'a cat'), 1),
-    (TAKEN, None, 0),
-])
-def test_a_picture_takes_the_renderer_early_only_when_no_job_has_it(monkeypatch, renderer, fault, tracked):
-    lock = asyncio.Lock()
-    seen = []
-    run = SimpleNamespace(worker=SimpleNamespace(renderer=lock))
-    async def track(run, picture):
-        assert lock.locked()
-        seen.append(picture)
-        if fault: raise fault
-    monkeypatch.setattr('wan_avatar.tracks.track_reference', track)
-    async def early():
-        if renderer is TAKEN: await lock.acquire()
-        await track_early(run, Path('a.png'))
-    with pytest.raises(JobError, match='a cat') if fault else nullcontext(): asyncio.run(early())
-    assert len(seen) == tracked
-    assert lock.locked() is (renderer is TAKEN), 'it has the renderer no longer than the picture takes'
-
-def test_a_picture_that_is_refused_stops_the_video(monkeypatch):
-    "And the picture is looked at while the video is on its way"
-    on_its_way = threading.Event()
-    stopped = []
-    def video(run, progress, cancelled):
-        on_its_way.set()
-        until = time.monotonic() + 30
-        while not cancelled() and time.monotonic() < until: threading.Event().wait(0.01)
-        stopped.append(cancelled())
-        raise JobError('cancelled', 'the video')
-    async def look(picture):
-        assert await asyncio.to_thread(on_its_way.wait, 30)
-        raise JobError('no_person', f'{picture} shows a cat')
-    monkeypatch.setattr('wan_avatar.inputs.take_image', lambda run, cancelled: Path('a.png'))
-    monkeypatch.setattr('wan_avatar.inputs.take_video', video)
-    run = SimpleNamespace(folder=Path('job'), progress=lambda stage: None)
-    with pytest.raises(JobError, match='a.png shows a cat'): asyncio.run(fetch_inputs(run, look))
-    assert stopped == [True]
 
 def test_the_timeline_shows_the_picture_beside_the_video(service):
     assert 'error' not in service.run('beside', **BRIEF)

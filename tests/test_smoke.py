@@ -112,7 +112,7 @@ def clips(samples, tmp_path_factory):
     "One second of a driving video, and avatar videos with one thing wrong each"
     folder = tmp_path_factory.mktemp('clips')
     driving = cut(samples / 'pexels.mp4', 24, folder)
-    clip = normalise_video(driving, folder / 'same.mp4', folder / 'same.m4a', 60)
+    clip = normalise_video(driving, folder / 'same.y4m', folder / 'same.m4a', 60)
     frames = list(read_frames(clip.path))
     def write(name, pictures, **more):
         with Encoder(folder / f'{name}.mp4', **more) as encoder:
@@ -169,7 +169,7 @@ def test_damage_is_found(clips, name): assert not judge(clips, name)['every fram
 
 def test_the_driving_video_is_measured_as_the_worker_measures_it(clips, samples, tmp_path):
     for source in (clips[1], samples / 'single_face.mp4', samples / 'pexels.mp4'):
-        clip = normalise_video(source, tmp_path / 'n.mp4', tmp_path / 'n.m4a', 60, size=(320, 180))
+        clip = normalise_video(source, tmp_path / 'n.y4m', tmp_path / 'n.m4a', 60, size=(320, 180))
         found = decode_result(source)
         assert round(found.end_s * 24) == clip.frames
         assert abs(min(found.audio_s, clip.frames / 24) - clip.audio_s) < 0.05
@@ -281,7 +281,7 @@ BEST = {name: m.best for name, m in MEASURES.items()} # no result could be bette
 
 def judged_as(profile: str = 'draft', **found) -> Evidence:
     "A good delivery with these numbers, the others being the best"
-    return replace(GOOD, quality=judgement_of(BEST | found, {}, 'mediapipe-5'), manifest=written(profile=profile))
+    return replace(GOOD, quality=judgement_of(BEST | found, {}, 'mediapipe-6'), manifest=written(profile=profile))
 
 def failed_of(d: Evidence) -> set[str]: return {c.name for c in checks_of(d) if not c.ok}
 
@@ -326,7 +326,7 @@ def quality_of(delivered, comfy, folder, **changed) -> list:
 
 def test_the_worst_second_is_named_and_its_frames_are_kept(delivered, tmp_path):
     course = {'ghost': [0.3], 'background_ssim': [0.99], 'lip_correlation': [None]}
-    said = judgement_of(BEST | {'ghost': 0.05}, course, 'mediapipe-5')
+    said = judgement_of(BEST | {'ghost': 0.05}, course, 'mediapipe-6')
     rows = quality_of(delivered, comfy_that_says(tmp_path, said.record()), tmp_path)
     assert rows[-1].name == 'quality: worst second'
     assert rows[-1].found == 'from 0 s on, by ghost: 0.30'

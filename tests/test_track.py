@@ -165,7 +165,7 @@ def test_masks_round_trip_any_size():
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
     hd = (1280, 720)
-    assert track_key(sha, hd, 24) == f'tracks/mediapipe-5/1280x720-24/{sha}.track'
+    assert track_key(sha, hd, 24) == f'tracks/mediapipe-6/1280x720-24/{sha}.track'
     others = (
         track_key(sha, hd, 25),
         track_key(sha, (640, 360), 24),

@@ -270,11 +270,11 @@ def probe(wan, graph: dict, **links: list) -> dict[str, tuple]:
     def shapes(name: str) -> list: return json.loads((folder / f'{name}.json').read_text())
     return {name: (shapes(name), dict(np.load(folder / f'{name}.npz'))) for name in links}
 
-def window_values() -> dict:
+def window_values(video: str = 'driving.y4m') -> dict:
     "Slots of the window of the fixture below"
     files = {
         'reference': 'reference.png', 'reference_track': 'reference.track',
-        'video': 'driving.mp4', 'track': 'driving.track', 'tail': 'tail.u8',
+        'video': video, 'track': 'driving.track', 'tail': 'tail.u8',
         'frames': 'frames.u8', 'vision': 'vision.safetensors'}
     embedding = f'embeddings/{Embedding(TINY.prompt, TINY.encoder_sha256).name}'
     return SLOTS | {k: f'jobs/by-hand/{v}' for k, v in files.items()} | {
@@ -287,12 +287,12 @@ def window(wan, made, tmp_path_factory):
     folder.mkdir(parents=True)
     raw = folder / 'raw.mp4'
     wan.store.download('in/short.mp4', raw, 'x', 10**9)
-    normalise_video(raw, folder / 'driving.mp4', folder / 'audio.m4a', 60)
+    normalise_video(raw, folder / 'driving.y4m', folder / 'audio.m4a', 60)
     wan.store.download('in/astronaut.png', folder / 'reference.png', 'x', 10**9)
     key = next(k for k in wan.store.list('tracks/mediapipe') if len(parse_track(wan.store.read_bytes(k, 10**9))) == 14)
     wan.store.download(key, folder / 'driving.track', 'x', 10**9)
     shutil.copy(folder / 'driving.track', folder / 'reference.track') # the production graph does not read it
-    tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.mp4', 4, 5)])
+    tail = np.concatenate([f[None] for f in read_frames(folder / 'driving.y4m', 4, 5)])
     RawFrames(folder / 'tail.u8', SIZE).write(tail)
     values = window_values()
     described = bind(vision_graph(TINY), {k: values[k] for k in slots(vision_graph(TINY))})
@@ -358,7 +358,7 @@ def test_shapes_of_everything(window):
 def test_the_scene_outside_the_mask_goes_through(window):
     folder, _, found = window
     background, mask = found['background'][1]['value'], found['mask'][1]['value'].astype(bool)
-    frames = np.stack([sized(f, (64, 48)) for f in read_frames(folder / 'driving.mp4', 4, 9)])
+    frames = np.stack([sized(f, (64, 48)) for f in read_frames(folder / 'driving.y4m', 4, 9)])
     assert not background[mask].any()
     assert 0.05 < mask.mean() < 0.95
     assert np.abs(background[~mask] * 255 - frames[~mask]).max() < 0.51
@@ -525,8 +525,9 @@ def audited(wan, window) -> tuple[dict, dict, dict]:
     shutil.copy(folder / 'driving.track', folder / 'reference.track')
     seeds = np.stack(list(read_frames(folder / 'driving.mp4', rules.START, rules.SEEDS)))
     RawFrames(folder / 'tail.u8', SIZE).write(seeds)
-    paths = {k: v.replace('by-hand', 'audit') for k, v in window_values().items() if str(v).startswith('jobs/by-hand')}
-    values = window_values() | paths | {'start': rules.START, 'length': rules.LENGTH}
+    values = window_values('driving.mp4')
+    paths = {k: v.replace('by-hand', 'audit') for k, v in values.items() if str(v).startswith('jobs/by-hand')}
+    values |= paths | {'start': rules.START, 'length': rules.LENGTH}
     values |= {'width': rules.SAMPLED[0], 'height': rules.SAMPLED[1]}
     profile = TINY.changed(face=True, vision='unconnected')
     graph = bind(profile_graph(profile), {k: v for k, v in values.items() if k in slots(profile_graph(profile))})

@@ -34,10 +34,10 @@ async def make_avatar(
         if before is not None: return before
         check_start(job, run.profile, worker.settings)
         await check_variant(run)
-        inputs = await fetch_inputs(run, partial(track_early, run))
+        inputs, early = await fetch_inputs(run, partial(track_early, run))
         with timeline.stage('wait for renderer'): await worker.renderer.acquire()
         try:
-            tracks = await track_inputs(run, inputs)
+            tracks = await track_inputs(run, inputs, early)
             notes = await inspect_track(run, inputs, tracks.driver)
             scene = await asyncio.to_thread(scene_of, run.profile, inputs.clip, tracks.driver)
             slots = await shared_slots(run, inputs.reference, scene.sampled, job.prompt)

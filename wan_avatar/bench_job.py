@@ -39,7 +39,7 @@ from .config import Settings
 from .delivery import Attempt, prove, upload_proven
 from .ffmpeg import bench_media, timed_call
 from .files import whole_file
-from .frames import FPS, SIZE, read_frames
+from .frames import FPS, SIZE, UNCOMPRESSED, read_frames
 from .inputs import Inputs
 from .launch import ComfyPlace
 from .measure import SAMPLES, Measurement, bucket_apart, fresh_endpoint, sample_job, timed_job
@@ -217,7 +217,7 @@ def _beside_check_s(
 ) -> float: # seconds
     "Seconds that hashing and uploading a result add to checking it; a job does all at once"
     clip = SimpleNamespace(frames=RESULT_FRAMES, size=SIZE, fps=FPS, audio=None, audio_s=0.0)
-    inputs = Inputs(result.parent, result, cast(Clip, clip), sha256='') # checking a result needs no more of its clip
+    inputs = Inputs(result.parent, cast(Clip, clip), sha256='') # checking a result needs no more of its clip
     shutil.copy(result, inputs.result)
     attempt = Attempt(store, 'bench/result.mp4', uuid.uuid4().hex) # a video of the same attempt would not be sent again
     check = timed_call(lambda: prove(inputs, Timeline(), None))
@@ -328,7 +328,7 @@ def _bench_memory(say: Callable[[str], None]) -> list[Measurement]:
 def _prepared(
     frames: int, # of the sample clip
     sample: str = 'pexels.mp4'
-) -> Iterator[tuple[ComfyPlace, Clip]]: # where ComfyUI is, driving.mp4 in a job's folder
+) -> Iterator[tuple[ComfyPlace, Clip]]: # where ComfyUI is, a driving video in a job's folder
     "A work folder with a driving video in it, and no worker"
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()
@@ -336,14 +336,14 @@ def _prepared(
         job = work / 'jobs/bench'
         job.mkdir(parents=True)
         some = first_frames(SAMPLES / sample, job / 'some.mp4', frames)
-        clip = normalise_video(some, job / 'driving.mp4', job / 'audio.m4a', 60)
+        clip = normalise_video(some, job / f'driving{UNCOMPRESSED}', job / 'audio.m4a', 60)
         yield ComfyPlace(Path('.comfy').resolve(), work, models), clip
 
 async def _track_once(place: ComfyPlace, job: Path, profile: Profile) -> float: # seconds
     "The driving video's track by a profile's tracker"
     async with running_comfy(place) as comfy:
         began = time.perf_counter()
-        paths = {'source': job / 'driving.mp4', 'track': job / 'driving.track'}
+        paths = {'source': job / f'driving{UNCOMPRESSED}', 'track': job / 'driving.track'}
         values = {name: path.relative_to(place.work_dir).as_posix() for name, path in paths.items()}
         await run(comfy, bind(track_graph(profile), values | {'kind': 'video'}))
         return time.perf_counter() - began
@@ -396,7 +396,7 @@ def _window_values(folder: str) -> dict[str, Any]: # of the draft's graph
     files = {
         'reference': f'{folder}/reference.png',
         'reference_track': f'{folder}/reference.track',
-        'video': f'{folder}/driving.mp4',
+        'video': f'{folder}/driving{UNCOMPRESSED}',
         'track': f'{folder}/driving.track',
         'frames': f'{folder}/frames.u8',
         'tail': '',
@@ -457,11 +457,11 @@ def _bench_window(say: Callable[[str], None], rounds: int = 3) -> list[Measureme
         for n in range(rounds):
             say(f'window: round {n + 1} of {rounds}')
             began = time.perf_counter()
-            frames = read_frames(job / 'driving.mp4')
+            frames = read_frames(job / f'driving{UNCOMPRESSED}')
             pictures = window_pictures(frames, 0, 77, wholebody_points(track), track.present, track.mask, WHOLE, SIZE)
             shown = sum(1 for _ in pictures)
             spent.append((time.perf_counter() - began) / shown)
-        composing_s = _compose_s(job / 'driving.mp4', track)
+        composing_s = _compose_s(job / f'driving{UNCOMPRESSED}', track)
         shutil.copy(SAMPLES / 'astronaut.png', job / 'reference.png')
         say('window: traffic')
         by_socket, by_files = asyncio.run(_window_traffic(place, job))

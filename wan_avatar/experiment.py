@@ -24,8 +24,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from .client import Client, EndpointError, Status, fetch_result, read_manifest, upload_file
+from .clocks import EVERYTHING, Stretch
 from .files import sha256_of, whole_file
-from .frames import FPS, read_frames
+from .frames import UNCOMPRESSED, read_frames
 from .job import JobError, Name, Scalar, Variant, first_fault, shorten
 from .judging import COMFY, JudgingFailed, judge_result, not_measured
 from .manifest import Manifest, ManifestDamaged
@@ -190,22 +191,22 @@ def keep_inputs(
     "Bring what goes in to the form that is looked at; what is there already stays"
     for label, original in experiment.driving.items():
         if driver_file(folder, label).exists(): continue
-        with tempfile.TemporaryDirectory(dir=folder) as d:
-            source = original
-            if experiment.seconds is not None:
-                source = folder / f'inputs/{label}@cut.mp4'
-                _cut(original, source, experiment.seconds, Path(d))
-            normalise_video(source, driver_file(folder, label), Path(d) / 'sound.m4a', LONGEST_DRIVER)
+        source = original
+        if experiment.seconds is not None:
+            source = folder / f'inputs/{label}@cut.mp4'
+            _take(original, source, Stretch(0, experiment.seconds), with_sound=True)
+        _take(source, driver_file(folder, label))
     for (picture, told), driving in itertools.product(experiment.pictures.items(), experiment.driving):
         target = picture_file(folder, picture, driving if isinstance(told, int) else '')
         if not target.exists(): _keep_picture(told, driver_file(folder, driving), target)
 
-def _cut(original: Path, target: Path, seconds: float, folder: Path) -> None:
-    "The first seconds, with their sound, as a video of its own"
-    clip = normalise_video(original, folder / 'whole.mp4', folder / 'whole.m4a', LONGEST_DRIVER)
-    count = min(clip.frames, max(1, round(seconds * FPS)))
-    with whole_file(target) as part, Encoder(part, audio=clip.audio) as encoder:
-        for frame in read_frames(clip.path, count=count): encoder.write(frame)
+def _take(original: Path, target: Path, stretch: Stretch = EVERYTHING, with_sound: bool = False) -> None:
+    "A stretch of a video, normalised, as a video of its own"
+    with tempfile.TemporaryDirectory(dir=target.parent) as d:
+        clip = normalise_video(original, Path(d) / f'taken{UNCOMPRESSED}', Path(d) / 'sound.m4a', LONGEST_DRIVER,
+                               stretch=stretch)
+        with whole_file(target) as part, Encoder(part, audio=clip.audio if with_sound else None) as encoder:
+            for frame in read_frames(clip.path): encoder.write(frame)
 
 def _keep_picture(told: int | Path, driver: Path, target: Path) -> None:
     if isinstance(told, Path): normalise_image(told, target)

@@ -10,13 +10,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .clocks import Reading
-from .frames import FPS, SIZE, thread_count
-from .mp4 import DELIVERY_H264
+from .frames import FPS, SIZE, UNCOMPRESSED, thread_count
 from .normalise import normalise_pictures
 
 # %% ../nbs/26_ffmpeg.ipynb #a3316d0a
@@ -32,12 +30,11 @@ def bench_media(
     folder: Path | str, # for two files, removed again
     rounds: int = 1 # the fastest counts
 ) -> dict[str, float | None]: # {'wan_avatar_s', 'ffmpeg_s', 'ratio'}; without ffmpeg the last two are None
-    "Time a video's way to 720p24 at the delivery settings, here and by ffmpeg"
-    ours = Path(folder) / 'bench_ours.mp4'
-    theirs = Path(folder) / 'bench_ffmpeg.mp4'
+    "Time a video's way to uncompressed 720p24, here and by ffmpeg"
+    ours = Path(folder) / f'bench_ours{UNCOMPRESSED}'
+    theirs = Path(folder) / f'bench_ffmpeg{UNCOMPRESSED}'
     ffmpeg = find_ffmpeg()
-    def normalise() -> None:
-        normalise_pictures(source, ours, Reading(ours.name, 3600), SIZE, FPS, None, DELIVERY_H264)
+    def normalise() -> None: normalise_pictures(source, ours, Reading(ours.name, 3600))
     try:
         ours_s = min(timed_call(normalise) for _ in range(rounds))
         if not ffmpeg: return {'wan_avatar_s': ours_s, 'ffmpeg_s': None, 'ratio': None}
@@ -51,9 +48,8 @@ def bench_media(
 def _ffmpeg_command(ffmpeg: str, source: Path | str, target: Path) -> list[str]:
     scale = f'scale={SIZE[0]}:{SIZE[1]}:flags=bicubic:out_color_matrix=bt709:out_range=tv'
     filters = f'fps={FPS}:round=near,{scale},format=yuv420p'
-    settings = chain(*((f'-{key}', value) for key, value in DELIVERY_H264.items()))
-    return [ffmpeg, '-y', '-v', 'error', '-i', str(source), '-an', '-vf', filters, '-c:v', 'libx264',
-            '-threads', str(thread_count()), *settings, str(target)]
+    return [ffmpeg, '-y', '-v', 'error', '-threads', str(thread_count()), '-i', str(source), '-an', '-vf', filters,
+            '-f', 'yuv4mpegpipe', str(target)]
 
 def timed_call(work: Callable[[], Any]) -> float: # seconds
     "How long a call takes"

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from .clocks import Stretch
 from .files import sha256_of, whole_file
+from .frames import UNCOMPRESSED
 from .manifest import Manifest
 from .normalise import normalise_image, normalise_video
 from .quality import Judgement, Sample, parse_judgement
@@ -125,8 +126,8 @@ def _sample_here(
     if tracked != sha256_of(driving): return f'{driving.name} is not the driving video of this job'
     size, most = (manifest.width, manifest.height), manifest.duration_s + 1
     stretch = Stretch(manifest.start_s, manifest.stretch_s)
-    clip = normalise_video(driving, folder / 'driving.mp4', folder / 'driving.m4a', most, size, round(manifest.fps),
-                           stretch=stretch)
+    clip = normalise_video(driving, folder / f'driving{UNCOMPRESSED}', folder / 'driving.m4a', most, size,
+                           round(manifest.fps), stretch=stretch)
     if clip.frames != manifest.frames: return f'the video has {manifest.frames} frames, its driver {clip.frames}'
     track = folder / 'driving.track'
     if load_cached_track(store, key, track, clip, manifest.rendered_with.tracker) is None:

@@ -31,11 +31,10 @@ import numpy as np
 
 from .draft import Driver, Puppet, draw, make_driver, make_puppet
 from .files import whole_file
-from .frames import FPS, RawFrames, Rectangle, read_frames, thread_count
+from .frames import RawFrames, Rectangle, measure_frames, read_frames, thread_count
 from .job import JobError
 from .kernels import ATTENTIONS, DEFAULT, FP8_PRODUCTS, chosen
 from .launch import SHARED, TREE
-from .media import probe
 from .people import Wish
 from .pictures import read_image
 from .prompt import Embedding
@@ -89,15 +88,19 @@ class AvatarTrack:
         track = 'STRING', {'tooltip': 'track file to write'}
         detectors = 'AVATAR_DETECTORS', {'tooltip': 'whole body and SAM2; not connected: MediaPipe'}
         person = 'STRING', {'tooltip': 'whom a job names, of a video, as Wish writes it; empty: nobody', 'default': ''}
+        expected = 'INT', {'tooltip': 'frames of a video that is still being written; 0: it is complete', 'default': 0,
+                           'min': 0, 'max': 10**6}
         return {'required': {'source': source, 'kind': (['image', 'video'],), 'track': track},
-                'optional': {'detectors': detectors, 'person': person}}
+                'optional': {'detectors': detectors, 'person': person, 'expected': expected}}
 
-    def run(self, source: str, kind: str, track: str, detectors: Detectors | None = None, person: str = '') -> dict:
+    def run(self, source: str, kind: str, track: str, detectors: Detectors | None = None, person: str = '',
+            expected: int = 0) -> dict:
         with _gpu_beside_comfy(GPU_MEMORY if detectors else 0) as gpu:
             wish = Wish.parse(person) if person else None
-            made = _find_person(_work_path(source), kind, _progress, detectors, gpu, wish)
+            made = _find_person(_work_path(source), kind, _progress, detectors, gpu, wish, expected)
         check_person(made, kind)
         save_track(made, _work_path(track))
+        if kind == 'image' and not detectors: _puppet_of(_work_path(source), _work_path(track)) # beside what comes
         return {'ui': {'summary': [track_facts(made)]}, 'result': (track,)}
 
 def _find_person(
@@ -106,15 +109,15 @@ def _find_person(
     progress: Callable[[int], Callable[[int, int], None]], # total -> callback
     detectors: Detectors | None = None, # of the production tracker; None: MediaPipe
     gpu: bool = False,
-    wish: Wish | None = None # whom the job names, in a video
+    wish: Wish | None = None, # whom the job names, in a video
+    expected: int = 0 # frames of a video that is still being written; 0: it is complete
 ) -> Track:
     "Track a file, reading a video as a stream"
     if kind == 'image':
         picture = read_image(source)
         return track_picture(picture, detectors, gpu) if detectors else track_image(picture)
-    video = probe(source)
-    n = round(video.duration_s * FPS)
-    size = video.width, video.height
+    size, n = measure_frames(source)
+    n = expected or n
     if detectors: return track_wholebody(lambda: read_frames(source), n, size, detectors, gpu, progress(2 * n), wish)
     return track_video(read_frames(source), n, size, progress(n), wish)
 
@@ -189,13 +192,19 @@ class AvatarSegment:
         return (WindowInputs(**files, start=start, length=length, area=area, tail=_work_path(tail) if tail else None),)
 
 # %% ../nbs/32_nodes.ipynb #42b94b0e
+_AHEAD = ThreadPoolExecutor(1, 'puppet')
+
+@lru_cache(maxsize=2) # of the job that renders, and of the next one
+def _puppet_of(reference: Path, reference_track: Path) -> Future[Puppet]:
+    return _AHEAD.submit(lambda: make_puppet(read_image(reference), load_track(reference_track)))
+
 @lru_cache(maxsize=1) # one job renders at a time, and no other job has its paths
 def _load_puppet_and_driver(reference: Path, reference_track: Path, track: Path) -> tuple[Puppet, Driver]:
     import cv2
     cv2.setNumThreads(1) # frames are drawn side by side: threads within each would wait for those of the others
-    with ThreadPoolExecutor(1) as beside:
-        driver = beside.submit(lambda: make_driver(load_track(track)))
-        return make_puppet(read_image(reference), load_track(reference_track)), driver.result()
+    puppet = _puppet_of(reference, reference_track)
+    driver = make_driver(load_track(track))
+    return puppet.result(), driver
 
 _LOADING = threading.Lock() # held by one thread, while the others wait for what it loads
 
@@ -372,8 +381,7 @@ def _tail(segment: WindowInputs, size: tuple[int, int]):
     "The frames a window goes on from, its area of them at the sampled size: (k, h, w, 3) float32 in 0..1"
     import torch
     if segment.tail is None: return None
-    video = probe(segment.video)
-    frames = RawFrames(segment.tail, (video.width, video.height))
+    frames = RawFrames(segment.tail, measure_frames(segment.video)[0])
     return torch.from_numpy(np.stack([area_picture(f, segment.area, size) for f in frames])) / 255
 
 # %% ../nbs/32_nodes.ipynb #a05ef142

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'GROUPS', 'MAGIC', 'MOST_FRAMES', 'KEYPOINTS', 'MAX_MASKS', 'LIGHTS', 'FACE_CONFIDENCE', 'LEAST_PRESENT',
            'MOST_GUESSED', 'LEAST_FACE_FRAMES', 'LEAST_FACE_PIXELS', 'MOST_TURN', 'NOSE', 'SMALLEST_OTHER', 'STILL',
-           'SLEEVES', 'BARE', 'MOST_MOVED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track', 'pack_mask',
-           'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track', 'Archive',
-           'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key', 'with_face',
-           'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person', 'steady_camera',
-           'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present', 'skin_colour', 'face_light',
-           'touched_pieces', 'light_of_stretches', 'inside_bars', 'scene_colours', 'scene_grain', 'head_of', 'midway',
-           'track_video', 'ours_only', 'common_share', 'bridge_gaps', 'track_image', 'largest_piece', 'guided_filter',
-           'refine_matte', 'draw_debug', 'wholebody_points']
+           'SLEEVES', 'BARE', 'MOST_MOVED', 'PLATED', 'AHEAD', 'BRIDGED', 'BODY_SOURCE', 'FACE_SOURCE', 'Track',
+           'pack_mask', 'unpack_mask', 'smooth', 'pack_points', 'unpack_points', 'TrackDamaged', 'dump_track',
+           'Archive', 'parse_track', 'track_bytes_at_most', 'scene_cells', 'save_track', 'load_track', 'track_key',
+           'with_face', 'track_facts', 'face_points', 'head_turn', 'count_faces', 'check_alone', 'check_person',
+           'steady_camera', 'steady_if_still', 'Camera', 'Plate', 'fill_unseen', 'draw_arms', 'is_present',
+           'skin_colour', 'face_light', 'touched_pieces', 'light_of_stretches', 'inside_bars', 'scene_colours',
+           'scene_grain', 'head_of', 'midway', 'track_video', 'ours_only', 'common_share', 'bridge_gaps', 'track_image',
+           'largest_piece', 'guided_filter', 'refine_matte', 'draw_debug', 'wholebody_points']
 
 # %% ../nbs/21_track.ipynb #a8e8088d
 import hashlib
@@ -47,7 +47,7 @@ from .people import PersonFilter, Wish
 
 # %% ../nbs/21_track.ipynb #506e7cb8
 # name -> name and version: part of every cache key, raised when results change
-TRACKERS = {'mediapipe': 'mediapipe-5', 'wholebody-sam2': 'wholebody-sam2-3'}
+TRACKERS = {'mediapipe': 'mediapipe-6', 'wholebody-sam2': 'wholebody-sam2-3'}
 
 GROUPS = ('body', 'left_hand', 'right_hand', 'face') # MediaPipe's
 
@@ -553,6 +553,11 @@ class Plate:
         self.total = np.zeros((h, w, 3), np.float32)
         self.count = np.zeros((h, w), np.float32)
 
+    def thin_out(self) -> None:
+        "From now on one frame is taken in where it would have been two: those until now count half"
+        self.total *= 0.5
+        self.count *= 0.5
+
     def add(
         self,
         frame: np.ndarray, # (h, w, 3) uint8
@@ -807,6 +812,7 @@ def midway(
     return [middle(a, b) for a, b in zip(before[1], after[1], strict=True)]
 
 # %% ../nbs/21_track.ipynb #578243ff
+PLATED = 64 # frames of the plate, until it takes half as many of a second
 AHEAD = 2 # frames that the point detector is given before the points of the first are taken
 _STEP_US = 33_333 # microseconds from frame to frame, as MediaPipe's own `process` counts them
 _STUCK_S = 60 # seconds without a result from MediaPipe
@@ -922,7 +928,7 @@ def _face_square(face: np.ndarray, size: tuple[int, int]) -> Any: # MediaPipe's 
 # %% ../nbs/21_track.ipynb #7dc1f502
 def track_video(
     frames: Iterable[np.ndarray], # (h, w, 3) uint8 RGB each
-    n: int, # how many
+    n: int, # how many are expected
     size: tuple[int, int], # width, height
     progress: Callable[[int, int], None] | None = None, # called with (done, n)
     wish: Wish | None = None # whom the job names
@@ -930,7 +936,7 @@ def track_video(
     "Look at every frame once; frames are not kept"
     small = (640, max(round(640 * size[1] / size[0]), 1))
     people = PersonFilter(small, wish)
-    found = _TrackUnderWay(size, small, n, wish is not None)
+    found = _TrackUnderWay(size, small, wish is not None)
     with (_opencv_alone(), _selfie_segmenter(landscape=True) as segmenter, _face_detector() as detector,
           ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as decoding):
         next_view = partial(_next_view, small=small, detector=detector, people=people)
@@ -1013,11 +1019,12 @@ def _opencv_alone() -> Iterator[None]:
 
 class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
-    def __init__(self, size: tuple[int, int], small: tuple[int, int], n: int, named: bool):
+    def __init__(self, size: tuple[int, int], small: tuple[int, int], named: bool):
         self.size = size
         self.small = small
         self.named = named # of several people
-        self.every = max(n // 100, 1) # frames from one that the plate takes in to the next
+        self.every = 1 # frames from one that the plate takes in to the next
+        self.plated = 0 # frames the plate took in at this distance
         self.plate = Plate(size)
         self.camera = Camera()
         self.rows: list[tuple[Any, ...]] = [] # present, camera, mask, then the groups of each frame
@@ -1041,7 +1048,8 @@ class _TrackUnderWay:
             if self.added: self.added.result() # raises what failed there
             body = groups[0] * [self.small[0] / self.size[0], self.small[1] / self.size[1], 1]
             away = draw_arms(away.copy(), body, 0, .5)
-            self.added = pool.submit(self._measure, seen.frame, away, moved, groups[3])
+            self._thin_out()
+            self.added = pool.submit(self._measure, len(self.rows), seen.frame, away, moved, groups[3])
         self.scene.append(colours)
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
@@ -1050,13 +1058,21 @@ class _TrackUnderWay:
         soft = pool.submit(segmenter.process, seen.view).result().segmentation_mask # its thread alone may use it
         if (mask := _certain(soft, seen.own)).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
 
-    def _measure(self, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
+    def _thin_out(self) -> None:
+        "Nobody knows how long the video will be: of a longer one, fewer frames of a second are enough"
+        if self.plated == PLATED:
+            self.plated = PLATED // 2 # of twice the distance
+            self.every *= 2
+            self.plate.thin_out()
+        self.plated += 1
+
+    def _measure(self, i: int, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
         self.plate.add(frame, away, moved)
         if len(self.lights) % 12 == 0: self.grains.append(scene_grain(frame, away))
         # what is taken for a face that looks away is mostly hair
         clear = not np.isnan(face).any() and head_turn(face) < 45
         light = face_light(frame, face) if clear else np.full((2, 3), np.nan, np.float32)
-        self.lights.append((len(self.lights) * self.every, light))
+        self.lights.append((i, light))
 
     def colours(self) -> dict[str, np.ndarray]: # fields of the track
         "What was measured of the scene, by medians"
