@@ -114,10 +114,13 @@ class Assembly:
         "Compose and encode all frames up to the window's last one, and remove its file"
         with self.timeline.stage('encode', frames=window.new):
             self._pass_on(window.start + window.overlap, cancelled)
-            for picture in made.last(window.new):
-                if cancelled(): return
-                self._write(self._compose(next(self.driver), picture, window, tone))
-        made.path.unlink()
+            self._put_in(window, made.last(window.new), tone, cancelled)
+            made.path.unlink()
+
+    def _put_in(self, window: Window, new: np.ndarray, tone: Tone, cancelled: Callable[[], bool]) -> None:
+        for picture in new:
+            if cancelled(): return
+            self._write(self._compose(next(self.driver), picture, window, tone))
 
     def finish(self, cancelled: Callable[[], bool]) -> None:
         "Encode what is left of the driving video"

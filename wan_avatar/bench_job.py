@@ -87,9 +87,11 @@ def _bench_pictures(say: Callable[[str], None]) -> list[Measurement]:
 
 # %% ../nbs/55_bench_job.ipynb #227fa5f6
 PICTURES = ( # stages that work on pictures
+    'normalise picture',
     'normalise',
     'track picture',
     'track',
+    'guard',
     'vision',
     'render',
     'encode',

@@ -125,13 +125,15 @@ def take_image(
     job, worker = run.job, run.worker
     raw = run.folder / 'picture'
     reference = run.folder / 'reference.png'
-    if job.input_image_url is not None:
-        _take_url(run, 'input_image_url', raw, MAX_IMAGE_BYTES, MAX_FETCH_SECONDS, cancelled)
-    else:
-        worker.store.download(str(job.input_image_minio_path), raw, 'input_image_minio_path', MAX_IMAGE_BYTES,
-                              cancelled=cancelled)
-    worker.reading.run(normalise_image, raw, reference, what='the picture', timeout_s=MAX_IMAGE_SECONDS,
-                       cancelled=cancelled)
+    with run.timeline.stage('download picture'):
+        if job.input_image_url is not None:
+            _take_url(run, 'input_image_url', raw, MAX_IMAGE_BYTES, MAX_FETCH_SECONDS, cancelled)
+        else:
+            worker.store.download(str(job.input_image_minio_path), raw, 'input_image_minio_path', MAX_IMAGE_BYTES,
+                                  cancelled=cancelled)
+    with run.timeline.stage('normalise picture'):
+        worker.reading.run(normalise_image, raw, reference, what='the picture', timeout_s=MAX_IMAGE_SECONDS,
+                           cancelled=cancelled)
     return reference
 
 def take_video(
