@@ -36,11 +36,11 @@ os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 sys.dont_write_bytecode = False
 
 LONG = [
-    'test_notebooks', 'test_production_size', 'test_service', 'test_reports', 'test_wan', 'test_image', 'test_models',
-    'test_cli', 'test_boot', 'test_experiment', 'test_store', 'test_local', 'test_endpoint', 'test_quality',
-    'test_smoke', 'test_bad_input', 'test_job_choices', 'test_experiment_report', 'test_queue', 'test_judging',
-    'test_page', 'test_variants', 'test_callers', 'test_bucket', 'test_media', 'test_wholebody', 'test_comfy',
-    'test_charts', 'test_operators', 'test_own_box', 'test_deployment', 'test_watch',
+    'test_notebooks', 'test_service', 'test_reports', 'test_wan', 'test_production_size', 'test_experiment',
+    'test_image', 'test_cli', 'test_local', 'test_models', 'test_media', 'test_scene', 'test_job_choices', 'test_store',
+    'test_boot', 'test_endpoint', 'test_quality', 'test_page', 'test_smoke', 'test_bad_input', 'test_wholebody',
+    'test_experiment_report', 'test_queue', 'test_judging', 'test_variants', 'test_callers', 'test_bucket',
+    'test_comfy', 'test_charts', 'test_operators', 'test_own_box', 'test_deployment', 'test_arriving', 'test_watch',
 ]
 
 ON_A_TREE = ['test_wan', 'test_endpoint'] # what another ComfyUI could break
