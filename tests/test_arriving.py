@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import av
 import numpy as np
+import psutil
 import pytest
 from av.video.reformatter import VideoReformatter
 
@@ -73,6 +74,14 @@ def test_a_reader_ends_where_a_killed_writer_stopped(tmp_path):
     assert [first, *map(read_test_picture, shown)] == list(range(5))
     with pytest.raises(JobError, match='has 5 frames; 24 from 0 on were asked for'):
         list(read_frames(tmp_path / 'v.y4m', count=24))
+
+@pytest.mark.parametrize('taken', [1, 24])
+def test_a_reader_that_ends_holds_no_file(tmp_path, taken):
+    Writer(tmp_path / 'v.y4m', 24).go_on()
+    shown = read_frames(tmp_path / 'v.y4m')
+    for _ in range(taken): next(shown)
+    shown.close()
+    assert [f.path for f in psutil.Process().open_files() if f.path.endswith('.y4m')] == []
 
 @pytest.mark.parametrize('start, count', [(0, 3), (1, 1), (23, 1), (5, None), (0, None), (5, 0)])
 def test_frames_of_any_index_come_back_as_they_are(tmp_path, start, count):

@@ -11,6 +11,7 @@ import fcntl
 import io
 import os
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -216,17 +217,23 @@ class _Growing(io.FileIO):
         fcntl.lockf(self, fcntl.LOCK_UN, 1, at)
         return super().read(size) or b''
 
+@contextmanager
 def open_frames(
     path: Path | str # a normalised video, or one that this package made
-) -> Any: # av.container.InputContainer
+) -> Iterator[Any]: # av.container.InputContainer
     "Open a video that is our own"
-    if Path(path).suffix != UNCOMPRESSED: return av.open(str(path))
-    return av.open(_Growing(path), format='yuv4mpegpipe', buffer_size=1 << 20)
+    with ExitStack() as stack:
+        options: dict[str, Any] = {}
+        source: Any = str(path)
+        if Path(path).suffix == UNCOMPRESSED:
+            source = stack.enter_context(_Growing(path))
+            options = {'format': 'yuv4mpegpipe', 'buffer_size': 1 << 20}
+        yield stack.enter_context(av.open(source, **options))
 
 def measure_frames(
-    path: Path | str # as `open_frames` takes it, complete
+    path: Path | str # as `open_frames` takes it
 ) -> tuple[tuple[int, int], int]: # (width, height), frames
-    "The size of a video's frames, and how many they are"
+    "The size of a video's frames, and how many there are now"
     with open_frames(path) as container:
         stream = container.streams.video[0]
         seconds = Fraction(stream.duration or 0) * Fraction(stream.time_base or 0)
