@@ -43,8 +43,9 @@ from .comfy import Comfy, ComfyProcess, Restarts, run, unloaded_keys
 from .config import Settings, SettingsError, load_settings
 from .embeddings import describe_picture, find_embedding, prompt_embeddings
 from .fetch import FileProgress, ProgressLines, fetch_weights, places_of
-from .files import check_room, whole_file
+from .files import check_room, try_lock, whole_file
 from .handler import Handler, Send
+from .inputs import ROOM_TO_WORK
 from .job import JobError, without_secrets
 from .kernels import NEEDED_GB, Need, lacking
 from .launch import ComfyPlace, Launched, absolute_folder, private_folder
@@ -97,11 +98,13 @@ def _origin(folder: Path) -> str:
 # %% ../nbs/42_worker.ipynb #cd3fc050
 def check_disk(
     settings: Settings,
-    needed: int = 2 * 10**9, # bytes: two windows of raw frames and a long video
+    needed: int = ROOM_TO_WORK, # bytes
     disk_usage: Callable[[Path], Any] = shutil.disk_usage
 ) -> None:
     "JobError `storage_failed` unless WORK_DIR is this user's own folder and has room to work in"
-    try: private_folder(settings.work_dir)
+    try:
+        private_folder(settings.work_dir)
+        try_lock(settings.work_dir)
     except OSError as e: raise JobError('storage_failed', str(e), worker_unfit=True) from e
     check_room(settings.work_dir, needed, 'a worker that takes jobs (WORK_DIR)', disk_usage=disk_usage)
 
