@@ -21,6 +21,7 @@ from wan_avatar.track import (
     Plate,
     Track,
     TrackDamaged,
+    _TrackUnderWay,
     bridge_gaps,
     check_alone,
     check_person,
@@ -161,6 +162,19 @@ def test_masks_round_trip_any_size():
         assert np.array_equal(unpack_mask(pack_mask(mask), (w, h)), mask)
 
 # the key
+
+@pytest.mark.parametrize('frames, most', [(1, 1), (64, 64), (65, 65), (200, 114), (1000, 191), (14400, 313)])
+def test_each_second_of_a_video_counts_alike_in_the_plate_however_long_it_is(frames, most):
+    under = _TrackUnderWay((8, 6), (8, 6), named=False)
+    away = np.full((6, 8), 255, np.uint8)
+    taken = 0
+    for i in range(frames):
+        if i % under.every: continue
+        under._thin_out()
+        under.plate.add(np.full((6, 8, 3), round(240 * i / frames), np.uint8), away)
+        taken += 1
+    assert taken <= most
+    assert np.abs(under.plate.picture().astype(int) - 120 * (frames - 1) / frames).max() <= 4
 
 def test_key_is_stable_and_says_everything():
     sha = hashlib.sha256(b'v').hexdigest()
