@@ -117,8 +117,8 @@ async def track_early(
     if renderer.locked(): return Early()
     async with renderer: tracked = await track_reference(run, picture)
     inputs = await arriving.video
-    if renderer.locked() or inputs.person: return Early(tracked)
-    if await asyncio.to_thread(run.worker.store.stat, track_object(run, inputs)): return Early(tracked) # to be fetched
+    there = await asyncio.to_thread(run.worker.store.stat, track_object(run, inputs))
+    if there or inputs.person or renderer.locked(): return Early(tracked)
     async with renderer: return Early(tracked, await _track_growing(run, inputs, arriving.whole))
 
 async def _track_growing(run: Run, inputs: Inputs, whole: asyncio.Event) -> Track | None: # None: not in time
