@@ -21,6 +21,7 @@ from wan_avatar.track import (
     Plate,
     Track,
     TrackDamaged,
+    _plate_step,
     _TrackUnderWay,
     bridge_gaps,
     check_alone,
@@ -165,15 +166,12 @@ def test_masks_round_trip_any_size():
 
 @pytest.mark.parametrize('frames, most', [(1, 1), (64, 64), (65, 65), (200, 114), (1000, 191), (14400, 313)])
 def test_each_second_of_a_video_counts_alike_in_the_plate_however_long_it_is(frames, most):
-    under = _TrackUnderWay((8, 6), (8, 6), named=False)
-    away = np.full((6, 8), 255, np.uint8)
-    taken = 0
-    for i in range(frames):
-        if i % under.every: continue
-        under._thin_out()
-        under.plate.add(np.full((6, 8, 3), round(240 * i / frames), np.uint8), away)
-        taken += 1
-    assert taken <= most
+    under = _TrackUnderWay((64, 48), (64, 48), named=False)
+    away = np.full((48, 64), 255, np.uint8)
+    nobody = np.full((478, 3), np.nan, np.float32)
+    taken = [i for i in range(frames) if i % _plate_step(i) == 0]
+    for i in taken: under._measure(i, np.full((48, 64, 3), round(240 * i / frames), np.uint8), away, STILL, nobody)
+    assert len(taken) <= most
     assert np.abs(under.plate.picture().astype(int) - 120 * (frames - 1) / frames).max() <= 4
 
 def test_key_is_stable_and_says_everything():

@@ -93,6 +93,8 @@ MAX_IMAGE_SECONDS = 60 # to decode it; 50 megapixels take a few
 MAX_FETCH_SECONDS = 30 # for a picture to arrive from its address
 MAX_VIDEO_SECONDS = 600 # for a driving video to arrive from its address
 
+_REFERENCE = 'reference.png' # the picture, in the job's folder
+
 @dataclass(frozen=True)
 class Inputs:
     "What a job works on, in its folder"
@@ -104,7 +106,7 @@ class Inputs:
     @property
     def reference(self) -> Path:
         "The picture, a PNG"
-        return self.folder / 'reference.png'
+        return self.folder / _REFERENCE
 
     @property
     def result(self) -> Path:
@@ -125,7 +127,7 @@ def take_image(
     "Fetch the picture and normalise it"
     job, worker = run.job, run.worker
     raw = run.folder / 'picture'
-    reference = run.folder / 'reference.png'
+    reference = run.folder / _REFERENCE
     with run.timeline.stage('download picture'):
         if job.input_image_url is not None:
             _take_url(run, 'input_image_url', raw, MAX_IMAGE_BYTES, MAX_FETCH_SECONDS, cancelled)

@@ -1017,14 +1017,16 @@ def _opencv_alone() -> Iterator[None]:
     try: yield
     finally: cv2.setNumThreads(before)
 
+def _plate_step(i: int) -> int: # frames from one that the plate takes in to the next, around frame `i`
+    "Nobody knows how long the video will be: of a longer one, fewer frames of a second are enough"
+    return 1 << (i // PLATED).bit_length()
+
 class _TrackUnderWay:
     "A track under way: the rows of the frames so far, and the background"
     def __init__(self, size: tuple[int, int], small: tuple[int, int], named: bool):
         self.size = size
         self.small = small
         self.named = named # of several people
-        self.every = 1 # frames from one that the plate takes in to the next
-        self.plated = 0 # frames the plate took in at this distance
         self.plate = Plate(size)
         self.camera = Camera()
         self.rows: list[tuple[Any, ...]] = [] # present, camera, mask, then the groups of each frame
@@ -1044,12 +1046,12 @@ class _TrackUnderWay:
             if mask.any(): self.unsure[len(self.rows)] = pack_mask(mask)
         elif self.named: mask = touched_pieces(mask, groups, self.small[0] / self.size[0])
         if not (here or seen.any_face): away = np.full_like(away, 255)
-        if len(self.rows) % self.every == 0:
+        i = len(self.rows)
+        if i % _plate_step(i) == 0:
             if self.added: self.added.result() # raises what failed there
             body = groups[0] * [self.small[0] / self.size[0], self.small[1] / self.size[1], 1]
             away = draw_arms(away.copy(), body, 0, .5)
-            self._thin_out()
-            self.added = pool.submit(self._measure, len(self.rows), seen.frame, away, moved, groups[3])
+            self.added = pool.submit(self._measure, i, seen.frame, away, moved, groups[3])
         self.scene.append(colours)
         self.rows.append((here, moved, pack_mask(mask & here), *groups))
 
@@ -1058,15 +1060,8 @@ class _TrackUnderWay:
         soft = pool.submit(segmenter.process, seen.view).result().segmentation_mask # its thread alone may use it
         if (mask := _certain(soft, seen.own)).any(): self.unsure[len(self.rows) - 1] = pack_mask(mask)
 
-    def _thin_out(self) -> None:
-        "Nobody knows how long the video will be: of a longer one, fewer frames of a second are enough"
-        if self.plated == PLATED:
-            self.plated = PLATED // 2 # of twice the distance
-            self.every *= 2
-            self.plate.thin_out()
-        self.plated += 1
-
     def _measure(self, i: int, frame: np.ndarray, away: np.ndarray, moved: np.ndarray, face: np.ndarray) -> None:
+        if i and _plate_step(i) > _plate_step(i - 1): self.plate.thin_out()
         self.plate.add(frame, away, moved)
         if len(self.lights) % 12 == 0: self.grains.append(scene_grain(frame, away))
         # what is taken for a face that looks away is mostly hair
