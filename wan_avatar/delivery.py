@@ -207,3 +207,7 @@ async def deliver(
         if (theirs := await asyncio.to_thread(find_result, attempt.store, run.key)) is not None: return theirs
         gone = f'{run.key} was delivered by another attempt at this job, and is gone'
         raise JobError('storage_failed', gone) from None
+    except JobError as e: # a proof may fail before the upload sees that another attempt has delivered
+        delivered = await asyncio.to_thread(find_result, attempt.store, run.key) if e.code == 'internal' else None
+        if delivered is None: raise
+        return delivered
